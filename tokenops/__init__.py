@@ -1,0 +1,15 @@
+"""tokenops: fused kernels for token reduction and pruned attention in vision transformers.
+
+The whole public surface: operators, backend choice, and the packages `tokenops.nn` (modules) and `tokenops.methods`
+(models; needs timm). `tokenops.reference` is the specification in plain PyTorch.
+"""
+
+from . import reference
+from ._backends import use_backend
+from .restore_tokens import restore_tokens
+from .soft_aggregate import soft_aggregate
+from .soft_scatter import soft_scatter
+from .token_mlp import token_mlp
+
+__version__ = "0.1.0"
+__all__ = ["reference", "restore_tokens", "soft_aggregate", "soft_scatter", "token_mlp", "use_backend"]

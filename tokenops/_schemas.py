@@ -1,0 +1,99 @@
+"""Every schema and every fake: what torch knows of our operators without running them.
+
+An operator has one overload a backend (`tokenops::soft_aggregate_fwd.triton`), so a trace, a profile and a test can all
+see which kernel ran. Implementations are imported on their first call; compiled ones register themselves from C++.
+"""
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._backends import COMPILED, TABLE
+from .reference import accumulation_dtype
+
+_SCHEMAS = {
+    "soft_aggregate_fwd": "(Tensor x, Tensor w, Tensor? scale, float factor, Tensor? mask, SymInt prefix)"
+    " -> (Tensor y, Tensor lse)",
+    "soft_aggregate_bwd": "(Tensor dy, Tensor x, Tensor w, Tensor? scale, float factor, Tensor? mask, Tensor y, Tensor lse,"
+    " SymInt prefix) -> (Tensor dx, Tensor dw, Tensor dscale)",
+    "token_mlp_fwd": "(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2) -> Tensor",
+    "token_mlp_bwd": "(Tensor dy, Tensor z, Tensor w1, Tensor? b1, Tensor w2)"
+    " -> (Tensor dz, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
+    "restore_tokens_fwd": "(Tensor base, Tensor tokens, Tensor index, SymInt prefix) -> Tensor",
+    "restore_tokens_bwd": "(Tensor dy, Tensor index, SymInt prefix, SymInt carried) -> (Tensor dbase, Tensor dtokens)",
+}
+
+
+def _soft_aggregate_fwd(x, w, scale, factor, mask, prefix):
+    y = x.new_empty((x.shape[0], prefix + w.shape[2], x.shape[2]))
+    return y, x.new_empty((w.shape[0], w.shape[2]), dtype=accumulation_dtype(torch.promote_types(x.dtype, w.dtype)))
+
+
+def _soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, lse, prefix):
+    return x.new_empty(x.shape), torch.empty_like(w), lse.new_empty(())
+
+
+def _token_mlp_fwd(z, w1, b1, w2, b2):
+    return z.new_empty((z.shape[0], w2.shape[0], z.shape[2]))
+
+
+def _token_mlp_bwd(dy, z, w1, b1, w2):
+    hidden, tokens = w1.shape[0], w2.shape[0]
+    return (
+        z.new_empty(z.shape),
+        w1.new_empty(w1.shape),
+        w1.new_empty((hidden,)),
+        w2.new_empty(w2.shape),
+        w2.new_empty((tokens,)),
+    )
+
+
+def _restore_tokens_fwd(base, tokens, index, prefix):
+    return base.new_empty(base.shape)
+
+
+def _restore_tokens_bwd(dy, index, prefix, carried):
+    return dy.new_empty(dy.shape), dy.new_empty((dy.shape[0], carried + index.shape[1], dy.shape[2]))
+
+
+_library = torch.library.Library("tokenops", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+def _late(module: str, name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """An implementation that is imported when it is first called (importing triton takes most of a second)."""
+
+    def call(*args):
+        return getattr(importlib.import_module(module, __package__), name)(*args)
+
+    return call
+
+
+def _register() -> None:
+    for name, schema in _SCHEMAS.items():
+        op = name.rpartition("_")[0]
+        for backend in ("native", "triton"):
+            overload = f"{name}.{backend}"
+            _library.define(overload + schema, tags=_TAGS)
+            torch.library.register_fake(f"tokenops::{overload}", globals()[f"_{name}"], lib=_library)
+            for device, backends in TABLE[op].items():
+                if backend in backends and not (backend == "native" and op in COMPILED):
+                    room = "_triton" if backend == "triton" else f"_{device}"
+                    _library.impl(overload, _late(f".{room}.{op}", name), device.upper())
+
+
+_register()
+
+
+def kernel(name: str, backend: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """The registered operator `name` on `backend`: kernel("soft_aggregate_fwd", "triton")."""
+    return KERNELS[name, backend]
+
+
+KERNELS = {
+    (name, backend): getattr(getattr(torch.ops.tokenops, name), backend)
+    for name in _SCHEMAS
+    for backend in ("native", "triton")
+}

@@ -1,0 +1,107 @@
+"""soft_aggregate: N tokens become M learned mixtures of them (SiT's token slimming module, TSM)."""
+
+import torch
+from torch import Tensor
+
+from . import _checks, reference
+from ._backends import choose
+from ._schemas import kernel
+
+
+def soft_aggregate(
+    x: Tensor, w: Tensor, *, scale: Tensor | float | None = None, mask: Tensor | None = None, prefix: int = 0
+) -> Tensor:
+    r"""Aggregate tokens softly: each slim token is a softmax-weighted mean of all tokens.
+
+    .. math:: A = \mathrm{softmax}_N(s \cdot w), \qquad y = [\,x_{:P},\; A^\top x_{P:}\,]
+
+    One fused launch: softmax over the tokens, the weighted sums, and the copy of the prefix tokens (class,
+    distillation) in front of them, so that no slice, transpose or ``cat`` is left around it.
+
+    Args:
+        x: tokens ``(B, P+N, C)``, fp16, bf16, fp32 or fp64, any strides. The result has its dtype.
+        w: logits ``(B, N, M)``, any of those dtypes, any strides. ``-inf`` leaves a token out of one slot.
+        scale: what the logits are multiplied with: a number, or a one-element tensor, which gets a gradient.
+            ``None`` is 1.
+        mask: ``(B, N)`` bool, True where a token counts. The others have no weight and are not read.
+        prefix: P, how many leading tokens of ``x`` are copied through unchanged.
+
+    Returns:
+        ``(B, P+M, C)`` in ``x.dtype``, contiguous. A slot without any token that counts is zero, with zero gradients.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or devices do not fit together.
+
+    Statistics and sums are fp32 (fp64 for fp64 logits, respectively tokens), under autocast too: autocast changes no
+    dtype here, ``x``'s decides. Deterministic. Differentiable once in ``x``, ``w`` and ``scale``.
+
+    Source: Zong et al., Self-slimmed Vision Transformer (ECCV 2022), section 3.2, token slimming module.
+
+    >>> x, w = torch.randn(2, 197, 64), torch.randn(2, 196, 98)
+    >>> soft_aggregate(x, w, prefix=1).shape
+    torch.Size([2, 99, 64])
+    """
+    _check("soft_aggregate", x, w, scale, mask, prefix)
+    return _apply("soft_aggregate", x, w, scale, mask, prefix)
+
+
+def _check(op, x, w, scale, mask, prefix):
+    _checks.tensor(op, "x", x, "B,P+N,C")
+    _checks.tensor(op, "w", w, "B,N,M", like=x)
+    _checks.prefix(op, "prefix", prefix, x.shape[1])
+    _checks.same(op, "images", "w", w.shape[0], "x", x.shape[0])
+    _checks.same(op, "tokens", "w", w.shape[1], f"x after a prefix of {prefix}", x.shape[1] - prefix)
+    if mask is not None:
+        _checks.tensor(op, "mask", mask, "B,N", like=x, floating=False)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{op}: mask must be bool, but got {mask.dtype}")
+        _checks.same(op, "images", "mask", mask.shape[0], "x", x.shape[0])
+        _checks.same(op, "tokens", "mask", mask.shape[1], "w", w.shape[1])
+    _check_scale(op, scale, x)
+
+
+def _check_scale(op, scale, x):
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"{op}: scale must have one element, but got shape {tuple(scale.shape)}")
+        if not scale.is_floating_point():
+            raise TypeError(f"{op}: scale must be a float tensor or a number, but got {scale.dtype}")
+        if scale.device != x.device:
+            raise ValueError(f"{op}: scale is on {scale.device}, but x is on {x.device}")
+    elif scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
+        raise TypeError(f"{op}: scale must be a number, a one-element tensor or None, but got {scale!r}")
+
+
+def _apply(op, x, w, scale, mask, prefix):
+    backend = choose(op, x.device.type, x.dtype)
+    if backend == "reference":
+        return reference.soft_aggregate(x, w, scale=scale, mask=mask, prefix=prefix)
+    if isinstance(scale, Tensor):
+        return _SoftAggregate.apply(x, w, scale, 1.0, mask, prefix, backend)[0]
+    return _SoftAggregate.apply(x, w, None, 1.0 if scale is None else float(scale), mask, prefix, backend)[0]
+
+
+class _SoftAggregate(torch.autograd.Function):
+    @staticmethod
+    def forward(x, w, scale, factor, mask, prefix, backend):
+        return kernel("soft_aggregate_fwd", backend)(x, w, scale, factor, mask, prefix)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w, scale, ctx.factor, mask, ctx.prefix, ctx.backend = inputs
+        y, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, w, scale, mask, y, lse)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 7
+        x, w, scale, mask, y, lse = ctx.saved_tensors
+        backward = kernel("soft_aggregate_bwd", ctx.backend)
+        dx, dw, dscale = backward(dy, x, w, scale, ctx.factor, mask, y, lse, ctx.prefix)
+        dscale = dscale.reshape(scale.shape).to(scale.dtype) if ctx.needs_input_grad[2] else None
+        return dx, dw, dscale, None, None, None, None

@@ -1,0 +1,80 @@
+"""token_mlp: an MLP along the token axis, without transposes (the heart of SiT's reverse module, RTSM)."""
+
+import torch
+from torch import Tensor
+
+from . import _checks, reference
+from ._backends import choose
+from ._schemas import kernel
+
+
+def token_mlp(z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    r"""Mix tokens with a two-layer MLP along the token axis, the same for every channel.
+
+    .. math:: y = W_2\, \mathrm{gelu}(W_1 z + b_1) + b_2
+
+    The weights multiply from the left, so nothing is transposed, and the ``(B, R, C)`` hidden tensor is never written to
+    memory, neither forward nor backward (the backward pass computes it again).
+
+    Args:
+        z: tokens ``(B, M, C)``, fp16, bf16, fp32 or fp64, any strides. The result has its dtype.
+        w1: ``(R, M)``. Weights and biases have ``z``'s dtype; under autocast they are cast to it.
+        b1: ``(R,)``, or None.
+        w2: ``(N, R)``.
+        b2: ``(N,)``, or None.
+
+    Returns:
+        ``(B, N, C)`` in ``z.dtype``, contiguous.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or devices do not fit together.
+
+    Sums are fp32 (fp64 for fp64 tokens), the GELU is the exact (erf) one. Deterministic. Differentiable once in every
+    tensor.
+
+    Source: Zong et al., Self-slimmed Vision Transformer (ECCV 2022), section 3.3, reverse token slimming module.
+
+    >>> z, w1, w2 = torch.randn(2, 49, 64), torch.randn(784, 49), torch.randn(196, 784)
+    >>> token_mlp(z, w1, None, w2, None).shape
+    torch.Size([2, 196, 64])
+    """
+    op = "token_mlp"
+    _checks.tensor(op, "z", z, "B,M,C")
+    _checks.tensor(op, "w1", w1, "R,M", like=z)
+    _checks.tensor(op, "w2", w2, "N,R", like=z)
+    _checks.same(op, "columns", "w1", w1.shape[1], "z (its tokens)", z.shape[1])
+    _checks.same(op, "columns", "w2", w2.shape[1], "w1 (its rows)", w1.shape[0])
+    for name, bias, weight, rows in (("b1", b1, "w1", w1.shape[0]), ("b2", b2, "w2", w2.shape[0])):
+        if bias is not None:
+            _checks.tensor(op, name, bias, "R" if name == "b1" else "N", like=z)
+            _checks.same(op, "elements", name, bias.shape[0], f"{weight} (its rows)", rows)
+    weights = (w1, b1, w2, b2)
+    if torch.is_autocast_enabled(z.device.type):
+        w1, b1, w2, b2 = (t if t is None else t.to(z.dtype) for t in weights)
+    else:
+        for name, t in zip(("w1", "b1", "w2", "b2"), weights):
+            if t is not None and t.dtype != z.dtype:
+                raise TypeError(f"{op}: {name} must have z's dtype {z.dtype}, but got {t.dtype}")
+    backend = choose(op, z.device.type, z.dtype)
+    if backend == "reference":
+        return reference.token_mlp(z, w1, b1, w2, b2)
+    return _TokenMlp.apply(z, w1, b1, w2, b2, backend)
+
+
+class _TokenMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(z, w1, b1, w2, b2, backend):
+        return kernel("token_mlp_fwd", backend)(z, w1, b1, w2, b2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z, w1, b1, w2, b2, ctx.backend = inputs
+        ctx.save_for_backward(z, w1, b1, w2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        z, w1, b1, w2 = ctx.saved_tensors
+        grads = kernel("token_mlp_bwd", ctx.backend)(dy, z, w1, b1, w2)
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)), None
