@@ -15,8 +15,8 @@ from .reference import accumulation_dtype
 
 _SCHEMAS = {
     "soft_aggregate_fwd": "(Tensor x, Tensor w, Tensor? scale, float factor, Tensor? mask, SymInt prefix)"
-    " -> (Tensor y, Tensor lse)",
-    "soft_aggregate_bwd": "(Tensor dy, Tensor x, Tensor w, Tensor? scale, float factor, Tensor? mask, Tensor y, Tensor lse,"
+    " -> (Tensor y, Tensor stats)",
+    "soft_aggregate_bwd": "(Tensor dy, Tensor x, Tensor w, Tensor? scale, float factor, Tensor? mask, Tensor y, Tensor stats,"
     " SymInt prefix) -> (Tensor dx, Tensor dw, Tensor dscale)",
     "token_mlp_fwd": "(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2) -> Tensor",
     "token_mlp_bwd": "(Tensor dy, Tensor z, Tensor w1, Tensor? b1, Tensor w2)"
@@ -28,11 +28,13 @@ _SCHEMAS = {
 
 def _soft_aggregate_fwd(x, w, scale, factor, mask, prefix):
     y = x.new_empty((x.shape[0], prefix + w.shape[2], x.shape[2]))
-    return y, x.new_empty((w.shape[0], w.shape[2]), dtype=accumulation_dtype(torch.promote_types(x.dtype, w.dtype)))
+    stats = (2, w.shape[0], w.shape[2])  # a slot's largest logit and inverse sum
+    return y, x.new_empty(stats, dtype=accumulation_dtype(torch.promote_types(x.dtype, w.dtype)))
 
 
-def _soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, lse, prefix):
-    return x.new_empty(x.shape), torch.empty_like(w), lse.new_empty(())
+def _soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, stats, prefix):
+    dscale = stats.new_empty((0,) if scale is None else ())
+    return x.new_empty(x.shape), torch.empty_like(w), dscale
 
 
 def _token_mlp_fwd(z, w1, b1, w2, b2):

@@ -90,18 +90,18 @@ class _SoftAggregate(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, w, scale, ctx.factor, mask, ctx.prefix, ctx.backend = inputs
-        y, lse = output
-        ctx.mark_non_differentiable(lse)
+        y, stats = output
+        ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, w, scale, mask, y, lse)
+        ctx.save_for_backward(x, w, scale, mask, y, stats)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, _):
         if dy is None:
             return (None,) * 7
-        x, w, scale, mask, y, lse = ctx.saved_tensors
+        x, w, scale, mask, y, stats = ctx.saved_tensors
         backward = kernel("soft_aggregate_bwd", ctx.backend)
-        dx, dw, dscale = backward(dy, x, w, scale, ctx.factor, mask, y, lse, ctx.prefix)
+        dx, dw, dscale = backward(dy, x, w, scale, ctx.factor, mask, y, stats, ctx.prefix)
         dscale = dscale.reshape(scale.shape).to(scale.dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, dscale, None, None, None, None

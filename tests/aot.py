@@ -1,0 +1,162 @@
+"""Compiles every Triton kernel for real GPUs on a machine without one, by running the launchers on meta tensors.
+
+A launch is replaced by a compilation for a chosen target, so what is compiled is exactly what a user's call would
+compile: the same specialisation, configuration and options. `python tests/aot.py` prints one JSON line a kernel:
+registers, shared memory, spills and which matrix instructions it uses. Not to be run interpreted.
+"""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MATRIX = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class PretendDriver:
+    """As much of a driver as a compilation asks for."""
+
+    def __init__(self, capability):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch  # the compilation cache is kept by device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextmanager
+def compiling(capability):
+    """Within the block every launch is a compilation; yields the list of (kernel name, compiled kernel)."""
+    compiled = []
+
+    def compile_only(kernel, grid):
+        def launch(*args, **kwargs):
+            if any(isinstance(a, torch.Tensor) and a.device.type != "meta" for a in args):
+                raise TypeError("compiling takes meta tensors only")
+            compiled.append((kernel.fn.__name__, kernel.run(*args, grid=grid, warmup=True, **kwargs)))
+
+        return launch
+
+    with (
+        patch.object(JITFunction, "__getitem__", compile_only),
+        patch.object(driver, "_active", PretendDriver(capability)),
+    ):
+        yield compiled
+
+
+def resources(compiled, capability):
+    """Registers, shared memory and spills of a compiled kernel, and whether it uses the target's matrix instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": int(numbers["REG"]),
+        "spills": int(numbers["STACK"]) + int(numbers["LOCAL"]),  # bytes a thread keeps in device memory
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        "matrix": bool(re.search(MATRIX[capability], ptx)),
+        "mma": len(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx)),
+    }
+
+
+def _meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def soft_aggregate_cases(dtype):
+    from tokenops._triton.soft_aggregate import soft_aggregate_bwd, soft_aggregate_fwd
+
+    for N, M, C, learned, masked in (
+        (196, 98, 384, True, False),
+        (196, 98, 768, False, True),
+        (49, 24, 192, True, False),
+        (98, 196, 384, True, False),  # soft_scatter's direction
+        (576, 288, 384, True, False),
+    ):
+        x, w = _meta(256, N + 1, C, dtype=dtype), _meta(256, N, M, dtype=dtype)
+        if M > N:
+            w = _meta(256, M, N, dtype=dtype).transpose(1, 2)
+        scale = _meta(1, dtype=dtype) if learned else None
+        mask = _meta(256, N, dtype=torch.bool) if masked else None
+
+        def run():
+            y, stats = soft_aggregate_fwd(x, w, scale, 1.0, mask, 1)
+            soft_aggregate_bwd(y, x, w, scale, 1.0, mask, y, stats, 1)
+
+        yield f"N{N}-M{M}-C{C}", run
+
+
+def token_mlp_cases(dtype):
+    from tokenops._triton.token_mlp import token_mlp_bwd, token_mlp_fwd
+
+    for M, N, C in ((98, 196, 384), (49, 196, 192), (24, 196, 768), (162, 324, 768)):
+        z, w1, w2 = _meta(256, M, C, dtype=dtype), _meta(4 * N, M, dtype=dtype), _meta(N, 4 * N, dtype=dtype)
+        b1, b2 = _meta(4 * N, dtype=dtype), _meta(N, dtype=dtype)
+
+        def run():
+            y = token_mlp_fwd(z, w1, b1, w2, b2)
+            token_mlp_bwd(y, z, w1, b1, w2)
+
+        yield f"M{M}-N{N}-C{C}", run
+
+
+def restore_tokens_cases(dtype):
+    from tokenops._triton.restore_tokens import restore_tokens_bwd, restore_tokens_fwd
+
+    for N, k, C in ((196, 98, 384), (576, 288, 193)):
+        base, tokens = _meta(256, N + 1, C, dtype=dtype), _meta(256, k, C, dtype=dtype)
+        index = _meta(256, k, dtype=torch.int64)
+
+        def run():
+            restore_tokens_bwd(restore_tokens_fwd(base, tokens, index, 1), index, 1, 0)
+
+        yield f"N{N}-k{k}-C{C}", run
+
+
+CASES = {"soft_aggregate": soft_aggregate_cases, "token_mlp": token_mlp_cases, "restore_tokens": restore_tokens_cases}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def report(operators=tuple(CASES), targets=TARGETS, dtypes=tuple(DTYPES)):
+    usage = functools.cache(resources)
+    for capability in targets:
+        for operator in operators:
+            for name in dtypes:
+                for case, run in CASES[operator](DTYPES[name]):
+                    with compiling(capability) as compiled:
+                        run()
+                    for kernel, binary in compiled:
+                        row = {"operator": operator, "kernel": kernel, "case": case, "dtype": name, "sm": capability}
+                        yield {**row, **usage(binary, capability)}
+
+
+if __name__ == "__main__":
+    operators = tuple(a for a in sys.argv[1:] if a in CASES) or tuple(CASES)
+    targets = tuple(int(a) for a in sys.argv[1:] if a.isdigit()) or TARGETS
+    names = tuple(a for a in sys.argv[1:] if a in DTYPES) or tuple(DTYPES)
+    for row in report(operators, targets, names):
+        print(json.dumps(row), flush=True)

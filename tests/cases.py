@@ -1,0 +1,38 @@
+"""The sizes the operators are tested at, each with its reason, and the dtypes."""
+
+from typing import NamedTuple
+
+import torch
+
+LOW = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *LOW)
+
+
+class Aggregate(NamedTuple):
+    """Sizes of soft_aggregate and, with N and M exchanged, soft_scatter."""
+
+    B: int
+    N: int
+    M: int
+    C: int
+    prefix: int
+    why: str
+
+    def __str__(self):
+        return f"B{self.B}-N{self.N}-M{self.M}-C{self.C}-P{self.prefix}"
+
+
+AGGREGATE = (
+    Aggregate(2, 12, 5, 16, 1, "everything inside one tile"),
+    Aggregate(1, 1, 1, 1, 0, "the smallest there is"),
+    Aggregate(2, 1, 3, 8, 1, "one token: the softmax is 1, more slots than tokens"),
+    Aggregate(3, 7, 1, 8, 0, "one slot: the mean of everything"),
+    Aggregate(2, 9, 20, 24, 2, "more slots than tokens, two prefix tokens"),
+    Aggregate(2, 33, 17, 37, 1, "odd everywhere, one past a power of two"),
+    Aggregate(1, 196, 98, 64, 1, "SiT's first slimming, several tiles of tokens"),
+    Aggregate(1, 70, 131, 40, 1, "several tiles of slots"),
+    Aggregate(1, 24, 12, 272, 1, "several tiles of channels"),
+    Aggregate(0, 5, 3, 4, 1, "no image"),
+    Aggregate(2, 5, 0, 4, 1, "no slot: only the prefix is left"),
+    Aggregate(2, 5, 3, 0, 1, "no channel"),
+)

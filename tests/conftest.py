@@ -1,0 +1,67 @@
+"""Fixtures every test shares. Without a GPU the Triton kernels run interpreted; `--device cuda` runs them for real."""
+
+import os
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the kernels run")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    import torch
+
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda was asked for, but torch sees no GPU")
+    torch.set_num_threads(min(torch.get_num_threads(), 4))
+
+
+@pytest.fixture
+def device(request):
+    return request.config.getoption("--device")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty is filled with NaN (ints: the largest value), so an element that no kernel wrote is seen."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def ran_kernels():
+    """`with ran_kernels() as names:` collects the tokenops kernels that ran: {"soft_aggregate_fwd.triton", ...}."""
+    from contextlib import contextmanager
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.names = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "tokenops":
+                self.names.add(str(func).removeprefix("tokenops."))
+            return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def record():
+        with Recorder() as recorder:
+            yield recorder.names
+
+    return record

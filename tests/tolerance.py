@@ -1,0 +1,50 @@
+"""How close is close enough: measured, not picked.
+
+Truth is the reference in fp64. A kernel may be at most twice as far from it as plain PyTorch is in the same dtype, by the
+largest error and by the relative L2 norm; no row may be silently zero, and errors may not all lean to one side.
+"""
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0
+
+
+def assert_as_good_as_plain(ours: Tensor, plain: Tensor, truth: Tensor, what: str = "result", factor: float = FACTOR) -> None:
+    """`ours` and `plain` are in the tested dtype, `truth` in fp64 (all finite)."""
+    assert ours.shape == truth.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
+    assert ours.dtype == plain.dtype, f"{what}: dtype {ours.dtype}, expected {plain.dtype}"
+    if truth.numel() == 0:
+        return
+    ours64, plain64 = ours.detach().double().cpu(), plain.detach().double().cpu()
+    truth = truth.detach().double().cpu()
+    assert torch.isfinite(ours64).all(), f"{what}: {int((~torch.isfinite(ours64)).sum())} elements are not finite"
+    # a floor for plain results that happen to be exact: two roundings of the largest value
+    floor = 2 * torch.finfo(ours.dtype).eps
+    size = truth.abs().max()
+    error, allowed = (ours64 - truth).abs().max(), factor * (plain64 - truth).abs().max() + floor * size
+    assert error <= allowed, f"{what}: largest error {error:.3e}, but plain PyTorch allows {allowed:.3e}"
+    norm = truth.norm()
+    error, allowed = (ours64 - truth).norm(), factor * (plain64 - truth).norm() + floor * norm
+    assert error <= allowed, f"{what}: L2 error {error:.3e}, but plain PyTorch allows {allowed:.3e}"
+    assert_no_silent_rows(ours64, truth, what)
+    assert_unbiased(ours64, truth, what, torch.finfo(ours.dtype).eps)
+
+
+def assert_no_silent_rows(ours: Tensor, truth: Tensor, what: str = "result") -> None:
+    """A row of zeros where the truth has values means that a tile was never computed."""
+    if truth.dim() == 0:
+        return
+    rows = truth.abs().amax(dim=-1)
+    silent = (ours.abs().amax(dim=-1) == 0) & (rows > 1e-3 * truth.abs().max())
+    assert not silent.any(), f"{what}: {int(silent.sum())} rows are zero, but should not be"
+
+
+def assert_unbiased(ours: Tensor, truth: Tensor, what: str, eps: float) -> None:
+    """Rounding errors cancel; a mean error of many roundings is a missing term."""
+    if truth.numel() < 1000:
+        return
+    error = ours - truth
+    bias, typical = error.mean().abs(), error.abs().mean()
+    noise = typical / truth.numel() ** 0.5 + eps * truth.abs().mean() * 0.25
+    assert bias <= 8 * noise, f"{what}: mean error {bias:.3e} against {typical:.3e} in size: the errors lean to one side"

@@ -1,0 +1,46 @@
+"""What the launchers share: dtypes and precision of the dots, and the sizes of tiles."""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+#: a * b + c rounded once, said at every launch because Triton's default is about to change
+FUSION = {"enable_fp_fusion": True}
+
+_TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def dot_options(*dtypes: torch.dtype) -> dict:
+    """ACC, DOT and PRECISION for tensors of these dtypes (the first is the tokens').
+
+    Sums are fp32, fp64 where fp64 takes part. Operands of a dot have the tokens' dtype; interpreted they have the
+    accumulator's, because the interpreter's bf16 arithmetic works on raw bits. fp32 dots follow torch's own switch.
+    """
+    accumulator = tl.float64 if torch.float64 in dtypes else tl.float32
+    tf32 = dtypes[0] == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {
+        "ACC": accumulator,
+        "DOT": accumulator if INTERPRETED else _TYPES[dtypes[0]],
+        "PRECISION": "tf32" if tf32 else "tf32x3" if dtypes[0] == torch.float32 else "ieee",
+    }
+
+
+def tile(size: int, smallest: int, largest: int) -> int:
+    """The power of two that covers `size`, between two limits (a dot needs at least 16)."""
+    return max(smallest, min(largest, triton.next_power_of_2(max(size, 1))))
+
+
+def index_type(*tensors: torch.Tensor) -> tl.dtype:
+    """The integers that offsets within one image fit in (registers are short): 32 bits, or 64 for huge strides."""
+    reach = max(sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:])) for t in tensors)
+    # tiles reach past the end (masked), so half of the range is kept free
+    return tl.int32 if reach < 2**30 else tl.int64
