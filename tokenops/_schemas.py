@@ -15,8 +15,8 @@ from .reference import accumulation_dtype
 
 _SCHEMAS = {
     "soft_aggregate_fwd": "(Tensor x, Tensor w, Tensor? scale, float factor, Tensor? mask, SymInt prefix)"
-    " -> (Tensor y, Tensor stats)",
-    "soft_aggregate_bwd": "(Tensor dy, Tensor x, Tensor w, Tensor? scale, float factor, Tensor? mask, Tensor y, Tensor stats,"
+    " -> (Tensor y, Tensor saved)",
+    "soft_aggregate_bwd": "(Tensor dy, Tensor x, Tensor w, Tensor? scale, float factor, Tensor? mask, Tensor? y, Tensor saved,"
     " SymInt prefix) -> (Tensor dx, Tensor dw, Tensor dscale)",
     "token_mlp_fwd": "(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2) -> Tensor",
     "token_mlp_bwd": "(Tensor dy, Tensor z, Tensor w1, Tensor? b1, Tensor w2)"
@@ -26,15 +26,38 @@ _SCHEMAS = {
 }
 
 
+def _wide(x, w):
+    return accumulation_dtype(torch.promote_types(x.dtype, w.dtype))
+
+
 def _soft_aggregate_fwd(x, w, scale, factor, mask, prefix):
     y = x.new_empty((x.shape[0], prefix + w.shape[2], x.shape[2]))
-    stats = (2, w.shape[0], w.shape[2])  # a slot's largest logit and inverse sum
-    return y, x.new_empty(stats, dtype=accumulation_dtype(torch.promote_types(x.dtype, w.dtype)))
+    return y, x.new_empty((2, w.shape[0], w.shape[2]), dtype=_wide(x, w))  # a slot's largest logit and inverse sum
 
 
-def _soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, stats, prefix):
-    dscale = stats.new_empty((0,) if scale is None else ())
-    return x.new_empty(x.shape), torch.empty_like(w), dscale
+def tokens_last(w):
+    """Whether the logits (B,N,M) lie in memory as (B,M,N): the CPU path keeps the weights in that order."""
+    return w.stride(1) < w.stride(2)
+
+
+def _weights_native(w, dtype):
+    a = w.transpose(1, 2) if tokens_last(w) else w
+    a = a.new_empty(a.shape, dtype=dtype)
+    return a.transpose(1, 2) if tokens_last(w) else a
+
+
+def _soft_aggregate_fwd_native(x, w, scale, factor, mask, prefix):
+    y = x.new_empty((x.shape[0], prefix + w.shape[2], x.shape[2]))
+    return y, _weights_native(w, x.dtype)
+
+
+def _soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, saved, prefix):
+    return x.new_empty(x.shape), torch.empty_like(w), x.new_empty((0,) if scale is None else (), dtype=_wide(x, w))
+
+
+def _soft_aggregate_bwd_native(dy, x, w, scale, factor, mask, y, saved, prefix):
+    dx, _, dscale = _soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, saved, prefix)
+    return dx, _weights_native(w, w.dtype), dscale
 
 
 def _token_mlp_fwd(z, w1, b1, w2, b2):
@@ -65,10 +88,22 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
 def _late(module: str, name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-    """An implementation that is imported when it is first called (importing triton takes most of a second)."""
+    """An implementation that is imported when it is first called (importing triton takes most of a second).
+
+    The tensors' dtypes decide, so autocast is kept out of what it is composed of.
+    """
+
+    implementation = None
 
     def call(*args):
-        return getattr(importlib.import_module(module, __package__), name)(*args)
+        nonlocal implementation
+        if implementation is None:
+            implementation = getattr(importlib.import_module(module, __package__), name)
+        device = args[0].device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return implementation(*args)
+        return implementation(*args)
 
     return call
 
@@ -79,7 +114,7 @@ def _register() -> None:
         for backend in ("native", "triton"):
             overload = f"{name}.{backend}"
             _library.define(overload + schema, tags=_TAGS)
-            torch.library.register_fake(f"tokenops::{overload}", globals()[f"_{name}"], lib=_library)
+            torch.library.register_fake(f"tokenops::{overload}", globals().get(f"_{name}_{backend}", globals()[f"_{name}"]), lib=_library)
             for device, backends in TABLE[op].items():
                 if backend in backends and not (backend == "native" and op in COMPILED):
                     room = "_triton" if backend == "triton" else f"_{device}"
@@ -87,6 +122,11 @@ def _register() -> None:
 
 
 _register()
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to know of a call: an autograd.Function costs more than a small kernel."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def kernel(name: str, backend: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:

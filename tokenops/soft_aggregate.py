@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import _checks, reference
 from ._backends import choose
-from ._schemas import kernel
+from ._schemas import kernel, needs_grad
 
 
 def soft_aggregate(
@@ -78,8 +78,12 @@ def _apply(op, x, w, scale, mask, prefix):
     if backend == "reference":
         return reference.soft_aggregate(x, w, scale=scale, mask=mask, prefix=prefix)
     if isinstance(scale, Tensor):
-        return _SoftAggregate.apply(x, w, scale, 1.0, mask, prefix, backend)[0]
-    return _SoftAggregate.apply(x, w, None, 1.0 if scale is None else float(scale), mask, prefix, backend)[0]
+        learned, factor = scale, 1.0
+    else:
+        learned, factor = None, 1.0 if scale is None else float(scale)
+    if needs_grad(x, w, learned):
+        return _SoftAggregate.apply(x, w, learned, factor, mask, prefix, backend)[0]
+    return kernel("soft_aggregate_fwd", backend)(x, w, learned, factor, mask, prefix)[0]
 
 
 class _SoftAggregate(torch.autograd.Function):
@@ -90,18 +94,19 @@ class _SoftAggregate(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, w, scale, ctx.factor, mask, ctx.prefix, ctx.backend = inputs
-        y, stats = output
-        ctx.mark_non_differentiable(stats)
+        y, saved = output
+        ctx.mark_non_differentiable(saved)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, w, scale, mask, y, stats)
+        # the CPU path keeps the weights; it has no use for the result
+        ctx.save_for_backward(x, w, scale, mask, None if ctx.backend == "native" else y, saved)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, _):
         if dy is None:
             return (None,) * 7
-        x, w, scale, mask, y, stats = ctx.saved_tensors
+        x, w, scale, mask, y, saved = ctx.saved_tensors
         backward = kernel("soft_aggregate_bwd", ctx.backend)
-        dx, dw, dscale = backward(dy, x, w, scale, ctx.factor, mask, y, stats, ctx.prefix)
+        dx, dw, dscale = backward(dy, x, w, scale, ctx.factor, mask, y, saved, ctx.prefix)
         dscale = dscale.reshape(scale.shape).to(scale.dtype) if ctx.needs_input_grad[2] else None
         return dx, dw, dscale, None, None, None, None

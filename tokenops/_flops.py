@@ -1,0 +1,39 @@
+"""Teaches torch.utils.flop_counter our operators (matrix products only, two FLOPs a multiply-add, as it counts).
+
+Import it before counting; `tokenops.methods` does.
+"""
+
+import torch
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
+
+_ops, _aten = torch.ops.tokenops, torch.ops.aten
+
+
+@register_flop_formula(_ops.soft_aggregate_fwd)
+def _soft_aggregate_fwd(x, w, *args, **kwargs):
+    b, n, m = w
+    return 2 * b * n * m * x[2]
+
+
+@register_flop_formula(_ops.soft_aggregate_bwd)
+def _soft_aggregate_bwd(dy, x, w, *args, **kwargs):
+    b, n, m = w
+    return 2 * (2 * b * n * m * x[2])
+
+
+@register_flop_formula(_ops.token_mlp_fwd)
+def _token_mlp_fwd(z, w1, b1, w2, *args, **kwargs):
+    return 2 * z[0] * z[2] * w1[0] * (w1[1] + w2[0])
+
+
+@register_flop_formula(_ops.token_mlp_bwd)
+def _token_mlp_bwd(dy, z, w1, b1, w2, *args, **kwargs):
+    # three products with w1's shape (the hidden tokens again, their weights, the tokens), two with w2's
+    return 2 * z[0] * z[2] * w1[0] * (3 * w1[1] + 2 * w2[0])
+
+
+if _aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:  # torch 2.11 does not count it
+
+    @register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)
+    def _attention_cpu(q, k, v, *args, **kwargs):
+        return sdpa_flop_count(q, k, v)
