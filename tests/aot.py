@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 TARGETS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
 class PretendDriver:
@@ -63,19 +63,28 @@ def compiling(capability):
         yield compiled
 
 
+def _tool(name, *arguments):
+    run = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    return run.stdout + run.stderr
+
+
 def resources(compiled, capability):
     """Registers, shared memory and spills of a compiled kernel, and whether it uses the target's matrix instructions."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
-    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, source = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "--dump-resource-usage", cubin)))
+        spills = int(numbers["LOCAL"])
+        if int(numbers["STACK"]):  # a stack frame may hold spilled registers: ask the assembler
+            source.write_text(ptx)
+            target = re.search(r"\.target (sm_\w+)", ptx)[1]
+            ptxas = "ptxas-blackwell" if capability >= 100 else "ptxas"
+            said = _tool(ptxas, "-v", f"--gpu-name={target}", "-o", Path(folder, "again.cubin"), source)
+            spills += sum(int(bytes) for bytes in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
     return {
         "registers": int(numbers["REG"]),
-        "spills": int(numbers["STACK"]) + int(numbers["LOCAL"]),  # bytes a thread keeps in device memory
+        "spills": spills,
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
         "matrix": bool(re.search(MATRIX[capability], ptx)),

@@ -36,3 +36,37 @@ AGGREGATE = (
     Aggregate(2, 5, 0, 4, 1, "no slot: only the prefix is left"),
     Aggregate(2, 5, 3, 0, 1, "no channel"),
 )
+
+
+class Restore(NamedTuple):
+    """Sizes of restore_tokens; `carried` says that tokens bring the prefix with them."""
+
+    B: int
+    N: int
+    k: int
+    C: int
+    prefix: int
+    carried: bool
+    why: str
+
+    def __str__(self):
+        return f"B{self.B}-N{self.N}-k{self.k}-C{self.C}-P{self.prefix}{'-carried' * self.carried}"
+
+
+RESTORE = (
+    Restore(2, 12, 5, 16, 1, False, "16-byte units in every dtype"),
+    Restore(2, 12, 5, 16, 1, True, "tokens replace the prefix too"),
+    Restore(1, 1, 1, 1, 0, False, "the smallest there is"),
+    Restore(2, 9, 4, 6, 2, True, "rows of 12 bytes: 4-byte units in bf16, two prefix tokens"),
+    Restore(3, 33, 17, 37, 1, False, "odd everywhere: units of one element"),
+    Restore(1, 196, 98, 384, 1, False, "DeiT-S, one image: many chunks of rows"),
+    Restore(2, 40, 40, 20, 0, False, "every token is replaced, no prefix; 8-byte units in bf16"),
+    Restore(2, 5, 2, 300, 1, True, "a row of more units than a block has threads in fp64"),
+    Restore(1, 600, 300, 2, 1, False, "many short rows: chunks as long as the kernel's table"),
+    Restore(2, 5, 0, 4, 1, False, "no token: a copy"),
+    Restore(2, 5, 0, 4, 2, True, "only the prefix is replaced"),
+    Restore(0, 5, 3, 4, 1, True, "no image"),
+    Restore(2, 0, 0, 4, 1, False, "only a prefix"),
+    Restore(2, 0, 0, 4, 0, False, "nothing at all"),
+    Restore(2, 5, 3, 0, 1, False, "no channel"),
+)

@@ -32,7 +32,8 @@ def _wide(x, w):
 
 def _soft_aggregate_fwd(x, w, scale, factor, mask, prefix):
     y = x.new_empty((x.shape[0], prefix + w.shape[2], x.shape[2]))
-    return y, x.new_empty((2, w.shape[0], w.shape[2]), dtype=_wide(x, w))  # a slot's largest logit and inverse sum
+    # of each slot the largest scaled logit, the inverse sum and the mean logit
+    return y, x.new_empty((3, w.shape[0], w.shape[2]), dtype=_wide(x, w))
 
 
 def tokens_last(w):
@@ -48,7 +49,8 @@ def _weights_native(w, dtype):
 
 def _soft_aggregate_fwd_native(x, w, scale, factor, mask, prefix):
     y = x.new_empty((x.shape[0], prefix + w.shape[2], x.shape[2]))
-    return y, _weights_native(w, x.dtype)
+    exact = scale is not None or factor != 1.0 or mask is not None
+    return y, _weights_native(w, _wide(x, w) if exact else x.dtype)
 
 
 def _soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, saved, prefix):

@@ -27,15 +27,16 @@ def _scale(scale, factor, dtype):
 
 
 def _weights(x, w, scale, factor, mask):
-    """A, (B,N,M) in x's dtype. The quick way makes NaN of a slot whose logits are all -inf: seen in any of its rows."""
-    dtype = torch.promote_types(x.dtype, w.dtype)
-    wide = accumulation_dtype(dtype)
+    """A, (B,N,M). The quick way makes NaN of a slot whose logits are all -inf: seen in any of its rows."""
+    wide = accumulation_dtype(torch.promote_types(x.dtype, w.dtype))
     s = _scale(scale, factor, wide)
+    exact = s is not None or mask is not None
+    dtype = wide if exact else torch.promote_types(x.dtype, w.dtype)
     if mask is None:
-        a = _softmax(w, dtype) if s is None else _softmax(w.to(wide) * s, wide)
+        a = _softmax(w if s is None else w.to(wide) * s, dtype)
         if a.shape[1] == 0 or not a[:, 0].isnan().any():
-            return a.to(x.dtype)
-    a = aggregation_weights(w.to(wide), s, mask).to(x.dtype)
+            return a if exact else a.to(x.dtype)
+    a = aggregation_weights(w.to(wide), s, mask).to(wide if exact else x.dtype)
     return a.transpose(1, 2).contiguous().transpose(1, 2) if tokens_last(w) else a.contiguous()
 
 
@@ -44,7 +45,7 @@ def soft_aggregate_fwd(x, w, scale, factor, mask, prefix):
     y = x.new_empty((x.shape[0], prefix + w.shape[2], x.shape[2]))
     if prefix:
         y[:, :prefix] = x[:, :prefix]
-    torch.bmm(a.transpose(1, 2), _counting(x, mask, prefix), out=y[:, prefix:])
+    torch.bmm(a.to(x.dtype).transpose(1, 2), _counting(x, mask, prefix), out=y[:, prefix:])
     return y, a
 
 
@@ -53,15 +54,14 @@ def soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, a, prefix):
     dx = x.new_empty(x.shape)
     if prefix:
         dx[:, :prefix] = dy[:, :prefix]
-    torch.bmm(a, dslots, out=dx[:, prefix:])
+    torch.bmm(a.to(x.dtype), dslots, out=dx[:, prefix:])
     wide = accumulation_dtype(torch.promote_types(x.dtype, w.dtype))
     s = _scale(scale, factor, wide)
-    dtype = a.dtype if s is None else wide
     if tokens_last(a):
         da, a, dim = torch.bmm(dslots, tokens.transpose(1, 2)), a.transpose(1, 2), 2
     else:
         da, dim = torch.bmm(tokens, dslots.transpose(1, 2)), 1
-    ds = torch.ops.aten._softmax_backward_data.default(da.to(dtype), a.to(dtype), dim, dtype)
+    ds = torch.ops.aten._softmax_backward_data.default(da.to(a.dtype), a, dim, a.dtype)
     ds = ds.transpose(1, 2) if dim == 2 else ds
     dscale = ds.new_empty((0,), dtype=wide)
     if scale is not None:

@@ -38,10 +38,14 @@ def _logits(w_ptr, n, m, counts, M, stride_wn, stride_wm, ACC: tl.constexpr, IND
 
 
 @triton.jit
+def _finite(w):
+    return tl.where(w == float("-inf"), 0.0, w)
+
+
+@triton.jit
 def _scaled(w, scale):
     """scale * w, where a logit of -inf stays one whatever the scale."""
-    out = w == float("-inf")
-    return tl.where(out, float("-inf"), tl.where(out, 0.0, w) * scale)
+    return tl.where(w == float("-inf"), float("-inf"), _finite(w) * scale)
 
 
 @triton.jit
@@ -62,7 +66,7 @@ def soft_aggregate_fwd_kernel(
 ):  # fmt: skip
     N, M = N * N_UNIT, M * M_UNIT
     stride_wb, stride_wn, stride_wm = stride_wb * WB_UNIT, stride_wn * WN_UNIT, stride_wm * WM_UNIT
-    tiles_c = tl.cdiv(C, BLOCK_C)
+    tiles_c = tl.maximum(tl.cdiv(C, BLOCK_C), 1)
     tiles_m = tl.maximum(tl.cdiv(M, BLOCK_M), 1)
     program = tl.program_id(0)
     tile_m = (program // tiles_c) % tiles_m
@@ -83,13 +87,19 @@ def soft_aggregate_fwd_kernel(
     scale = _scale(scale_ptr, factor, ACC, HAS_SCALE)
     top = tl.full((BLOCK_M,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
+    mean = tl.zeros((BLOCK_M,), ACC)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         counts = _token_counts(mask_ptr, n, N, stride_mn, HAS_MASK, INDEX)
-        s = _scaled(_logits(w_ptr, n[None, :], m[:, None], counts[None, :], M, stride_wn, stride_wm, ACC, INDEX), scale)
+        w = _logits(w_ptr, n[None, :], m[:, None], counts[None, :], M, stride_wn, stride_wm, ACC, INDEX)
+        s = _scaled(w, scale)
         higher = tl.maximum(top, tl.max(s, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(top - base) + tl.sum(tl.exp(s - base[:, None]), axis=1)
+        e = tl.exp(s - base[:, None])
+        shrink = tl.exp(top - base)
+        total = total * shrink + tl.sum(e, axis=1)
+        if HAS_SCALE:
+            mean = mean * shrink + tl.sum(e * _finite(w), axis=1)
         top = higher
     # a slot without any token that counts has weights exp(-inf - 0) * 0
     top = tl.where(top == float("-inf"), 0.0, top)
@@ -97,6 +107,7 @@ def soft_aggregate_fwd_kernel(
     if program % tiles_c == 0:
         tl.store(stats_ptr + b * M + m, top, mask=m < M)
         tl.store(stats_ptr + (B + b) * M + m, inverse, mask=m < M)
+        tl.store(stats_ptr + (2 * B + b) * M + m, mean * inverse, mask=m < M)
 
     acc = tl.zeros((BLOCK_M, BLOCK_C), ACC)
     for start in range(0, N, BLOCK_N):
@@ -112,7 +123,7 @@ def soft_aggregate_fwd_kernel(
 
 @triton.jit
 def _weights(w, stats_ptr, b, m, B, M, scale):
-    """A again, from the logits and the saved largest logit and inverse sum of each slot."""
+    """A again, from the logits and what the forward pass saved of each slot: largest scaled logit and inverse sum."""
     top = tl.load(stats_ptr + b * M + m, mask=m < M, other=0.0)
     inverse = tl.load(stats_ptr + (B + b) * M + m, mask=m < M, other=0.0)
     return tl.exp(_scaled(w, scale) - top[None, :]) * inverse[None, :]
@@ -176,7 +187,9 @@ def soft_aggregate_bwd_kernel(
         a = weights.to(DOT)
         ds = weights * (da - delta[None, :])
         if HAS_SCALE:
-            dscale += tl.sum(ds * tl.where(w == float("-inf"), 0.0, w), axis=1)
+            # dS sums to 0 over the tokens; measured from their mean, the logits let no error of delta through
+            mean = tl.load(stats_ptr + (2 * B + b) * M + m, mask=m < M, other=0.0)
+            dscale += tl.sum(ds * (_finite(w) - mean[None, :]), axis=1)
         offsets = n.to(INDEX)[:, None] * stride_dwn + m.to(INDEX)[None, :] * stride_dwm
         inside = (n < N)[:, None] & (m < M)[None, :]
         tl.store(dw_ptr + offsets, (scale * ds).to(dw_ptr.dtype.element_ty), mask=inside)
@@ -213,13 +226,12 @@ def _fwd_config(dtype, N, M, C):
 
 def _bwd_config(dtype, N, M, C):
     wide = dtype.itemsize > 2
-    block_m = tile(M, 16, 64 if wide else 128)
     return {
         "BLOCK_N": tile(N, 16, 64),
-        "BLOCK_M": block_m,
+        "BLOCK_M": tile(M, 16, 32 if wide else 128),
         "BLOCK_C": tile(C, 16, 32 if wide else 64),
-        "num_warps": 8 if block_m > 32 else 4,
-        "num_stages": 2,
+        "num_warps": 8 if wide or M > 32 else 4,
+        "num_stages": 2 if wide else 3,
         **FUSION,
     }
 
@@ -257,10 +269,11 @@ def soft_aggregate_fwd(x, w, scale, factor, mask, prefix):
     options = _shared_arguments(x, w, scale, mask)
     y = x.new_empty((B, prefix + M, C))
     accumulator = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
-    stats = w.new_empty((2, B, M), dtype=accumulator)
+    stats = w.new_empty((3, B, M), dtype=accumulator)
     scale_, mask_, mask_strides, constants = options
     config = _fwd_config(x.dtype, N, M, C)
-    grid = (B * max(triton.cdiv(M, config["BLOCK_M"]), 1) * triton.cdiv(C, config["BLOCK_C"]),)
+    tiles_m, tiles_c = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(C, config["BLOCK_C"])
+    grid = (B * max(tiles_m, 1) * max(tiles_c, 1),)
     sizes, w_strides, _, units = _logit_layout(N, M, w)
     if grid[0]:
         soft_aggregate_fwd_kernel[grid](
