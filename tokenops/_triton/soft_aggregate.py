@@ -226,12 +226,13 @@ def _fwd_config(dtype, N, M, C):
 
 def _bwd_config(dtype, N, M, C):
     wide = dtype.itemsize > 2
+    warps = 8 if wide or M > 32 else 4
     return {
         "BLOCK_N": tile(N, 16, 64),
         "BLOCK_M": tile(M, 16, 32 if wide else 128),
-        "BLOCK_C": tile(C, 16, 32 if wide else 64),
-        "num_warps": 8 if wide or M > 32 else 4,
-        "num_stages": 2 if wide else 3,
+        "BLOCK_C": tile(C, 16, 32 if wide or M > 64 else 64),
+        "num_warps": warps,
+        "num_stages": 2 if warps == 8 else 3,
         **FUSION,
     }
 
