@@ -64,8 +64,8 @@ def compiling(capability):
 
 
 def _tool(name, *arguments):
-    run = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
-    return run.stdout + run.stderr
+    run = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True)
+    return run.stdout + run.stderr if run.returncode == 0 else None
 
 
 def resources(compiled, capability):
@@ -79,8 +79,8 @@ def resources(compiled, capability):
         if int(numbers["STACK"]):  # a stack frame may hold spilled registers: ask the assembler
             source.write_text(ptx)
             target = re.search(r"\.target (sm_\w+)", ptx)[1]
-            ptxas = "ptxas-blackwell" if capability >= 100 else "ptxas"
-            said = _tool(ptxas, "-v", f"--gpu-name={target}", "-o", Path(folder, "again.cubin"), source)
+            options = ("-v", f"--gpu-name={target}", "-o", Path(folder, "again.cubin"), source)
+            said = _tool("ptxas", *options) or _tool("ptxas-blackwell", *options)
             spills += sum(int(bytes) for bytes in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
     return {
         "registers": int(numbers["REG"]),

@@ -62,11 +62,32 @@ RESTORE = (
     Restore(1, 196, 98, 384, 1, False, "DeiT-S, one image: many chunks of rows"),
     Restore(2, 40, 40, 20, 0, False, "every token is replaced, no prefix; 8-byte units in bf16"),
     Restore(2, 5, 2, 300, 1, True, "a row of more units than a block has threads in fp64"),
-    Restore(1, 600, 300, 2, 1, False, "many short rows: chunks as long as the kernel's table"),
+    Restore(1, 300, 150, 1, 1, False, "rows of one element: long chunks, since indices outweigh rows"),
     Restore(2, 5, 0, 4, 1, False, "no token: a copy"),
     Restore(2, 5, 0, 4, 2, True, "only the prefix is replaced"),
     Restore(0, 5, 3, 4, 1, True, "no image"),
     Restore(2, 0, 0, 4, 1, False, "only a prefix"),
     Restore(2, 0, 0, 4, 0, False, "nothing at all"),
     Restore(2, 5, 3, 0, 1, False, "no channel"),
+)
+
+
+class TokenMlp(NamedTuple):
+    B: int
+    M: int
+    R: int
+    N: int
+    C: int
+    why: str
+
+    def __str__(self):
+        return f"B{self.B}-M{self.M}-R{self.R}-N{self.N}-C{self.C}"
+
+
+TOKEN_MLP = (
+    TokenMlp(2, 5, 12, 7, 9, "everything inside one tile"),
+    TokenMlp(1, 1, 1, 1, 1, "the smallest there is"),
+    TokenMlp(3, 24, 100, 40, 70, "several tiles of hidden rows and channels, several partial sums"),
+    TokenMlp(1, 140, 70, 300, 24, "more tokens in and out than a tile holds"),
+    TokenMlp(0, 3, 4, 5, 6, "no image"),
 )

@@ -34,6 +34,11 @@ def dot_options(*dtypes: torch.dtype) -> dict:
     }
 
 
+def before_hopper() -> bool:
+    """Whether the GPU in use is older than compute capability 9.0: operands of a dot take registers there."""
+    return not INTERPRETED and triton.runtime.driver.active.get_current_target().arch < 90
+
+
 def tile(size: int, smallest: int, largest: int) -> int:
     """The power of two that covers `size`, between two limits (a dot needs at least 16)."""
     return max(smallest, min(largest, triton.next_power_of_2(max(size, 1))))

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import FUSION, dot_options, index_type, tile
+from .common import FUSION, before_hopper, dot_options, index_type, tile
 
 
 @triton.jit
@@ -190,15 +190,15 @@ def token_mlp_bwd_weight_kernel(
 PROGRAMS = 264
 
 
-def _config(dtype, M, R, N, C, largest_n, block_c=64):
+def _config(dtype, M, R, N, C, largest_n, stages=2):
     wide = dtype.itemsize > 2
     return {
         "BLOCK_M": tile(M, 16, 32 if wide else 128),
         "BLOCK_R": tile(R, 16, 32 if wide else 64),
         "BLOCK_N": tile(N, 16, 32 if wide else largest_n),
-        "BLOCK_C": tile(C, 16, 32 if wide else block_c),
+        "BLOCK_C": tile(C, 16, 32 if wide else 64),
         "num_warps": 4 if wide else 8,
-        "num_stages": 2,
+        "num_stages": stages,
         **FUSION,
     }
 
@@ -206,7 +206,8 @@ def _config(dtype, M, R, N, C, largest_n, block_c=64):
 def token_mlp_fwd(z, w1, b1, w2, b2):
     (B, M, C), R, N = z.shape, w1.shape[0], w2.shape[0]
     y = z.new_empty((B, N, C))
-    config = _config(z.dtype, M, R, N, C, largest_n=256)
+    # all of N in one tile: a second one would compute the hidden rows, half of the work, again
+    config = _config(z.dtype, M, R, N, C, largest_n=256, stages=1 if before_hopper() else 2)
     grid = (B * triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(C, config["BLOCK_C"]),)
     if grid[0]:
         token_mlp_fwd_kernel[grid](
@@ -240,11 +241,12 @@ def token_mlp_bwd(dy, z, w1, b1, w2):
         token_mlp_bwd_z_kernel[grid](*tensors, dz, M, R, N, C, *strides, **common, **ones(config), **config)
 
     def weight(first):
-        config = _config(z.dtype, M, R, N, C, largest_n=64 if first else 128)
+        old = before_hopper()
+        config = _config(z.dtype, M, R, N, C, largest_n=64 if first or old else 128, stages=1 if old else 2)
         columns = M if first else N
         tiles = triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(columns, config["BLOCK_M" if first else "BLOCK_N"])
         items = B * triton.cdiv(C, config["BLOCK_C"])
-        share = max(triton.cdiv(items, max(PROGRAMS // max(tiles, 1), 1)), 1)
+        share = max(triton.cdiv(items, max(PROGRAMS // max(tiles, 1), 1)), 4)  # the partial sums stay small
         splits = max(triton.cdiv(items, share), 1)
         partial, db1 = z.new_empty((splits, R, columns), dtype=wide), z.new_empty((splits, R), dtype=wide)
         if tiles:
@@ -256,4 +258,4 @@ def token_mlp_bwd(dy, z, w1, b1, w2):
     dw1, db1 = weight(first=True)
     dw2, _ = weight(first=False)
     db2 = dy.sum(dim=(0, 2), dtype=wide)
-    return dz, dw1.to(w1.dtype), db1.to(w1.dtype), dw2.t().to(w2.dtype, memory_format=torch.contiguous_format), db2.to(w2.dtype)
+    return dz, dw1.to(w1.dtype), db1.to(w1.dtype), dw2.t().to(w2.dtype).contiguous(), db2.to(w2.dtype)
