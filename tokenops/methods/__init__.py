@@ -1,0 +1,19 @@
+"""Whole methods on timm-style models. Importing this package registers its models with `timm.create_model`.
+
+>>> import timm, torch
+>>> model = timm.create_model("sit_lvvit_xsmall", num_classes=10).for_inference()
+>>> model(torch.randn(1, 3, 224, 224)).shape
+torch.Size([1, 10])
+"""
+
+try:
+    import timm  # noqa: F401
+except ImportError as error:
+    raise ImportError("tokenops.methods needs timm: pip install 'tokenops[models]'") from error
+
+from .. import _flops  # noqa: F401
+from .checkpoint import init_from_teacher, load_checkpoint
+from .lvvit import LVViT
+from .sit import SiT
+
+__all__ = ["LVViT", "SiT", "init_from_teacher", "load_checkpoint"]
