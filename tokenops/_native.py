@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 _HERE = Path(__file__).parent
-_LIBRARY = _HERE / "_C.abi3.so"
+LIBRARY = _HERE / "_C.abi3.so"
 _INFO = _HERE / "_build_info.json"
 _NOT_BUILT = "compiled code is missing: this source tree was not built (python setup.py build_ext --inplace)"
 
@@ -17,10 +17,10 @@ def _load() -> tuple[dict, str | None]:
     built = json.loads(_INFO.read_text()) if _INFO.exists() else {"cpu": _NOT_BUILT, "cuda": _NOT_BUILT}
     if built["cpu"] is not None:
         return built, built["cpu"]
-    if not _LIBRARY.exists():
+    if not LIBRARY.exists():
         return built, _NOT_BUILT
     try:
-        torch.ops.load_library(str(_LIBRARY))
+        torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return built, f"the compiled library does not load: {error}"
     return built, None
@@ -42,13 +42,14 @@ def _why_no_cuda(built: dict) -> str | None:
         return f"no CUDA kernels: {built['cuda']}"
     driver = _driver() if torch.version.cuda else None
     if driver is not None and driver[0] < int(built["nvcc"].split(".")[0]):
-        return f"the CUDA kernels were built by nvcc {built['nvcc']}, but this driver supports CUDA {driver[0]}.{driver[1]}"
+        return f"the CUDA kernels need CUDA {built['nvcc']}, but this driver supports CUDA {driver[0]}.{driver[1]}"
     return None
 
 
 _built, _why_no_cpu = _load()
 _why_no_cuda_code = _why_no_cpu or _why_no_cuda(_built)
-_oldest_gpu = min((tuple(map(int, a.rstrip("af+PTX").split("."))) for a in _built.get("architectures", ())), default=(0, 0))
+_capabilities = [tuple(map(int, name.rstrip("af+PTX").split("."))) for name in _built.get("architectures", ())]
+_oldest_gpu = min(_capabilities, default=(0, 0))
 
 
 def why_not(device: str) -> str | None:
@@ -61,5 +62,5 @@ def why_not(device: str) -> str | None:
 
 
 def info() -> dict:
-    """What was built: cpu and cuda (why not, or None), architectures, and the torch, compiler and nvcc that built it."""
+    """What was built: cpu and cuda (why not, or None), architectures, and by which torch, compiler and nvcc."""
     return {**_built, "cpu": _why_no_cpu, "cuda": _why_no_cuda_code}

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import _checks, reference
 from ._backends import choose
-from ._schemas import kernel
+from ._schemas import kernel, needs_grad
 
 
 def restore_tokens(base: Tensor, tokens: Tensor, index: Tensor, *, prefix: int = 1) -> Tensor:
@@ -57,7 +57,9 @@ def restore_tokens(base: Tensor, tokens: Tensor, index: Tensor, *, prefix: int =
     backend = choose(op, base.device.type, base.dtype)
     if backend == "reference":
         return reference.restore_tokens(base, tokens, index, prefix=prefix)
-    return _RestoreTokens.apply(base, tokens, index, prefix, backend)
+    if needs_grad(base, tokens):
+        return _RestoreTokens.apply(base, tokens, index, prefix, backend)
+    return kernel("restore_tokens_fwd", backend)(base, tokens, index, prefix)
 
 
 class _RestoreTokens(torch.autograd.Function):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import _checks, reference
 from ._backends import choose
-from ._schemas import kernel
+from ._schemas import kernel, needs_grad
 
 
 def token_mlp(z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -59,7 +59,9 @@ def token_mlp(z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
     backend = choose(op, z.device.type, z.dtype)
     if backend == "reference":
         return reference.token_mlp(z, w1, b1, w2, b2)
-    return _TokenMlp.apply(z, w1, b1, w2, b2, backend)
+    if needs_grad(z, w1, b1, w2, b2):
+        return _TokenMlp.apply(z, w1, b1, w2, b2, backend)
+    return kernel("token_mlp_fwd", backend)(z, w1, b1, w2, b2)
 
 
 class _TokenMlp(torch.autograd.Function):

@@ -1,0 +1,46 @@
+// What the operators' C++ shares. Only libtorch's stable ABI is included: one library serves every torch from 2.11 on.
+//
+// Users meet the checks in Python, which speak in words; those here are the second wall.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+
+#include "strided.h"
+
+namespace tokenops {
+
+using torch::stable::Tensor;
+
+// (B, N, C) of any strides
+inline Strided strided(const Tensor& x) {
+  const int64_t bytes = static_cast<int64_t>(x.element_size());
+  return {static_cast<char*>(x.data_ptr()), x.stride(0) * bytes, x.stride(1) * bytes, x.stride(2) * bytes};
+}
+
+inline void check_rows(const char* name, const Tensor& x, const Tensor& like) {
+  STD_TORCH_CHECK(x.dim() == 3, name, " must have 3 dimensions");
+  STD_TORCH_CHECK(x.scalar_type() == like.scalar_type(), name, " must have the other tensors' dtype");
+  STD_TORCH_CHECK(x.get_device_index() == like.get_device_index() && x.is_cuda() == like.is_cuda(), name,
+                  " must be on the other tensors' device");
+  STD_TORCH_CHECK(x.size(0) == like.size(0) && x.size(2) == like.size(2), name,
+                  " must have as many images and channels as the others");
+}
+
+inline void check_index(const char* name, const Tensor& index, const Tensor& like) {
+  STD_TORCH_CHECK(index.dim() == 2 && index.size(0) == like.size(0), name, " must be (B, k)");
+  STD_TORCH_CHECK(index.scalar_type() == torch::headeronly::ScalarType::Long, name, " must be int64");
+  STD_TORCH_CHECK(index.get_device_index() == like.get_device_index() && index.is_cuda() == like.is_cuda(), name,
+                  " must be on the other tensors' device");
+}
+
+// tokens has `carried` rows for the prefix ahead of its k others
+inline void check_carried(int64_t carried, int64_t prefix, int64_t rows) {
+  STD_TORCH_CHECK(prefix >= 0 && prefix <= rows, "prefix must be between 0 and the number of rows");
+  STD_TORCH_CHECK(carried == 0 || carried == prefix, "tokens must have k rows, or the prefix and k rows");
+}
+
+}  // namespace tokenops

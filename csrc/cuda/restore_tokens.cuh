@@ -1,0 +1,168 @@
+// restore_tokens on a GPU: a block copies `chunk` rows of one image, threads x along the channels and y along the rows.
+//
+// First it finds which token owns each of its rows by looking through the image's indices. Where indices repeat, the
+// last token wins; the others, and those whose index is out of range, replace nothing and get a gradient of zero.
+#pragma once
+
+#include "../cuda_common.cuh"
+#include "../strided.h"
+
+#include <algorithm>
+
+namespace tokenops {
+
+struct RestoreTokens {
+  Strided base, tokens, y;  // or their gradients; stride_c is that of one unit, the bytes a thread moves at a time
+  const int64_t* index;
+  int64_t stride_ib, stride_ik;  // in elements
+  int64_t B, rows, C, prefix;
+  int k, carried;
+  int units, chunk, chunks;  // units in a row, rows in a chunk, chunks in an image
+};
+
+constexpr int MAX_CHUNK = 256;
+constexpr int MAX_THREADS = 256;
+constexpr int UNROLL = 4;
+using Owners = int[MAX_CHUNK];
+
+// Row n of an image, from unit c on
+__device__ inline char* at(const Strided& x, int64_t b, int64_t n, int c) {
+  return x.data + b * x.stride_b + n * x.stride_n + c * x.stride_c;
+}
+
+// The rows of this block: `count` from `first` on, of image b.
+struct Chunk {
+  int64_t b, first;
+  int count;
+
+  __device__ explicit Chunk(const RestoreTokens& p) {
+    b = blockIdx.x / p.chunks;
+    first = static_cast<int64_t>(blockIdx.x % p.chunks) * p.chunk;
+    count = static_cast<int>(p.rows - first < p.chunk ? p.rows - first : p.chunk);
+  }
+};
+
+// owner[i]: the row of tokens that replaces row first + i, or -1. LOST zeroes the rows of tokens that replace none.
+template <typename Unit, bool LOST>
+__device__ void find_owners(const RestoreTokens& p, const Chunk& chunk, int* owner) {
+  const int64_t first = chunk.first;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  for (int i = thread; i < chunk.count; i += threads) {
+    owner[i] = first + i < p.carried ? static_cast<int>(first + i) : -1;
+  }
+  __syncthreads();
+  for (int j = thread; j < p.k; j += threads) {
+    const int64_t n = p.index[chunk.b * p.stride_ib + j * p.stride_ik];
+    int lost = -1;
+    if (n < 0 || n >= p.rows - p.prefix) {
+      if (first == 0) lost = p.carried + j;
+    } else if (n + p.prefix >= first && n + p.prefix < first + chunk.count) {
+      // each exchange has one loser, so every loser is seen exactly once, in whatever order they come
+      const int before = atomicMax(&owner[n + p.prefix - first], p.carried + j);
+      if (before >= 0) lost = before < p.carried + j ? before : p.carried + j;
+    }
+    if (LOST && lost >= 0) {
+#pragma unroll 1
+      for (int c = 0; c < p.units; ++c) *reinterpret_cast<Unit*>(at(p.tokens, chunk.b, lost, c)) = Unit{};
+    }
+  }
+  __syncthreads();
+}
+
+template <typename Unit>
+__global__ void __launch_bounds__(MAX_THREADS) restore_tokens_fwd_kernel(const __grid_constant__ RestoreTokens p) {
+  SHARED(Owners, owner);
+  const Chunk chunk(p);
+  find_owners<Unit, false>(p, chunk, owner);
+
+  for (int c = threadIdx.x; c < p.units; c += blockDim.x) {
+    const char *base = at(p.base, chunk.b, chunk.first, c), *tokens = at(p.tokens, chunk.b, 0, c);
+    char* y = at(p.y, chunk.b, chunk.first, c);
+    for (int start = threadIdx.y; start < chunk.count; start += UNROLL * blockDim.y) {
+      Unit unit[UNROLL];
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        const int i = start + u * blockDim.y;
+        if (i < chunk.count) {
+          const int j = owner[i];
+          unit[u] = *reinterpret_cast<const Unit*>(j < 0 ? base + i * p.base.stride_n : tokens + j * p.tokens.stride_n);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        const int i = start + u * blockDim.y;
+        if (i < chunk.count) *reinterpret_cast<Unit*>(y + i * p.y.stride_n) = unit[u];
+      }
+    }
+  }
+}
+
+template <typename Unit>
+__global__ void __launch_bounds__(MAX_THREADS) restore_tokens_bwd_kernel(const __grid_constant__ RestoreTokens p) {
+  SHARED(Owners, owner);
+  const Chunk chunk(p);
+  find_owners<Unit, true>(p, chunk, owner);
+
+  for (int c = threadIdx.x; c < p.units; c += blockDim.x) {
+    const char* dy = at(p.y, chunk.b, chunk.first, c);
+    char *dbase = at(p.base, chunk.b, chunk.first, c), *dtokens = at(p.tokens, chunk.b, 0, c);
+    for (int start = threadIdx.y; start < chunk.count; start += UNROLL * blockDim.y) {
+      Unit unit[UNROLL];
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        const int i = start + u * blockDim.y;
+        if (i < chunk.count) unit[u] = *reinterpret_cast<const Unit*>(dy + i * p.y.stride_n);
+      }
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        const int i = start + u * blockDim.y;
+        if (i < chunk.count) {
+          const int j = owner[i];
+          if (j >= 0) *reinterpret_cast<Unit*>(dtokens + j * p.tokens.stride_n) = unit[u];
+          *reinterpret_cast<Unit*>(dbase + i * p.base.stride_n) = j >= 0 ? Unit{} : unit[u];
+        }
+      }
+    }
+  }
+}
+
+struct Plan {
+  int width;  // bytes of a unit; 0 where the data is not even aligned to its elements
+  int64_t blocks;
+  unsigned x, y;
+};
+
+// Chooses the unit, the chunks and the shape of a block, and writes them into p.
+inline Plan plan(RestoreTokens& p, int64_t element, int64_t multiprocessors) {
+  bool dense = true;
+  uint64_t addresses = 0;  // their bits together: a unit must divide all of them
+  const int64_t sizes[] = {p.rows, p.k + static_cast<int64_t>(p.carried), p.rows};
+  Strided* const all[] = {&p.base, &p.tokens, &p.y};
+  for (int t = 0; t < 3; ++t) {
+    dense = dense && (p.C == 1 || all[t]->stride_c == element);
+    addresses |= reinterpret_cast<uintptr_t>(all[t]->data);
+    if (p.B > 1) addresses |= all[t]->stride_b;
+    if (sizes[t] > 1) addresses |= all[t]->stride_n;
+  }
+  if (dense) addresses |= p.C * element;
+  int width = dense ? 16 : static_cast<int>(element);
+  while (dense && width > 2 && addresses % width) width /= 2;
+  if (addresses % width) return {};
+  if (dense) p.base.stride_c = p.tokens.stride_c = p.y.stride_c = width;
+  p.units = static_cast<int>(p.C * element / width);
+
+  const int64_t x = std::max<int64_t>(1, ceil_div(p.units, std::max<int64_t>(1, ceil_div(p.units, MAX_THREADS))));
+  const int64_t y = MAX_THREADS / x;
+
+  // Enough chunks to fill the chip twice over; but a block should not read more of the indices than of the rows.
+  const int64_t fill = std::min<int64_t>(64, p.B * p.rows / (16 * multiprocessors));
+  const int64_t balance = 4 * static_cast<int64_t>(p.k) / std::max<int64_t>(p.C * element, 1);
+  int64_t chunk = std::min(std::max(fill, balance), ceil_div(p.B * p.rows, multiprocessors));
+  if (chunk > UNROLL * y) chunk -= chunk % (UNROLL * y);  // every thread has as many rows
+  chunk = std::max<int64_t>(1, std::min<int64_t>(chunk, MAX_CHUNK));
+  p.chunks = static_cast<int>(std::max<int64_t>(1, ceil_div(p.rows, chunk)));
+  p.chunk = static_cast<int>(std::max<int64_t>(1, ceil_div(p.rows, p.chunks)));
+  return {width, p.B * p.chunks, static_cast<unsigned>(x), static_cast<unsigned>(std::min<int64_t>(y, p.chunk))};
+}
+
+}  // namespace tokenops
