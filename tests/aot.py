@@ -69,7 +69,7 @@ def _tool(name, *arguments):
 
 
 def resources(compiled, capability):
-    """Registers, shared memory and spills of a compiled kernel, and whether it uses the target's matrix instructions."""
+    """Registers, shared memory, bytes spilled, and whether the target's own matrix instructions are used."""
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         cubin, source = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")

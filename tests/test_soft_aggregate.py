@@ -30,7 +30,9 @@ def inputs(case, dtype, device, mask=False, spread=2.0):
 
 def run(function, tensors, dy=None):
     """The result and the gradients of the tensors that are there."""
-    leaves = [None if t is None else t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
+    leaves = [
+        None if t is None else t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors
+    ]
     y = function(*leaves)
     dy = torch.ones_like(y) if dy is None else dy.to(y.dtype)
     grads = torch.autograd.grad(y, [t for t in leaves if t is not None], dy, allow_unused=True)
@@ -175,9 +177,7 @@ def test_no_token_counts(backend, device):
     mask[1, 3:] = False
     x[0, 1:] = INF
     x[1, 4:] = float("nan")
-    y, dx, dw, dscale = run(
-        lambda x, w, s: tokenops.soft_aggregate(x, w, scale=s, mask=mask, prefix=1), (x, w, scale)
-    )
+    y, dx, dw, dscale = run(lambda x, w, s: tokenops.soft_aggregate(x, w, scale=s, mask=mask, prefix=1), (x, w, scale))
     assert (y[0, 1:] == 0).all() and (y[:, 0] == x[:, 0]).all() and y[1].isfinite().all()
     assert (dx[0, 1:] == 0).all() and (dx[1, 4:] == 0).all() and (dw[0] == 0).all() and (dw[1, 3:] == 0).all()
     assert dx.isfinite().all() and dw.isfinite().all() and dscale.isfinite().all()
@@ -293,7 +293,8 @@ def test_autocast_changes_nothing(backend, device):
 def test_deterministic(backend, device):
     x, w, scale, mask = inputs(AGGREGATE[6], torch.float32, device, mask=True)
     first, second = (
-        run(lambda x, w, s: tokenops.soft_aggregate(x, w, scale=s, mask=mask, prefix=1), (x, w, scale)) for _ in range(2)
+        run(lambda x, w, s: tokenops.soft_aggregate(x, w, scale=s, mask=mask, prefix=1), (x, w, scale))
+        for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
@@ -401,5 +402,8 @@ def test_scatter_errors():
 def test_an_impossible_backend_says_why():
     with pytest.raises(ValueError, match="backend='cudnn', but it must be one of auto, native, triton, reference"):
         tokenops.use_backend("cudnn")
-    with tokenops.use_backend("native"), pytest.raises(RuntimeError, match="asked for but cannot run: .* no native path on meta"):
+    with (
+        tokenops.use_backend("native"),
+        pytest.raises(RuntimeError, match="asked for but cannot run: .* no native path on meta"),
+    ):
         tokenops.soft_aggregate(X.to("meta"), W.to("meta"), prefix=1)

@@ -135,7 +135,9 @@ def test_the_hidden_tensor_never_exists(backend, device):
     case = TokenMlp(4, 3, 40, 5, 64, "the hidden tensor is by far the largest")
     tensors = inputs(case, torch.float32, device)
     dy = torch.randn(case.B, case.N, case.C, device=device)
-    implementation = __import__(f"tokenops._{'cpu' if backend == 'native' else 'triton'}.token_mlp", fromlist=["token_mlp_fwd"])
+    implementation = __import__(
+        f"tokenops._{'cpu' if backend == 'native' else 'triton'}.token_mlp", fromlist=["token_mlp_fwd"]
+    )
     with Sizes():
         implementation.token_mlp_fwd(*tensors)
         implementation.token_mlp_bwd(dy, *tensors[:4])

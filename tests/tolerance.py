@@ -1,7 +1,7 @@
 """How close is close enough: measured, not picked.
 
-Truth is the reference in fp64. A kernel may be at most twice as far from it as plain PyTorch is in the same dtype, by the
-largest error and by the relative L2 norm; no row may be silently zero, and errors may not all lean to one side.
+Truth is the reference in fp64. A kernel may be at most twice as far from it as plain PyTorch is in the same dtype, by
+the largest error and by the L2 norm; no row may be silently zero, and errors may not all lean to one side.
 """
 
 import torch
@@ -52,4 +52,6 @@ def assert_unbiased(ours: Tensor, truth: Tensor, what: str, eps: float) -> None:
     error = ours - truth
     bias, typical = error.mean().abs(), error.abs().mean()
     noise = typical / truth.numel() ** 0.5 + eps * truth.abs().mean() * 0.25
-    assert bias <= 8 * noise, f"{what}: mean error {bias:.3e} against {typical:.3e} in size: the errors lean to one side"
+    assert bias <= 8 * noise, (
+        f"{what}: mean error {bias:.3e} against {typical:.3e} in size: the errors lean to one side"
+    )

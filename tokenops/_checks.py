@@ -1,6 +1,5 @@
 """The words of our errors: each names the argument, what was given and what is allowed."""
 
-import numbers
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ def same(op: str, what: str, name: str, value: int, other: str, expected: int) -
 
 
 def prefix(op: str, name: str, value: Any, tokens: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int, but got {value!r}")
     if value < 0 or value > tokens:
         raise ValueError(f"{op}: {name}={value}, but it must be between 0 and the {tokens} tokens there are")

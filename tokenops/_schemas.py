@@ -6,6 +6,7 @@ see which kernel ran. Implementations are imported on their first call; compiled
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from .reference import accumulation_dtype
 _SCHEMAS = {
     "soft_aggregate_fwd": "(Tensor x, Tensor w, Tensor? scale, float factor, Tensor? mask, SymInt prefix)"
     " -> (Tensor y, Tensor saved)",
-    "soft_aggregate_bwd": "(Tensor dy, Tensor x, Tensor w, Tensor? scale, float factor, Tensor? mask, Tensor? y, Tensor saved,"
-    " SymInt prefix) -> (Tensor dx, Tensor dw, Tensor dscale)",
+    "soft_aggregate_bwd": "(Tensor dy, Tensor x, Tensor w, Tensor? scale, float factor, Tensor? mask, Tensor? y,"
+    " Tensor saved, SymInt prefix) -> (Tensor dx, Tensor dw, Tensor dscale)",
     "token_mlp_fwd": "(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2) -> Tensor",
     "token_mlp_bwd": "(Tensor dy, Tensor z, Tensor w1, Tensor? b1, Tensor w2)"
     " -> (Tensor dz, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
@@ -116,7 +117,9 @@ def _register() -> None:
         for backend in ("native", "triton"):
             overload = f"{name}.{backend}"
             _library.define(overload + schema, tags=_TAGS)
-            torch.library.register_fake(f"tokenops::{overload}", globals().get(f"_{name}_{backend}", globals()[f"_{name}"]), lib=_library)
+            torch.library.register_fake(
+                f"tokenops::{overload}", globals().get(f"_{name}_{backend}", globals()[f"_{name}"]), lib=_library
+            )
             for device, backends in TABLE[op].items():
                 if backend in backends and not (backend == "native" and op in COMPILED):
                     room = "_triton" if backend == "triton" else f"_{device}"
@@ -131,12 +134,12 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def kernel(name: str, backend: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+def kernel(name: str, backend: str) -> Any:
     """The registered operator `name` on `backend`: kernel("soft_aggregate_fwd", "triton")."""
     return KERNELS[name, backend]
 
 
-KERNELS = {
+KERNELS: dict[tuple[str, str], Any] = {
     (name, backend): getattr(getattr(torch.ops.tokenops, name), backend)
     for name in _SCHEMAS
     for backend in ("native", "triton")

@@ -46,7 +46,7 @@ def soft_aggregate(
 
 
 def soft_scatter(z: Tensor, w: Tensor, *, scale: Tensor | float | None = None) -> Tensor:
-    """y = A z, (B,N,C), A = softmax over the M slim tokens (dim 2) of scale * w: each token a mixture of slim tokens."""
+    """y = A z, (B,N,C), A = softmax over the M slim tokens (dim 2) of scale * w: each token mixes slim tokens."""
     return soft_aggregate(z, w.transpose(1, 2), scale=scale)
 
 
@@ -59,7 +59,7 @@ def token_mlp(z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
 def restore_tokens(base: Tensor, tokens: Tensor, index: Tensor, *, prefix: int = 1) -> Tensor:
     """y = base with row P + index[b, j] of image b replaced by its token j, (B,P+N,C).
 
-    tokens holds k rows, or P + k rows of which the first P replace the prefix. An index outside 0..N-1 replaces nothing.
+    tokens holds k rows, or P + k of which the first P replace the prefix. An index outside 0..N-1 replaces nothing.
     """
     rows = base.shape[1]
     carried = tokens.shape[1] - index.shape[1]

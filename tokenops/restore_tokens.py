@@ -25,9 +25,9 @@ def restore_tokens(base: Tensor, tokens: Tensor, index: Tensor, *, prefix: int =
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit together.
-        IndexError: an index is not between 0 and N-1, or is there twice in an image (on a CPU; on a GPU, where looking
-            would synchronise, a token out of range is dropped, the last of several at one place wins, and nothing is read
-            or written out of bounds).
+        IndexError: an index is not between 0 and N-1, or is there twice in an image (on a CPU; on a GPU, where
+            looking would synchronise, a token out of range is dropped, the last of several at one place wins, and
+            nothing is read or written out of bounds).
 
     Deterministic. Differentiable once in ``base`` and ``tokens``.
 

@@ -13,8 +13,8 @@ def token_mlp(z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
 
     .. math:: y = W_2\, \mathrm{gelu}(W_1 z + b_1) + b_2
 
-    The weights multiply from the left, so nothing is transposed, and the ``(B, R, C)`` hidden tensor is never written to
-    memory, neither forward nor backward (the backward pass computes it again).
+    The weights multiply from the left, so nothing is transposed, and the ``(B, R, C)`` hidden tensor is never written
+    to memory, neither forward nor backward (the backward pass computes it again).
 
     Args:
         z: tokens ``(B, M, C)``, fp16, bf16, fp32 or fp64, any strides. The result has its dtype.
@@ -49,11 +49,11 @@ def token_mlp(z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
         if bias is not None:
             _checks.tensor(op, name, bias, "R" if name == "b1" else "N", like=z)
             _checks.same(op, "elements", name, bias.shape[0], f"{weight} (its rows)", rows)
-    weights = (w1, b1, w2, b2)
     if torch.is_autocast_enabled(z.device.type):
-        w1, b1, w2, b2 = (t if t is None else t.to(z.dtype) for t in weights)
+        w1, w2 = w1.to(z.dtype), w2.to(z.dtype)
+        b1, b2 = (b if b is None else b.to(z.dtype) for b in (b1, b2))
     else:
-        for name, t in zip(("w1", "b1", "w2", "b2"), weights):
+        for name, t in zip(("w1", "b1", "w2", "b2"), (w1, b1, w2, b2)):
             if t is not None and t.dtype != z.dtype:
                 raise TypeError(f"{op}: {name} must have z's dtype {z.dtype}, but got {t.dtype}")
     backend = choose(op, z.device.type, z.dtype)

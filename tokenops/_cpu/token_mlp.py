@@ -22,7 +22,7 @@ def token_mlp_fwd(z, w1, b1, w2, b2):
 
 
 def token_mlp_bwd(dy, z, w1, b1, w2):
-    (B, _, C), R = z.shape, w1.shape[0]
+    C, R = z.shape[2], w1.shape[0]
     b1 = _column(b1, R, z)
     wide = accumulation_dtype(z.dtype)
     dz = z.new_empty(z.shape)

@@ -60,8 +60,9 @@ def soft_aggregate_fwd_kernel(
     x_ptr, w_ptr, scale_ptr, factor: tl.float64, mask_ptr, y_ptr, stats_ptr,
     B, N, M, C, P,
     stride_xb, stride_xn, stride_xc, stride_wb, stride_wn, stride_wm, stride_mb, stride_mn,
-    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_MASK: tl.constexpr, N_UNIT: tl.constexpr, M_UNIT: tl.constexpr, WB_UNIT: tl.constexpr, WN_UNIT: tl.constexpr, WM_UNIT: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
+    N_UNIT: tl.constexpr, M_UNIT: tl.constexpr, WB_UNIT: tl.constexpr, WN_UNIT: tl.constexpr, WM_UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     N, M = N * N_UNIT, M * M_UNIT
@@ -135,8 +136,9 @@ def soft_aggregate_bwd_kernel(
     B, N, M, C, P,
     stride_dyb, stride_dym, stride_dyc, stride_xb, stride_xn, stride_xc, stride_wb, stride_wn, stride_wm,
     stride_mb, stride_mn, stride_dwb, stride_dwn, stride_dwm,
-    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_MASK: tl.constexpr, N_UNIT: tl.constexpr, M_UNIT: tl.constexpr, WB_UNIT: tl.constexpr, WN_UNIT: tl.constexpr, WM_UNIT: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
+    N_UNIT: tl.constexpr, M_UNIT: tl.constexpr, WB_UNIT: tl.constexpr, WN_UNIT: tl.constexpr, WM_UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ONE_TILE_M: tl.constexpr,
 ):  # fmt: skip
     N, M = N * N_UNIT, M * M_UNIT
@@ -257,7 +259,7 @@ def _logit_layout(N, M, w, dw=None):
 
 
 def _shared_arguments(x, w, scale, mask):
-    """The mask as (pointer, strides) and what both kernels are specialised for; a missing tensor is stood in for by w."""
+    """Scale, mask, the mask's strides, and what both kernels are specialised for; w stands in for a missing tensor."""
     strides = (0, 0) if mask is None else mask.stride()
     has = {"HAS_SCALE": scale is not None, "HAS_MASK": mask is not None}
     mask = w if mask is None else mask.view(torch.int8)

@@ -1,8 +1,8 @@
 """token_mlp on Triton. The hidden activations h = gelu(w1 z + b1) live in registers, a tile at a time, in every kernel.
 
 Forward: a program owns a tile of the result and walks over the hidden rows. Backward, three kernels: dz likewise; dw1
-(with db1) and dw2 by programs that own a tile of the weights and walk over a share of the images, whose partial sums are
-added afterwards, in a fixed order.
+(with db1) and dw2 by programs that own a tile of the weights and walk over a share of the images, whose partial sums
+are added afterwards, in a fixed order.
 """
 
 import torch
@@ -13,38 +13,38 @@ from .common import FUSION, before_hopper, dot_options, index_type, tile
 
 
 @triton.jit
-def _tile(ptr, i, j, I, J, stride_i, stride_j, DOT: tl.constexpr, INDEX: tl.constexpr):
-    """Rows i and columns j of an I x J matrix, 0 outside."""
+def _tile(ptr, i, j, rows, columns, stride_i, stride_j, DOT: tl.constexpr, INDEX: tl.constexpr):
+    """Rows i and columns j of a matrix, 0 outside it."""
     offsets = i.to(INDEX)[:, None] * stride_i + j.to(INDEX)[None, :] * stride_j
-    return tl.load(ptr + offsets, mask=(i < I)[:, None] & (j < J)[None, :], other=0.0).to(DOT)
+    return tl.load(ptr + offsets, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0).to(DOT)
 
 
 @triton.jit
 def _product(
-    acc, a_ptr, b_ptr, b_tile, i, j, I, K, J, stride_ai, stride_ak, stride_bk, stride_bj,
+    acc, a_ptr, b_ptr, b_tile, i, j, rows, K, columns, stride_ai, stride_ak, stride_bk, stride_bj,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     ONE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc + a[i, :] b[:, j]; where one tile covers the inner size (ONE), b's is given."""
     if ONE:
         k = tl.arange(0, BLOCK_K)
-        a = _tile(a_ptr, i, k, I, K, stride_ai, stride_ak, DOT, INDEX)
+        a = _tile(a_ptr, i, k, rows, K, stride_ai, stride_ak, DOT, INDEX)
         acc = tl.dot(a, b_tile, acc, input_precision=PRECISION, out_dtype=ACC)
     else:
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            a = _tile(a_ptr, i, k, I, K, stride_ai, stride_ak, DOT, INDEX)
-            b = _tile(b_ptr, k, j, K, J, stride_bk, stride_bj, DOT, INDEX)
+            a = _tile(a_ptr, i, k, rows, K, stride_ai, stride_ak, DOT, INDEX)
+            b = _tile(b_ptr, k, j, K, columns, stride_bk, stride_bj, DOT, INDEX)
             acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc
 
 
 @triton.jit
-def _bias(b_ptr, i, I, stride, rows: tl.constexpr, columns: tl.constexpr, ACC: tl.constexpr, HAS: tl.constexpr):
+def _bias(b_ptr, i, size, stride, rows: tl.constexpr, columns: tl.constexpr, ACC: tl.constexpr, HAS: tl.constexpr):
     """What the sums of a tile start from: the bias of its rows, or 0."""
     acc = tl.zeros((rows, columns), ACC)
     if HAS:
-        acc += tl.load(b_ptr + i.to(tl.int64) * stride, mask=i < I, other=0.0).to(ACC)[:, None]
+        acc += tl.load(b_ptr + i.to(tl.int64) * stride, mask=i < size, other=0.0).to(ACC)[:, None]
     return acc
 
 
@@ -142,7 +142,7 @@ def token_mlp_bwd_weight_kernel(
     HAS_B1: tl.constexpr, ONE_M: tl.constexpr, ONE_N: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """FIRST: a share of dw1[r, m] and db1[r] = sum over images and channels of dpre z; else of dw2[n, r], transposed."""
+    """A share of dw1 and db1 (FIRST), or of dw2 transposed: sums over images and channels."""
     tiles_c, tiles_r = tl.cdiv(C, BLOCK_C), tl.cdiv(R, BLOCK_R)
     columns = M if FIRST else N
     BLOCK: tl.constexpr = BLOCK_M if FIRST else BLOCK_N
@@ -203,6 +203,10 @@ def _config(dtype, M, R, N, C, largest_n, stages=2):
     }
 
 
+def _stride(bias):
+    return 0 if bias is None else bias.stride(0)
+
+
 def token_mlp_fwd(z, w1, b1, w2, b2):
     (B, M, C), R, N = z.shape, w1.shape[0], w2.shape[0]
     y = z.new_empty((B, N, C))
@@ -213,7 +217,7 @@ def token_mlp_fwd(z, w1, b1, w2, b2):
         token_mlp_fwd_kernel[grid](
             z, w1, w1 if b1 is None else b1, w2, w2 if b2 is None else b2, y,
             M, R, N, C,
-            *z.stride(), *w1.stride(), 0 if b1 is None else b1.stride(0), *w2.stride(), 0 if b2 is None else b2.stride(0),
+            *z.stride(), *w1.stride(), _stride(b1), *w2.stride(), _stride(b2),
             **dot_options(z.dtype), INDEX=index_type(z, w1[None], w2[None], y),
             HAS_B1=b1 is not None, HAS_B2=b2 is not None, ONE_M=M <= config["BLOCK_M"], **config,
         )  # fmt: skip
@@ -225,7 +229,7 @@ def token_mlp_bwd(dy, z, w1, b1, w2):
     dz = z.new_empty(z.shape)
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     tensors = (dy, z, w1, w1 if b1 is None else b1, w2)
-    strides = (*dy.stride(), *z.stride(), *w1.stride(), 0 if b1 is None else b1.stride(0), *w2.stride())
+    strides = (*dy.stride(), *z.stride(), *w1.stride(), _stride(b1), *w2.stride())
     common = {
         **dot_options(z.dtype),
         "INDEX": index_type(dy, z, w1[None], w2[None]),

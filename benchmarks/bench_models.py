@@ -1,0 +1,82 @@
+"""Whole models: are the operations SiT saves saved in time? Against the dense model, and the published computation."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from measure import nbytes
+from torch.utils.flop_counter import FlopCounterMode
+
+timm = pytest.importorskip("timm")
+importlib.import_module("tokenops.methods")  # registers the models
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from published_sit import PublishedSiT  # noqa: E402
+
+LVVIT_S = dict(embed_dim=384, num_heads=6, skip_lam=2.0)
+DEIT_S = dict(embed_dim=384, num_heads=6, stem="linear", mlp_ratio=4.0, qkv_bias=True, norm_eps=1e-6, aux_head=False)
+
+#: model -> its dense form, and the sizes of the published one
+MODELS = {
+    "sit_lvvit_xsmall": ("lvvit_small", dict(LVVIT_S, stage_blocks=(1, 1, 1, 13))),
+    "sit_lvvit_small": ("lvvit_small", dict(LVVIT_S, stage_blocks=(9, 3, 2, 2))),
+    "sit_deit_small": ("deit_small_patch16_224", dict(DEIT_S, stage_blocks=(3, 3, 3, 3))),
+}
+QUICK = dict(embed_dim=48, num_heads=3, img_size=64)
+
+
+def flops_of(model, x):
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops()
+
+
+def for_inference(model):
+    return getattr(model, "for_inference", model.eval)()
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("whole_batch", [True, False], ids=["batch", "single"])
+@pytest.mark.parametrize("name", MODELS)
+def test_model(bench, compare, name, whole_batch, how):
+    if how == "compiled" and bench.compiled != "all":
+        pytest.skip("compiled models only with --compile all")
+    dense_name, sizes = MODELS[name]
+    B, small = bench.batch(whole_batch), QUICK if bench.quick else {}
+    published = PublishedSiT(**sizes | small).to(bench.device).eval()
+    model = timm.create_model(name, rtsm=False, **small)
+    model.load_state_dict(published.state_dict())
+    model, dense = (
+        for_inference(m).to(bench.device, bench.dtype) for m in (model, timm.create_model(dense_name, **small))
+    )
+
+    def inputs():
+        return (bench.random(B, 3, *model.img_size),)
+
+    def as_published(x):
+        # its attention computes in fp32 and feeds a layer of the model's dtype: mixed precision only by autocast
+        with torch.autocast(bench.device, bench.dtype, enabled=bench.dtype != torch.float32):
+            return published(x.float())[0]
+
+    (x,) = inputs()
+    ours, peers = model, {dense_name: dense, "published": as_published}
+    flops, dense_flops = flops_of(model, x), flops_of(dense, x)
+    if how == "compiled":
+        ours, peers = (
+            torch.compile(model, dynamic=False),
+            {n: torch.compile(p, dynamic=False) for n, p in peers.items()},
+        )
+    row = compare(
+        f"{name} {how}",
+        shape=dict(B=B),
+        inputs=inputs,
+        ours=ours,
+        peers=peers,
+        bytes=nbytes(*model.parameters(), x) + B * model.num_classes * x.element_size(),
+        flops=flops,
+        peer_flops={dense_name: dense_flops},
+        device_time=False,
+    )
+    assert row["kernels"] or how == "compiled"

@@ -1,0 +1,204 @@
+"""Turns benchmarks/results/*.json into the tables of README.md and into plots: `python benchmarks/report.py`.
+
+A README says where tables go: between `<!-- results:cpu -->` and `<!-- /results -->` come those of the result files
+whose names begin with "cpu"; `<!-- results:cpu models -->` takes only the models, `operators` only the operators.
+"""
+
+import argparse
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MARKED = re.compile(r"(<!-- results:(\S+)(?: (operators|models))? -->\n).*?(<!-- /results -->)", re.DOTALL)
+PEERS = ("reference", "published", "naive", "scatter", "compiled")  # the order of columns; others behind them
+MARKERS = "osD^vP*X"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
+    options.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    args = options.parse_args()
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(args.results.glob("*.json"))}
+    plots = importlib.util.find_spec("matplotlib") is not None
+    if not plots:
+        print("no plots: matplotlib is not installed")
+    for stem, result in results.items() if plots else ():
+        for kind, draw in (("operators", draw_operators), ("models", draw_models)):
+            if rows := rows_of(result, kind):
+                draw(rows, result).savefig(args.results / f"{stem}-{kind}.png")
+                print(args.results / f"{stem}-{kind}.png")
+    if args.readme.exists():
+        args.readme.write_text(filled(args.readme.read_text(), results))
+        print(args.readme)
+
+
+def filled(text: str, results: dict) -> str:
+    """The text with every marked place filled in anew; a place that no result file belongs to stays, and it says so."""
+
+    def fill(match):
+        chosen = [result for stem, result in results.items() if stem.startswith(match[2])]
+        if not chosen:
+            print(
+                f"results:{match[2]} stays as it is: no result file begins so ({', '.join(results) or 'there is none'})"
+            )
+            return match[0]
+        kinds = [match[3]] if match[3] else ["models", "operators"]
+        tables = [table(rows, result) for result in chosen for kind in kinds if (rows := rows_of(result, kind))]
+        return match[1] + "\n" + "\n\n".join(tables) + "\n\n" + match[4]
+
+    return MARKED.sub(fill, text)
+
+
+def rows_of(result: dict, kind: str) -> list[dict]:
+    """Models are the rows with a peer of other FLOPs."""
+    rows = result["rows"].values()
+    return [row for row in rows if any("realised" in peer for peer in row["peers"].values()) == (kind == "models")]
+
+
+def table(rows: list[dict], result: dict) -> str:
+    """A Markdown table and, below it, where its figures come from."""
+    models = any("realised" in peer for row in rows for peer in row["peers"].values())
+    header, lines = (model_lines if models else operator_lines)(rows)
+    body = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
+    return (
+        "\n".join(body)
+        + "\n\n"
+        + "\n".join(origin(result["runs"][run]) for run in sorted({row["run"] for row in rows}))
+    )
+
+
+def operator_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    peers = peers_of(rows)
+    extra = [key for key in ("host_us", "graph_us") if any(key in row for row in rows)]
+    header = ["operator", "sizes", "dtype", "passes", "us", "of the floor", *extra, *(f"x {peer}" for peer in peers)]
+    return header, [
+        [row["operator"], sizes(row), row["dtype"], row["passes"], f"{row['us'][0]:.4g}", f"{row['of_floor']:.0%}"]
+        + [f"{row[key]:.4g}" if key in row else "" for key in extra]
+        + [ratio(row["peers"][peer]) if peer in row["peers"] else "" for peer in peers]
+        for row in sorted(rows, key=order)
+    ]
+
+
+def model_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    header = [
+        "model",
+        "batch",
+        "dtype",
+        "images/s",
+        "GMACs",
+        "dense",
+        "speed-up",
+        "FLOP ratio",
+        "realised",
+        "x published",
+    ]
+    lines = []
+    for row in sorted(rows, key=order):
+        batch = row["shape"]["B"]
+        dense, figures = next((name, peer) for name, peer in row["peers"].items() if "realised" in peer)
+        published = ratio(row["peers"]["published"]) if "published" in row["peers"] else ""
+        speed, macs = 1e6 * batch / row["us"][0], row["flops"] / 2e9 / batch
+        start = [row["operator"], str(batch), row["dtype"], f"{speed:.4g}", f"{macs:.2f}", dense, ratio(figures)]
+        lines.append([*start, f"{figures['flop_ratio']:.2f}", f"{figures['realised']:.2f}", published])
+    return header, lines
+
+
+def origin(run: dict) -> str:
+    rates = [
+        f"{run[key] / 1e12:.3g} TFLOP/s {key.rpartition('_')[2]} matmul"
+        for key in run
+        if key.startswith("flops_per_s_")
+    ]
+    parts = [
+        run["device"],
+        f"threads {run['threads']}" if run["driver"] is None else f"driver {run['driver']}",
+        f"torch {run['torch']}",
+        f"triton {run['triton']}",
+        f"commit {run['commit']}",
+        f"ceilings {run['copy_bytes_per_s'] / 1e9:.3g} GB/s copy, {', '.join(rates)}",
+    ]
+    return f"{'; '.join(parts)}. Columns with an x: times as fast as that, median and quartiles of interleaved rounds."
+
+
+def order(row: dict) -> tuple:
+    return row["operator"], row["dtype"], -row["shape"]["B"], *list(row["shape"].values())[1:], row["passes"]
+
+
+def sizes(row: dict) -> str:
+    return " ".join(f"{name}={size}" for name, size in row["shape"].items())
+
+
+def ratio(peer: dict) -> str:
+    return "{:.2f} ({:.2f}..{:.2f})".format(*peer["ratio"])
+
+
+def peers_of(rows: list[dict]) -> list[str]:
+    there = {peer for row in rows for peer in row["peers"]}
+    return [peer for peer in PEERS if peer in there] + sorted(there - set(PEERS))
+
+
+def draw_operators(rows: list[dict], result: dict):
+    """How many times as fast as each peer, with quartiles, on a logarithmic axis: right of the line is faster."""
+    rows = sorted(rows, key=order, reverse=True)
+    figure, axes = new_figure(10, 1.4 + 0.27 * len(rows))
+    for j, peer in enumerate(peers_of(rows)):
+        there = [(i, row["peers"][peer]["ratio"]) for i, row in enumerate(rows) if peer in row["peers"]]
+        middle = [r[0] for _, r in there]
+        error = [[r[0] - r[1] for _, r in there], [r[2] - r[0] for _, r in there]]
+        axes.errorbar(
+            middle, [i for i, _ in there], xerr=error, fmt=MARKERS[j % len(MARKERS)], elinewidth=0.8, label=peer
+        )
+    axes.axvline(1, color="black", lw=1)
+    axes.set_xscale("log")
+    ticks = [
+        t for t in (0.25, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16, 24) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]
+    ]
+    axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_yticks(
+        range(len(rows)), [f"{r['operator']} {r['passes']}, {sizes(r)} {r['dtype']}" for r in rows], fontsize=8
+    )
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.grid(axis="y", lw=0.4)
+    axes.set_title(f"times as fast as each peer, {device_of(result)}", loc="left", fontsize=11)
+    axes.legend(loc="lower right", title="peer")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_models(rows: list[dict], result: dict):
+    """Speed-up against FLOP ratio: on the diagonal every operation saved is time saved."""
+    figure, axes = new_figure(6.4, 5.6)
+    points = [(row, next(p for p in row["peers"].values() if "realised" in p)) for row in sorted(rows, key=order)]
+    for i, (row, dense) in enumerate(points):
+        middle, low, high = dense["ratio"]
+        label = f"{row['operator']}, batch {row['shape']['B']}, {row['dtype']}"
+        error = [[middle - low], [high - middle]]
+        axes.errorbar(dense["flop_ratio"], middle, yerr=error, fmt=MARKERS[i % len(MARKERS)], capsize=3, label=label)
+    end = 1.1 * max(max(d["flop_ratio"], d["ratio"][2]) for _, d in points)
+    axes.plot([1, end], [1, end], color="black", lw=1, label="all of the saving realised")
+    axes.set(xlim=(1, end), ylim=(min([1, *(d["ratio"][1] for _, d in points)]), end))
+    axes.set_xlabel("FLOPs of the dense model / FLOPs of the slimmed one")
+    axes.set_ylabel("speed-up")
+    axes.set_title(f"what the slimming saves, {device_of(result)}", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def new_figure(width: float, height: float):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return figure, figure.subplots()
+
+
+def device_of(result: dict) -> str:
+    return ", ".join(sorted({run["device"] for run in result["runs"].values()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""`python -m tokenops`: what runs where on this machine, and what a slimmed model gains on it."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import __version__
+from .cli import CommandError
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m tokenops", description="Token reduction for vision transformers.")
+    top.add_argument("--version", action="version", version=f"tokenops {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="command")
+    commands.add_parser("info", help="versions, devices, which backend runs each operator: for bug reports")
+    demo = commands.add_parser(
+        "demo",
+        help="a dense model and its slimmed form side by side, on photographs",
+        description="Runs a dense model and its slimmed form side by side on photographs, prints what the slimming"
+        " saves, and draws which image regions the slim tokens draw on.",
+    )
+    add = demo.add_argument
+    add(
+        "images",
+        nargs="*",
+        type=Path,
+        metavar="IMAGE",
+        help="photographs (default: two of scikit-learn's)",
+    )
+    add("--model", default="sit_lvvit_xsmall", help="the slimmed model, a timm name (default: %(default)s)")
+    add("--dense", default="lvvit_small", help="the dense model to compare with, a timm name (default: %(default)s)")
+    add("--checkpoint", type=Path, metavar="FILE", help="weights of the slimmed model")
+    add("--dense-checkpoint", type=Path, metavar="FILE", help="weights of the dense model")
+    add("--pretrained", action="store_true", help="download published weights, of those of the two that have any")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    add("--batch", type=int, metavar="N", help="images in a batch (default: 16 on a CPU, 256 on a GPU)")
+    add(
+        "--repeats",
+        type=int,
+        metavar="N",
+        help="pairs of timed runs (default: half a minute's, at least 5)",
+    )
+    add("--output", type=Path, default=Path("out/demo.png"), metavar="FILE", help="the picture (default: %(default)s)")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, or 2 when what was asked for cannot be done."""
+    args = parser().parse_args(arguments)
+    try:
+        if args.command == "info":
+            from .cli.info import text
+
+            print(text())
+        elif args.command == "demo":
+            from .cli.demo import run
+
+            run(args)
+        else:
+            parser().print_help()
+    except CommandError as error:
+        print(f"tokenops {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What a result or a bug report must say of the machine: device, driver, versions, commit."""
+
+import importlib.metadata
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tokenops
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, None when it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device_name(device: str) -> str:
+    """The name of the GPU or of the processor."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def slug(device: str) -> str:
+    """The device as a file name: nvidia-h200, cpu-amd-epyc."""
+    name = re.sub(r"\((R|TM)\)|@.*|\bCPU\b|\bProcessor\b", " ", device_name(device), flags=re.IGNORECASE)
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return "-".join(words if device == "cuda" else ["cpu", *words])
+
+
+def driver() -> str | None:
+    """The NVIDIA driver's version, None without one (or where its file is not visible)."""
+    file = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\d+\.\d+(\.\d+)?", file.read_text()) if file.exists() else None
+    return found[0] if found else None
+
+
+def commit() -> str | None:
+    """The commit of the source tree this package runs from, "-dirty" behind it where files differ; None outside git."""
+    command = [
+        "git",
+        "-C",
+        str(Path(tokenops.__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=12",
+        "--match=",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def facts(device: str) -> dict[str, Any]:
+    """Device and versions, as the benchmarks store them."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "driver": driver() if device == "cuda" else None,
+        "tokenops": tokenops.__version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "triton": version_of("triton"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
