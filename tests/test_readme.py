@@ -33,7 +33,7 @@ def test_docstrings(name):
     importlib.import_module(name)
     module = importlib.sys.modules[name]  # the attribute of that name may be the operator
     torch.manual_seed(0)
-    assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
+    assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE, extraglobs={"torch": torch}).failed == 0
 
 
 def test_the_operators_are_shown():

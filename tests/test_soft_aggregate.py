@@ -6,18 +6,36 @@ from cases import AGGREGATE, DTYPES, Aggregate
 from tolerance import assert_as_good_as_plain
 
 import tokenops
-from tokenops import reference
+from tokenops import _native, reference
 
 INF = float("inf")
-BACKENDS = ("native", "triton")
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request, device):
-    if device == "cuda" and request.param == "native":
+@pytest.fixture(params=("native", "composed", "triton"))
+def backend(request, device, monkeypatch):
+    """The backend in use; "composed" is the CPU path as it is where nothing could be compiled."""
+    if device == "cuda" and request.param != "triton":
         pytest.skip("soft_aggregate is Triton on a GPU")
-    with tokenops.use_backend(request.param):
-        yield request.param
+    if request.param == "composed":
+        monkeypatch.setattr("tokenops._cpu.soft_aggregate._compiled", lambda x, w: False)
+    name = "triton" if request.param == "triton" else "native"
+    with tokenops.use_backend(name):
+        yield name
+
+
+def test_compiled_weights_are_used(monkeypatch, ran_kernels, device):
+    """Where there is compiled code the CPU path runs it."""
+    if device == "cuda" or _native.why_not("cpu") is not None:
+        pytest.skip(f"no compiled code for {device}")
+    x, w, scale, _ = inputs(AGGREGATE[0], torch.float32, device)
+    ran = []
+    for name in ("aggregation_weights_fwd", "aggregation_weights_bwd"):
+        kernel = getattr(torch.ops.tokenops, name)
+        monkeypatch.setattr(
+            torch.ops.tokenops, name, lambda *a, kernel=kernel, name=name: (ran.append(name), kernel(*a))[1]
+        )
+    tokenops.soft_aggregate(x.requires_grad_(), w, scale=scale, prefix=1).sum().backward()
+    assert ran == ["aggregation_weights_fwd", "aggregation_weights_bwd"]
 
 
 def inputs(case, dtype, device, mask=False, spread=2.0):

@@ -38,20 +38,20 @@ def _soft_aggregate_fwd(x, w, scale, factor, mask, prefix):
 
 
 def tokens_last(w):
-    """Whether the logits (B,N,M) lie in memory as (B,M,N): the CPU path keeps the weights in that order."""
-    return w.stride(1) < w.stride(2)
+    """Whether the logits (B,N,M) lie in memory as (B,M,N): the CPU path follows memory."""
+    return w.stride(1) == 1 and w.stride(2) != 1 and w.shape[2] != 1
 
 
-def _weights_native(w, dtype):
-    a = w.transpose(1, 2) if tokens_last(w) else w
-    a = a.new_empty(a.shape, dtype=dtype)
-    return a.transpose(1, 2) if tokens_last(w) else a
+def like_logits(w, dtype):
+    """A new (B,N,M) tensor in the order that w has in memory."""
+    B, N, M = w.shape
+    return (
+        w.new_empty((B, M, N), dtype=dtype).transpose(1, 2) if tokens_last(w) else w.new_empty((B, N, M), dtype=dtype)
+    )
 
 
 def _soft_aggregate_fwd_native(x, w, scale, factor, mask, prefix):
-    y = x.new_empty((x.shape[0], prefix + w.shape[2], x.shape[2]))
-    exact = scale is not None or factor != 1.0 or mask is not None
-    return y, _weights_native(w, _wide(x, w) if exact else x.dtype)
+    return x.new_empty((x.shape[0], prefix + w.shape[2], x.shape[2])), like_logits(w, x.dtype)  # y and the weights
 
 
 def _soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, saved, prefix):
@@ -60,7 +60,7 @@ def _soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, saved, prefix):
 
 def _soft_aggregate_bwd_native(dy, x, w, scale, factor, mask, y, saved, prefix):
     dx, _, dscale = _soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, saved, prefix)
-    return dx, _weights_native(w, w.dtype), dscale
+    return dx, like_logits(w, w.dtype), dscale
 
 
 def _token_mlp_fwd(z, w1, b1, w2, b2):
@@ -127,6 +127,13 @@ def _register() -> None:
 
 
 _register()
+
+# Parts of the CPU path, compiled; they fill the tensors they are given and are called below autograd only.
+_library.define("aggregation_weights_fwd(Tensor w, float scale, Tensor? mask, Tensor(a!) a) -> ()", tags=_TAGS)
+_library.define(
+    "aggregation_weights_bwd(Tensor da, Tensor a, Tensor w, float scale, Tensor(a!) dw, Tensor(b!) partial) -> ()",
+    tags=_TAGS,
+)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -97,7 +97,7 @@ class _SoftAggregate(torch.autograd.Function):
         y, saved = output
         ctx.mark_non_differentiable(saved)
         ctx.set_materialize_grads(False)
-        # the CPU path keeps the weights; it has no use for the result
+        # the CPU path has no use for the result
         ctx.save_for_backward(x, w, scale, mask, None if ctx.backend == "native" else y, saved)
 
     @staticmethod

@@ -1,9 +1,18 @@
-"""soft_aggregate on a CPU: torch's own softmax and matrix products, written straight into place."""
+"""soft_aggregate on a CPU: the weights by compiled code where there is some, and torch's own matrix products."""
+
+import math
 
 import torch
 
-from .._schemas import tokens_last
+from .. import _native
+from .._schemas import like_logits, tokens_last
 from ..reference import accumulation_dtype, aggregation_weights
+
+_kernels = torch.ops.tokenops
+
+
+def _compiled(x, w):
+    return _native.why_not("cpu") is None and torch.float64 not in (x.dtype, w.dtype)
 
 
 def _counting(x, mask, prefix):
@@ -12,58 +21,68 @@ def _counting(x, mask, prefix):
     return tokens if mask is None else tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
-def _softmax(w, dtype):
-    """Softmax over the tokens, along memory where they lie last."""
-    if tokens_last(w):
-        return torch.softmax(w.transpose(1, 2), 2, dtype).transpose(1, 2)
-    return torch.softmax(w, 1, dtype)
-
-
-def _scale(scale, factor, dtype):
-    """What the logits are multiplied with, None for 1."""
-    if scale is not None:
-        return factor * scale.to(dtype).reshape(())
-    return None if factor == 1.0 else factor
-
-
-def _weights(x, w, scale, factor, mask):
-    """A, (B,N,M). The quick way makes NaN of a slot whose logits are all -inf: seen in any of its rows."""
+def _weights(x, w, scale, mask):
+    """A, (B,N,M) in x's dtype and w's order."""
+    quick = w.dtype in (torch.float32, torch.float64) or w.shape[1] >= 64
+    if quick and tokens_last(w) and scale == 1.0 and mask is None and x.dtype == w.dtype:
+        # torch's softmax along memory is quicker; it makes NaN of a slot whose logits are all -inf
+        a = torch.softmax(w.transpose(1, 2), 2).transpose(1, 2)
+        if a.shape[1] == 0 or not math.isnan(a[:, 0].sum().item()):
+            return a
+    a = like_logits(w, x.dtype)
+    if _compiled(x, w):
+        _kernels.aggregation_weights_fwd(w, scale, mask, a)
+        return a
     wide = accumulation_dtype(torch.promote_types(x.dtype, w.dtype))
-    s = _scale(scale, factor, wide)
-    exact = s is not None or mask is not None
-    dtype = wide if exact else torch.promote_types(x.dtype, w.dtype)
-    if mask is None:
-        a = _softmax(w if s is None else w.to(wide) * s, dtype)
-        if a.shape[1] == 0 or not a[:, 0].isnan().any():
-            return a if exact else a.to(x.dtype)
-    a = aggregation_weights(w.to(wide), s, mask).to(wide if exact else x.dtype)
-    return a.transpose(1, 2).contiguous().transpose(1, 2) if tokens_last(w) else a.contiguous()
+    return a.copy_(aggregation_weights(w.to(wide), scale, mask))
+
+
+def _weights_backward(da, a, w, scale, learned):
+    """dw, and the sum of dS * w if the scale is learned. The weights are rounded, so D is divided by their sum."""
+    wide = accumulation_dtype(torch.promote_types(a.dtype, w.dtype))
+    dw = da if da.dtype == w.dtype else like_logits(w, w.dtype)
+    if _compiled(a, w):
+        partial = a.new_zeros((w.shape[0], w.shape[2]) if learned else (0,), dtype=wide)
+        _kernels.aggregation_weights_bwd(da, a, w, scale, dw, partial)
+        return dw, partial.sum() if learned else partial
+    weights, da = a.to(wide), da.to(wide)
+    total = weights.sum(dim=1, keepdim=True)
+    delta = (weights * da).sum(dim=1, keepdim=True) / total.masked_fill(total == 0.0, 1.0)
+    ds = weights * (da - delta)
+    logits = w.masked_fill(w == float("-inf"), 0.0)
+    return dw.copy_(scale * ds), (ds * logits).sum() if learned else ds.new_empty((0,))
+
+
+def _prepared(w, scale, factor):
+    """The logits with a stride of 1, and the scale as a number."""
+    w = w if tokens_last(w) or w.stride(2) == 1 else w.contiguous()
+    return w, factor if scale is None else factor * scale.item()
+
+
+def _behind(x, prefix, a, b):
+    """[x[:, :P], a b]: the product is written behind the prefix."""
+    if prefix == 0:
+        return torch.bmm(a, b)
+    y = x.new_empty((x.shape[0], prefix + a.shape[1], x.shape[2]))
+    y[:, :prefix] = x[:, :prefix]
+    torch.bmm(a, b, out=y[:, prefix:])
+    return y
 
 
 def soft_aggregate_fwd(x, w, scale, factor, mask, prefix):
-    a = _weights(x, w, scale, factor, mask)
-    y = x.new_empty((x.shape[0], prefix + w.shape[2], x.shape[2]))
-    if prefix:
-        y[:, :prefix] = x[:, :prefix]
-    torch.bmm(a.to(x.dtype).transpose(1, 2), _counting(x, mask, prefix), out=y[:, prefix:])
-    return y, a
+    w, scale = _prepared(w, scale, factor)
+    a = _weights(x, w, scale, mask)
+    return _behind(x, prefix, a.transpose(1, 2), _counting(x, mask, prefix)), a
 
 
 def soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, a, prefix):
+    learned = scale is not None
+    w, scale = _prepared(w, scale, factor)
     tokens, dslots = _counting(x, mask, prefix), dy[:, prefix:]
-    dx = x.new_empty(x.shape)
-    if prefix:
-        dx[:, :prefix] = dy[:, :prefix]
-    torch.bmm(a.to(x.dtype), dslots, out=dx[:, prefix:])
-    wide = accumulation_dtype(torch.promote_types(x.dtype, w.dtype))
-    s = _scale(scale, factor, wide)
-    if tokens_last(a):
-        da, a, dim = torch.bmm(dslots, tokens.transpose(1, 2)), a.transpose(1, 2), 2
+    dx = _behind(dy, prefix, a, dslots)
+    if tokens_last(w):
+        da = torch.bmm(dslots, tokens.transpose(1, 2)).transpose(1, 2)
     else:
-        da, dim = torch.bmm(tokens, dslots.transpose(1, 2)), 1
-    ds = torch.ops.aten._softmax_backward_data.default(da.to(a.dtype), a, dim, a.dtype)
-    ds = ds.transpose(1, 2) if dim == 2 else ds
-    dscale = ds.new_empty((0,), dtype=wide)
-    if scale is not None:
-        dscale = factor * (ds * w.masked_fill(w == float("-inf"), 0.0)).sum()
-    return dx, (ds if s is None else ds * s).to(w.dtype), dscale
+        da = torch.bmm(tokens, dslots.transpose(1, 2))
+    dw, dscale = _weights_backward(da, a, w, scale, learned)
+    return dx, dw, factor * dscale if learned else dscale

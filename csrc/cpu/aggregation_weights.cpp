@@ -1,0 +1,318 @@
+// The weights of soft_aggregate on a CPU, A = softmax over the tokens of scale * w, and their gradient: what torch's
+// softmax does in several passes (scale, mask, logits of -inf, conversion), in one, vectorised along memory.
+#include "../common.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+// The compiler vectorises each function for these machines; the loader takes the best one.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+namespace tokenops {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+
+constexpr float NONE = -std::numeric_limits<float>::infinity();  // the logit of a token that does not count
+constexpr int64_t BLOCK = 64;                                   // slots taken together where they lie side by side
+constexpr int64_t LANES = 16;                                   // what is worked on at once
+
+// LANES floats; the compiler makes of them what the machine has.
+typedef float Floats __attribute__((vector_size(4 * 16)));
+typedef int32_t Ints __attribute__((vector_size(4 * 16)));
+static_assert(sizeof(Floats) == 4 * LANES, "a vector has LANES elements");
+#pragma GCC diagnostic ignored "-Wpsabi"  // they are passed between inlined functions only
+
+INLINE Floats read(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+INLINE void write(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+
+// exp(x) for x <= 0, to about an ulp; 0 for -inf, NaN for NaN
+INLINE Floats exp_negative(Floats x) {
+  constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats rounded = x * 1.44269504088896341f + shift;
+  const Floats n = rounded - shift;
+  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Ints power = ((Ints)rounded + 127) << 23;
+  return x < -87.0f ? Floats{} : p * (Floats)power;
+}
+
+// scale * w, where -inf stays whatever the scale
+INLINE Floats scaled(Floats w, float scale) { return w == NONE ? w : w * scale; }
+
+CLONES void load(const float* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+}
+CLONES void load(const BFloat16* in, float* out, int64_t n) {
+  const uint16_t* raw = reinterpret_cast<const uint16_t*>(in);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(raw[i]) << 16;
+    std::memcpy(out + i, &bits, 4);
+  }
+}
+void load(const Half* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+}
+
+CLONES void store(const float* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+}
+CLONES void store(const float* in, BFloat16* out, int64_t n) {
+  uint16_t* raw = reinterpret_cast<uint16_t*>(out);
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, in + i, 4);
+    const uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    raw[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : even);
+  }
+}
+void store(const float* in, Half* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+}
+
+template <typename F>
+INLINE Floats fold(Floats x, F f) {  // the same result in every lane
+  float partial[LANES];
+  write(partial, x);
+  for (int64_t half = LANES / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) partial[i] = f(partial[i], partial[i + half]);
+  }
+  return Floats{} + partial[0];
+}
+INLINE Floats largest(Floats x, bool lanes) {
+  return lanes ? fold(x, [](float a, float b) { return a < b ? b : a; }) : x;
+}
+INLINE Floats sum(Floats x, bool lanes) {
+  return lanes ? fold(x, [](float a, float b) { return a + b; }) : x;
+}
+
+// Softmax down `height` rows of LANES logits, `stride` apart; of all of them together where the `lanes` are tokens too.
+CLONES void softmax(const float* w, float* a, int64_t height, int64_t stride, float scale, bool lanes) {
+  Floats high = Floats{} + NONE, total = {};
+  for (int64_t i = 0; i < height; ++i) {
+    const Floats s = scaled(read(w + i * stride), scale);
+    high = s > high ? s : high;
+  }
+  high = largest(high, lanes);
+  high = high == NONE ? Floats{} : high;  // a slot without a token that counts: exp(-inf - 0) * 0
+  for (int64_t i = 0; i < height; ++i) {
+    const Floats e = exp_negative(scaled(read(w + i * stride), scale) - high);
+    total += e;
+    write(a + i * stride, e);
+  }
+  total = sum(total, lanes);
+  const Floats by = total == 0.0f ? Floats{} : 1.0f / total;
+  for (int64_t i = 0; i < height; ++i) write(a + i * stride, read(a + i * stride) * by);
+}
+
+// da becomes dw = scale * A * (dA - D), D the mean of dA under A (A was rounded: its sum is only about 1); and the sums
+// of A * (dA - D) * w, if asked for.
+CLONES void softmax_backward(const float* a, float* da, const float* w, int64_t height, int64_t stride, float scale,
+                             bool lanes, float* sums) {
+  Floats delta = {}, total = {}, products = {};
+  for (int64_t i = 0; i < height; ++i) {
+    const Floats weight = read(a + i * stride);
+    delta += weight * read(da + i * stride);
+    total += weight;
+  }
+  total = sum(total, lanes);
+  delta = total == 0.0f ? Floats{} : sum(delta, lanes) / total;
+  for (int64_t i = 0; i < height; ++i) {
+    const Floats ds = read(a + i * stride) * (read(da + i * stride) - delta);
+    write(da + i * stride, ds * scale);
+    if (sums) {
+      const Floats logit = read(w + i * stride);
+      products += ds * (logit == NONE ? Floats{} : logit);
+    }
+  }
+  if (sums) write(sums, sum(products, lanes));
+}
+
+// The logits of one image and a block of its slots as rows: a row a token (`across`: slots side by side, vectorised
+// over them), or a row a slot (tokens side by side, vectorised over LANES partial results).
+struct Layout {
+  int64_t B, N, M, stride_b, row_stride;
+  bool across;
+
+  int64_t height() const { return across ? N : (N + LANES - 1) / LANES; }
+  int64_t width() const { return across ? BLOCK : LANES; }
+  int64_t blocks() const { return across ? (M + BLOCK - 1) / BLOCK : M; }
+};
+
+Layout layout(const Tensor& w) {
+  const bool across = w.stride(2) == 1 || w.size(2) == 1;
+  return {w.size(0), w.size(1), w.size(2), w.stride(0), across ? w.stride(1) : w.stride(2), across};
+}
+
+struct Scratch {
+  std::vector<float> w, a, da;
+  float sums[BLOCK];
+  explicit Scratch(int64_t size) : w(size), a(size), da(size) {}
+};
+
+// Calls body(b, slot, slots, scratch) for blocks of slots of all images, in parallel.
+template <typename F>
+void for_blocks(const Layout& l, const F& body) {
+  const int64_t blocks = l.blocks(), size = l.height() * l.width();
+  const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, size));
+  torch::stable::parallel_for(0, l.B * blocks, grain, [&](int64_t begin, int64_t end) {
+    Scratch scratch(size);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t slot = i % blocks * (l.across ? BLOCK : 1);
+      body(i / blocks, slot, l.across ? std::min(BLOCK, l.M - slot) : 1, scratch);
+    }
+  });
+}
+
+// Calls f(offset) for every LANES columns of a block's scratch that hold slots.
+template <typename F>
+void for_columns(int64_t slots, const F& f) {
+  for (int64_t column = 0; column < slots; column += LANES) f(column);
+}
+
+// Rows of `width` floats of the block: tokens (across), or LANES tokens of the one slot, padded with NONE.
+template <typename T>
+void gather(const Layout& l, const T* data, int64_t b, int64_t slot, int64_t slots, const bool* mask, int64_t mask_stride,
+            float padding, float* out) {
+  if (l.across) {
+    for (int64_t n = 0; n < l.N; ++n) {
+      load(data + b * l.stride_b + n * l.row_stride + slot, out + n * BLOCK, slots);
+      if (mask && !mask[n * mask_stride]) std::fill_n(out + n * BLOCK, slots, NONE);
+    }
+  } else {
+    load(data + b * l.stride_b + slot * l.row_stride, out, l.N);
+    for (int64_t n = 0; mask && n < l.N; ++n) {
+      if (!mask[n * mask_stride]) out[n] = NONE;
+    }
+    std::fill(out + l.N, out + l.height() * LANES, padding);
+  }
+}
+
+template <typename T>
+void scatter(const Layout& l, const float* in, T* data, int64_t b, int64_t slot, int64_t slots) {
+  if (l.across) {
+    for (int64_t n = 0; n < l.N; ++n) store(in + n * BLOCK, data + (b * l.N + n) * l.M + slot, slots);
+  } else {
+    store(in, data + (b * l.M + slot) * l.N, l.N);
+  }
+}
+
+struct Mask {
+  const bool* data = nullptr;
+  int64_t stride_b = 0, stride_n = 0;
+  explicit Mask(const std::optional<Tensor>& mask) {
+    if (!mask) return;
+    data = static_cast<const bool*>(mask->data_ptr()), stride_b = mask->stride(0), stride_n = mask->stride(1);
+  }
+  const bool* image(int64_t b) const { return data ? data + b * stride_b : nullptr; }
+};
+
+template <typename W, typename X>
+void weights(const Tensor& w, float scale, const Mask& mask, Tensor& a) {
+  const Layout l = layout(w);
+  const W* logits = static_cast<const W*>(w.data_ptr());
+  X* out = static_cast<X*>(a.data_ptr());
+  for_blocks(l, [&](int64_t b, int64_t slot, int64_t slots, Scratch& t) {
+    gather(l, logits, b, slot, slots, mask.image(b), mask.stride_n, NONE, t.w.data());
+    for_columns(slots, [&](int64_t c) { softmax(&t.w[c], &t.a[c], l.height(), l.width(), scale, !l.across); });
+    scatter(l, t.a.data(), out, b, slot, slots);
+  });
+}
+
+template <typename W, typename X>
+void weights_backward(const Tensor& da, const Tensor& a, const Tensor& w, float scale, Tensor& dw, Tensor& partial) {
+  Layout l = layout(w), from = l, of_a = l;  // all lie in the order of w
+  from.stride_b = da.stride(0), from.row_stride = l.across ? da.stride(1) : da.stride(2);
+  of_a.stride_b = a.stride(0), of_a.row_stride = l.across ? a.stride(1) : a.stride(2);
+  const W* logits = static_cast<const W*>(w.data_ptr());
+  const X *gradient = static_cast<const X*>(da.data_ptr()), *weight = static_cast<const X*>(a.data_ptr());
+  W* out = static_cast<W*>(dw.data_ptr());
+  float* sums = partial.numel() ? static_cast<float*>(partial.data_ptr()) : nullptr;
+  for_blocks(l, [&](int64_t b, int64_t slot, int64_t slots, Scratch& t) {
+    gather(of_a, weight, b, slot, slots, nullptr, 0, 0.0f, t.a.data());
+    gather(from, gradient, b, slot, slots, nullptr, 0, 0.0f, t.da.data());
+    if (sums) gather(l, logits, b, slot, slots, nullptr, 0, NONE, t.w.data());
+    for_columns(slots, [&](int64_t c) {
+      softmax_backward(&t.a[c], &t.da[c], &t.w[c], l.height(), l.width(), scale, !l.across, sums ? t.sums + c : nullptr);
+    });
+    scatter(l, t.da.data(), out, b, slot, slots);
+    if (sums) std::copy_n(t.sums, slots, sums + b * l.M + slot);
+  });
+}
+
+// f(a null pointer of w's type, one of x's): fp16, bf16 or fp32 each
+template <typename F>
+void dispatch(ScalarType w, ScalarType x, const F& f) {
+  const auto second = [&](auto first) {
+    if (x == ScalarType::Float) f(first, static_cast<float*>(nullptr));
+    else if (x == ScalarType::BFloat16) f(first, static_cast<BFloat16*>(nullptr));
+    else if (x == ScalarType::Half) f(first, static_cast<Half*>(nullptr));
+    else STD_TORCH_CHECK(false, "aggregation_weights takes float16, bfloat16 and float32");
+  };
+  if (w == ScalarType::Float) second(static_cast<float*>(nullptr));
+  else if (w == ScalarType::BFloat16) second(static_cast<BFloat16*>(nullptr));
+  else if (w == ScalarType::Half) second(static_cast<Half*>(nullptr));
+  else STD_TORCH_CHECK(false, "aggregation_weights takes float16, bfloat16 and float32");
+}
+
+void check(const Tensor& w, const std::optional<Tensor>& mask) {
+  STD_TORCH_CHECK(w.dim() == 3 && !w.is_cuda(), "w must be (B, N, M) on a CPU");
+  STD_TORCH_CHECK(w.stride(1) == 1 || w.stride(2) == 1 || w.size(1) == 1 || w.size(2) == 1, "w must have a stride of 1");
+  if (mask) {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2, "mask must be (B, N) bool");
+    STD_TORCH_CHECK(mask->size(0) == w.size(0) && mask->size(1) == w.size(1), "mask must be (B, N)");
+  }
+}
+
+// a is written whole, contiguous in w's order of dimensions
+void aggregation_weights_fwd(Tensor w, double scale, std::optional<Tensor> mask, Tensor a) {
+  check(w, mask);
+  if (w.numel() == 0) return;
+  dispatch(w.scalar_type(), a.scalar_type(), [&](auto* logit, auto* weight) {
+    using W = std::remove_pointer_t<decltype(logit)>;
+    using X = std::remove_pointer_t<decltype(weight)>;
+    weights<W, X>(w, static_cast<float>(scale), Mask(mask), a);
+  });
+}
+
+// da and a have the tokens' dtype, w and dw (which may be da) the logits'; partial: shares of the scale's gradient, (B,
+// M), or nothing
+void aggregation_weights_bwd(Tensor da, Tensor a, Tensor w, double scale, Tensor dw, Tensor partial) {
+  check(w, std::nullopt);
+  if (w.numel() == 0) return;
+  dispatch(w.scalar_type(), a.scalar_type(), [&](auto* logit, auto* weight) {
+    using W = std::remove_pointer_t<decltype(logit)>;
+    using X = std::remove_pointer_t<decltype(weight)>;
+    weights_backward<W, X>(da, a, w, static_cast<float>(scale), dw, partial);
+  });
+}
+
+}  // namespace
+}  // namespace tokenops
+
+STABLE_TORCH_LIBRARY_IMPL(tokenops, CPU, m) {
+  m.impl("aggregation_weights_fwd", TORCH_BOX(&tokenops::aggregation_weights_fwd));
+  m.impl("aggregation_weights_bwd", TORCH_BOX(&tokenops::aggregation_weights_bwd));
+}
