@@ -129,10 +129,14 @@ def test_the_hidden_tensor_never_exists(backend, device):
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_tensor(t))
+            sizes.extend(
+                t.numel()
+                for t in (out if isinstance(out, (tuple, list)) else (out,))
+                if torch.is_tensor(t) and t.is_floating_point()
+            )
             return out
 
-    case = TokenMlp(4, 3, 40, 5, 64, "the hidden tensor is by far the largest")
+    case = TokenMlp(16, 3, 40, 5, 64, "the hidden tensor is by far the largest")
     tensors = inputs(case, torch.float32, device)
     dy = torch.randn(case.B, case.N, case.C, device=device)
     implementation = __import__(
@@ -141,7 +145,7 @@ def test_the_hidden_tensor_never_exists(backend, device):
     with Sizes():
         implementation.token_mlp_fwd(*tensors)
         implementation.token_mlp_bwd(dy, *tensors[:4])
-    assert 0 < max(sizes) < case.B * case.R * case.C
+    assert 0 < max(sizes) <= case.B * case.R * case.C // 4
     sizes.clear()
     with Sizes():
         reference.token_mlp(*tensors)

