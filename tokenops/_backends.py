@@ -83,10 +83,8 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
         if device == "cuda" and not INTERPRETED:
             if dtype == torch.float64 and op not in COMPILED:
                 return "the Triton matrix kernels take no float64 on a GPU"
-            if torch.cuda.get_device_capability() < (8, 0):
-                return (
-                    f"the Triton kernels need compute capability 8.0, this GPU has {torch.cuda.get_device_capability()}"
-                )
+            if _native.gpu_capability() < (8, 0):
+                return f"the Triton kernels need compute capability 8.0, this GPU has {_native.gpu_capability()}"
     return None
 
 

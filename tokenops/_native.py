@@ -52,11 +52,17 @@ _capabilities = [tuple(map(int, name.rstrip("af+PTX").split("."))) for name in _
 _oldest_gpu = min(_capabilities, default=(0, 0))
 
 
+@torch.compiler.assume_constant_result
+def gpu_capability() -> tuple[int, int]:
+    """Of the current GPU; a constant to torch.compile."""
+    return torch.cuda.get_device_capability()
+
+
 def why_not(device: str) -> str | None:
     """Why compiled code cannot serve a device type ("cpu" or "cuda"); None when it can."""
     if device != "cuda":
         return _why_no_cpu
-    if _why_no_cuda_code is None and torch.cuda.get_device_capability() < _oldest_gpu:
+    if _why_no_cuda_code is None and gpu_capability() < _oldest_gpu:
         return f"the CUDA kernels were built for compute capability {_oldest_gpu[0]}.{_oldest_gpu[1]} and later"
     return _why_no_cuda_code
 

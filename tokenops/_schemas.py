@@ -93,7 +93,8 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 def _late(module: str, name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     """An implementation that is imported when it is first called (importing triton takes most of a second).
 
-    The tensors' dtypes decide, so autocast is kept out of what it is composed of.
+    The tensors' dtypes decide, so autocast is kept out of what it is composed of; the tensors' GPU is made the current
+    one, which is where Triton launches.
     """
 
     implementation = None
@@ -102,9 +103,12 @@ def _late(module: str, name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
         nonlocal implementation
         if implementation is None:
             implementation = getattr(importlib.import_module(module, __package__), name)
-        device = args[0].device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
+        device = args[0].device
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                return call(*args)
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
                 return implementation(*args)
         return implementation(*args)
 

@@ -300,6 +300,6 @@ def soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, stats, prefix):
         soft_aggregate_bwd_kernel[(programs,)](
             dy, x, w, scale_, factor, mask_, y, stats, dx, dw, dscale,
             B, *sizes, C, prefix, *dy.stride(), *x.stride(), *w_strides, *mask_strides, *dw_strides,
-            **constants, **units, **config, INDEX=index_type(dy, x, w), ONE_TILE_M=M <= config["BLOCK_M"],
+            **constants, **units, **config, INDEX=index_type(dy, x, w, y, dx, dw), ONE_TILE_M=M <= config["BLOCK_M"],
         )  # fmt: skip
     return dx, dw, dscale if scale is None else dscale.sum()

@@ -232,7 +232,7 @@ def token_mlp_bwd(dy, z, w1, b1, w2):
     strides = (*dy.stride(), *z.stride(), *w1.stride(), _stride(b1), *w2.stride())
     common = {
         **dot_options(z.dtype),
-        "INDEX": index_type(dy, z, w1[None], w2[None]),
+        "INDEX": index_type(dy, z, w1[None], w2[None], dz),
         "HAS_B1": b1 is not None,
     }
 
