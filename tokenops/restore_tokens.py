@@ -51,7 +51,7 @@ def restore_tokens(base: Tensor, tokens: Tensor, index: Tensor, *, prefix: int =
     _checks.same(op, "channels", "tokens", tokens.shape[2], "base", base.shape[2])
     if tokens.shape[1] != index.shape[1] and tokens.shape[1] != prefix + index.shape[1]:
         raise ValueError(
-            f"{op}: tokens has {tokens.shape[1]} rows, but index has {index.shape[1]} a image:"
+            f"{op}: tokens has {tokens.shape[1]} rows, but index has {index.shape[1]} an image:"
             f" {index.shape[1]} rows are allowed, or {prefix + index.shape[1]} with the prefix"
         )
     backend = choose(op, base.device.type, base.dtype)

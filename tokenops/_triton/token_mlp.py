@@ -172,7 +172,6 @@ def token_mlp_bwd_weight_kernel(
                 ACC, DOT, PRECISION, INDEX, ONE_N, BLOCK_N,
             )  # fmt: skip
             left = dhidden * _gelu_slope(pre)
-            left = tl.where((c < C)[None, :], left, 0.0)
             db1 += tl.sum(left, axis=1)
             right = _tile(z_image, k, c, M, C, stride_zm, stride_zc, DOT, INDEX)
         else:
