@@ -19,6 +19,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "soft_aggregate": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "soft_scatter": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "token_mlp": {"cpu": ("native", "triton"), "cuda": ("triton",)},
+    "masked_channel_attention": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "restore_tokens": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
 }
 

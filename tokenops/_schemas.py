@@ -22,6 +22,12 @@ _SCHEMAS = {
     "token_mlp_fwd": "(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2) -> Tensor",
     "token_mlp_bwd": "(Tensor dy, Tensor z, Tensor w1, Tensor? b1, Tensor w2)"
     " -> (Tensor dz, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
+    "masked_channel_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? qk_mask, Tensor? v_mask, Tensor? bias,"
+    " Tensor? lengths, float scale, str scores, bool mean, bool key_mean)"
+    " -> (Tensor out, Tensor scores, Tensor lse, Tensor key_mean)",
+    "masked_channel_attention_bwd": "(Tensor dout, Tensor? dscores, Tensor? dlse, Tensor q, Tensor k, Tensor v,"
+    " Tensor? qk_mask, Tensor? v_mask, Tensor? bias, Tensor? lengths, Tensor out, Tensor lse, float scale, str scores,"
+    " bool mean) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dqk_mask, Tensor dv_mask, Tensor dbias)",
     "restore_tokens_fwd": "(Tensor base, Tensor tokens, Tensor index, SymInt prefix) -> Tensor",
     "restore_tokens_bwd": "(Tensor dy, Tensor index, SymInt prefix, SymInt carried) -> (Tensor dbase, Tensor dtokens)",
 }
@@ -75,6 +81,32 @@ def _token_mlp_bwd(dy, z, w1, b1, w2):
         w1.new_empty((hidden,)),
         w2.new_empty(w2.shape),
         w2.new_empty((tokens,)),
+    )
+
+
+def heads_inside(like, N, D, dtype=None):
+    """A new (B,H,N,D) tensor that lies in memory as (B,N,H,D): its heads are put side by side without a copy."""
+    B, H = like.shape[:2]
+    return like.new_empty((B, N, H, D), dtype=dtype).transpose(1, 2)
+
+
+def _masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean):
+    (B, H, M, _), (N, D) = q.shape, k.shape[2:]
+    wide = accumulation_dtype(q.dtype)
+    return (
+        heads_inside(q, M, v.shape[3]),
+        q.new_empty((0,) if scores == "none" else (B, N) if mean else (B, H, N), dtype=wide),
+        q.new_empty((B, H, M), dtype=wide),
+        k.new_empty((B, N, D) if key_mean else (0,)),
+    )
+
+
+def _masked_channel_attention_bwd(
+    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean
+):
+    return (
+        *(heads_inside(t, *t.shape[2:]) for t in (q, k, v)),
+        *(q.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (qk_mask, v_mask, bias)),
     )
 
 

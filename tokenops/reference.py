@@ -4,7 +4,8 @@ These functions define what is right. They work in any dtype (fp64 for gradient 
 standard ATen operators only (so a model traced through them exports), and are what every kernel is tested against.
 They check nothing: the public functions do that.
 
-Notation: B images, P prefix tokens (class, distillation), N tokens, M slim tokens, C channels, R hidden width.
+Notation: B images, P prefix tokens (class, distillation), N tokens, M slim tokens, C channels, R hidden width; H heads,
+Nq queries, Nk keys, Dk and Dv channels of a head.
 """
 
 import torch
@@ -67,3 +68,72 @@ def restore_tokens(base: Tensor, tokens: Tensor, index: Tensor, *, prefix: int =
     spare = torch.cat((base, base[:, :1]), dim=1) if rows else base.new_empty(base.shape[0], 1, base.shape[2])
     y = spare.scatter(1, target.unsqueeze(-1).expand(-1, -1, base.shape[2]), tokens[:, carried:])[:, :rows]
     return torch.cat((tokens[:, :carried], y[:, carried:]), dim=1) if carried else y
+
+
+def attention_logits(
+    q: Tensor,
+    k: Tensor,
+    *,
+    qk_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S = scale * sum_c mask_c q_c k_c + key_bias in the accumulation dtype, and which keys count, (B,H,Nq,Nk) both.
+
+    A key counts when it lies within its image's length and its bias is not -inf; the others' logits are 0 here.
+    """
+    q = q if qk_mask is None else (q * qk_mask.unsqueeze(1)).to(q.dtype)
+    valid = torch.ones((q.shape[0], 1, 1, k.shape[2]), dtype=torch.bool, device=q.device)
+    if key_lengths is not None:
+        valid = (torch.arange(k.shape[2], device=q.device) < key_lengths.reshape(-1, 1)).reshape(valid.shape)
+        k = k.masked_fill(~valid.transpose(2, 3), 0.0)
+    logits = torch.matmul(q, k.transpose(2, 3)).to(accumulation_dtype(q.dtype))
+    logits = logits * (q.shape[3] ** -0.5 if scale is None else scale)
+    if key_bias is not None:
+        valid = valid & (key_bias != float("-inf"))
+        logits = logits + key_bias.to(logits.dtype).masked_fill(~valid, 0.0)
+    valid = valid.expand_as(logits)
+    return logits.masked_fill(~valid, 0.0), valid
+
+
+def masked_channel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    qk_mask: Tensor | None = None,
+    v_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    scores: str | None = None,
+    heads: str = "each",
+    return_lse: bool = False,
+    return_key_mean: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """O = softmax(S) V * v_mask, (B,H,Nq,Dv), S of `attention_logits`: attention that tells what it attended to.
+
+    Behind O come, as asked for: the scores (the probabilities of query 0, or their mean over the queries; (B,H,Nk), or
+    (B,Nk) averaged over the heads), log sum exp S (B,H,Nq), and the mean of k over the heads (B,Nk,Dk). A query without
+    any key that counts gives zeros, and -inf as its log-sum-exp. Keys beyond a length are not looked at.
+    """
+    logits, valid = attention_logits(
+        q, k, qk_mask=qk_mask, key_bias=key_bias, key_lengths=key_lengths, scale=scale
+    )
+    some = valid.any(dim=3, keepdim=True)
+    logits = logits.masked_fill(~valid & some, float("-inf"))
+    p = torch.softmax(logits, dim=3).masked_fill(~valid, 0.0)
+    if key_lengths is not None:
+        beyond = torch.arange(k.shape[2], device=k.device) >= key_lengths.reshape(-1, 1)
+        k, v = (t.masked_fill(beyond.reshape(-1, 1, k.shape[2], 1), 0.0) for t in (k, v))
+    out = torch.matmul(p.to(v.dtype), v)
+    results = [out if v_mask is None else (out * v_mask.unsqueeze(1)).to(v.dtype)]
+    if scores is not None:
+        received = p[:, :, 0] if scores == "class" else p.mean(dim=2)
+        results.append(received.mean(dim=1) if heads == "mean" else received)
+    if return_lse:
+        results.append(torch.logsumexp(logits, dim=3).masked_fill(~some.squeeze(3), float("-inf")))
+    if return_key_mean:
+        results.append(k.mean(dim=1))
+    return results[0] if len(results) == 1 else tuple(results)
