@@ -133,6 +133,38 @@ def token_mlp_cases(dtype):
         yield f"M{M}-N{N}-C{C}", run
 
 
+def masked_channel_attention_cases(dtype):
+    from tokenops._triton.masked_channel_attention import masked_channel_attention_fwd
+    from tokenops._triton.masked_channel_attention_bwd import masked_channel_attention_bwd
+
+    for M, N, H, DK, DV, scores, mean, optional in (
+        (197, 197, 6, 64, 64, "class", False, False),  # DeiT-S
+        (197, 197, 6, 64, 64, "none", False, False),
+        (577, 577, 12, 64, 64, "received", False, False),
+        (197, 197, 6, 64, 64, "received", True, True),
+        (197, 197, 6, 40, 52, "class", False, True),  # compacted, masks, bias and lengths
+        (99, 99, 3, 24, 64, "class", True, True),
+        (50, 197, 6, 64, 64, "none", False, True),
+        (1, 197, 6, 64, 64, "class", False, False),  # a class token's attention
+        (197, 197, 12, 80, 80, "none", False, False),  # ViT-H
+        (4096, 4096, 4, 128, 128, "class", True, True),  # the widest and the longest
+        (13, 9, 2, 8, 16, "class", True, True),
+    ):
+        qkv = _meta(256, M, H, 2 * DK + DV, dtype=dtype).transpose(1, 2)
+        kv = qkv if M == N else _meta(256, N, H, 2 * DK + DV, dtype=dtype).transpose(1, 2)
+        q, k, v = qkv[..., :DK], kv[..., DK : 2 * DK], kv[..., 2 * DK :]
+        float32, int64 = torch.float32, torch.int64
+        shapes = (H, DK, float32), (H, DV, float32), (256, H, N, float32), (256, int64)
+        extra = [_meta(*size, dtype=d) if optional else None for *size, d in shapes]
+
+        def run():
+            out, score, lse, _ = masked_channel_attention_fwd(q, k, v, *extra, 0.125, scores, mean, optional)
+            given = None if scores == "none" else score
+            masked_channel_attention_bwd(out, given, None, q, k, v, *extra, out, lse, 0.125, scores, mean)
+
+        yield f"M{M}-N{N}-D{DK}-{DV}-{scores}{'-all' if optional else ''}", run
+
+
 def restore_tokens_cases(dtype):
     from tokenops._triton.restore_tokens import restore_tokens_bwd, restore_tokens_fwd
 
@@ -146,7 +178,12 @@ def restore_tokens_cases(dtype):
         yield f"N{N}-k{k}-C{C}", run
 
 
-CASES = {"soft_aggregate": soft_aggregate_cases, "token_mlp": token_mlp_cases, "restore_tokens": restore_tokens_cases}
+CASES = {
+    "soft_aggregate": soft_aggregate_cases,
+    "token_mlp": token_mlp_cases,
+    "masked_channel_attention": masked_channel_attention_cases,
+    "restore_tokens": restore_tokens_cases,
+}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -118,6 +118,9 @@ def _restore_tokens_bwd(dy, index, prefix, carried):
     return dy.new_empty(dy.shape), dy.new_empty((dy.shape[0], carried + index.shape[1], dy.shape[2]))
 
 
+#: where an implementation is not in the file of its operator's name
+MODULES = {("_triton", "masked_channel_attention_bwd"): "masked_channel_attention_bwd"}
+
 _library = torch.library.Library("tokenops", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
@@ -159,7 +162,8 @@ def _register() -> None:
             for device, backends in TABLE[op].items():
                 if backend in backends and not (backend == "native" and op in COMPILED):
                     room = "_triton" if backend == "triton" else f"_{device}"
-                    _library.impl(overload, _late(f".{room}.{op}", name), device.upper())
+                    module = f".{room}.{MODULES.get((room, name), op)}"
+                    _library.impl(overload, _late(module, name), device.upper())
 
 
 _register()

@@ -111,6 +111,8 @@ def _check(op, q, k, v, qk_mask, v_mask, key_bias, key_lengths, scale, scores, h
     _checks.tensor(op, "q", q, "B,H,Nq,Dk")
     _checks.tensor(op, "k", k, "B,H,Nk,Dk", like=q)
     _checks.tensor(op, "v", v, "B,H,Nk,Dv", like=q)
+    if q.shape[1] == 0:
+        raise ValueError(f"{op}: q has no heads")
     for name, value in (("k", k), ("v", v)):
         if value.dtype != q.dtype:
             raise TypeError(f"{op}: {name} must have q's dtype {q.dtype}, but got {value.dtype}")
@@ -120,7 +122,9 @@ def _check(op, q, k, v, qk_mask, v_mask, key_bias, key_lengths, scale, scores, h
     _checks.same(op, "keys", "v", v.shape[2], "k", k.shape[2])
     for name, value in (("q", q), ("v", v)):
         if not 1 <= value.shape[3] <= WIDEST_HEAD:
-            raise ValueError(f"{op}: {name} has heads of {value.shape[3]} channels, but 1 to {WIDEST_HEAD} are possible")
+            raise ValueError(
+                f"{op}: {name} has heads of {value.shape[3]} channels, but 1 to {WIDEST_HEAD} are possible"
+            )
     for name, mask, other, like in (("qk_mask", qk_mask, "q", q), ("v_mask", v_mask, "v", v)):
         if mask is not None:
             _checks.tensor(op, name, mask, "H,D", like=q)
@@ -167,7 +171,7 @@ class _MaskedChannelAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dscores, dlse, dkey_mean):
         *tensors, out, lse = ctx.saved_tensors
-        q, k, v, qk_mask, v_mask, bias, _ = tensors
+        q, k, v, qk_mask, v_mask, bias, lengths = tensors
         dq = dk = dv = dqk_mask = dv_mask = dbias = None
         if dout is not None or dscores is not None or dlse is not None:
             dout = torch.zeros_like(out) if dout is None else dout
@@ -177,6 +181,9 @@ class _MaskedChannelAttention(torch.autograd.Function):
             )
         if dkey_mean is not None:
             mean = (dkey_mean / k.shape[1]).unsqueeze(1)
+            if lengths is not None:
+                beyond = torch.arange(k.shape[2], device=k.device) >= lengths.unsqueeze(1)
+                mean = mean.masked_fill(beyond[:, None, :, None], 0.0)
             dk = mean.expand_as(k) if dk is None else dk + mean
         gradients = (
             gradient if tensor is not None and wanted else None

@@ -118,9 +118,7 @@ def masked_channel_attention(
     (B,Nk) averaged over the heads), log sum exp S (B,H,Nq), and the mean of k over the heads (B,Nk,Dk). A query without
     any key that counts gives zeros, and -inf as its log-sum-exp. Keys beyond a length are not looked at.
     """
-    logits, valid = attention_logits(
-        q, k, qk_mask=qk_mask, key_bias=key_bias, key_lengths=key_lengths, scale=scale
-    )
+    logits, valid = attention_logits(q, k, qk_mask=qk_mask, key_bias=key_bias, key_lengths=key_lengths, scale=scale)
     some = valid.any(dim=3, keepdim=True)
     logits = logits.masked_fill(~valid & some, float("-inf"))
     p = torch.softmax(logits, dim=3).masked_fill(~valid, 0.0)

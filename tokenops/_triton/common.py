@@ -1,5 +1,6 @@
 """What the launchers share: dtypes and precision of the dots, and the sizes of tiles."""
 
+import math
 import os
 
 import torch
@@ -49,3 +50,18 @@ def index_type(*tensors: torch.Tensor) -> tl.dtype:
     reach = max(sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:])) for t in tensors)
     # tiles reach past the end (masked), so half of the range is kept free
     return tl.int32 if reach < 2**30 else tl.int64
+
+
+def unit(*sizes: int) -> int:
+    """The largest power of two, up to 8, that divides all of them; 1 where one of them is 1.
+
+    The compiler knows of arguments only whether 16 divides them: sizes and strides are passed in units.
+    """
+    return 1 if 1 in sizes else math.gcd(8, *sizes)
+
+
+@triton.jit
+def rows(ptr, n, c, read, C, stride_n, stride_c, DOT: tl.constexpr, INDEX: tl.constexpr):
+    """Rows n (those to be read) and channels c of a matrix, 0 elsewhere."""
+    offsets = n.to(INDEX)[:, None] * stride_n + c.to(INDEX)[None, :] * stride_c
+    return tl.load(ptr + offsets, mask=read[:, None] & (c < C)[None, :], other=0.0).to(DOT)

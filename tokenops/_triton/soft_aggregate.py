@@ -5,13 +5,11 @@ largest logit and sum; the second makes the weights and multiplies. Backward: a 
 and walks over the slots, so dx and dw are each written once, without atomics.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
-from .common import FUSION, dot_options, index_type, tile
+from .common import FUSION, dot_options, index_type, rows, tile, unit
 
 
 @triton.jit
@@ -46,13 +44,6 @@ def _finite(w):
 def _scaled(w, scale):
     """scale * w, where a logit of -inf stays one whatever the scale."""
     return tl.where(w == float("-inf"), float("-inf"), _finite(w) * scale)
-
-
-@triton.jit
-def _rows(ptr, n, c, read, C, stride_n, stride_c, DOT: tl.constexpr, INDEX: tl.constexpr):
-    """Rows n (those to be read) and channels c of a matrix, 0 elsewhere."""
-    offsets = n.to(INDEX)[:, None] * stride_n + c.to(INDEX)[None, :] * stride_c
-    return tl.load(ptr + offsets, mask=read[:, None] & (c < C)[None, :], other=0.0).to(DOT)
 
 
 @triton.jit
@@ -114,7 +105,7 @@ def soft_aggregate_fwd_kernel(
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         counts = _token_counts(mask_ptr, n, N, stride_mn, HAS_MASK, INDEX)
-        x = _rows(x_ptr, n, c, counts, C, stride_xn, stride_xc, DOT, INDEX)
+        x = rows(x_ptr, n, c, counts, C, stride_xn, stride_xc, DOT, INDEX)
         s = _scaled(_logits(w_ptr, n[None, :], m[:, None], counts[None, :], M, stride_wn, stride_wm, ACC, INDEX), scale)
         a = tl.exp(s - top[:, None]) * inverse[:, None]
         acc = tl.dot(a.to(DOT), x, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -180,9 +171,9 @@ def soft_aggregate_bwd_kernel(
         delta = tl.zeros((BLOCK_M,), ACC)
         for start in range(0, C, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
-            x = _rows(x_ptr, n, c, counts, C, stride_xn, stride_xc, DOT, INDEX)
-            dy = _rows(dy_ptr, m, c, m < M, C, stride_dym, stride_dyc, DOT, INDEX)
-            y = _rows(y_ptr, m, c, m < M, C, C, 1, ACC, INDEX)
+            x = rows(x_ptr, n, c, counts, C, stride_xn, stride_xc, DOT, INDEX)
+            dy = rows(dy_ptr, m, c, m < M, C, stride_dym, stride_dyc, DOT, INDEX)
+            y = rows(y_ptr, m, c, m < M, C, C, 1, ACC, INDEX)
             da = tl.dot(x, tl.trans(dy), da, input_precision=PRECISION, out_dtype=ACC)
             delta += tl.sum(dy.to(ACC) * y, axis=1)
         weights = _weights(w, stats_ptr, b, m, B, M, scale)
@@ -206,7 +197,7 @@ def soft_aggregate_bwd_kernel(
             if not ONE_TILE_M:
                 w = _logits(w_ptr, n[:, None], m[None, :], counts[:, None], M, stride_wn, stride_wm, ACC, INDEX)
                 a = _weights(w, stats_ptr, b, m, B, M, scale).to(DOT)
-            dy = _rows(dy_ptr, m, c, m < M, C, stride_dym, stride_dyc, DOT, INDEX)
+            dy = rows(dy_ptr, m, c, m < M, C, stride_dym, stride_dyc, DOT, INDEX)
             acc = tl.dot(a, dy, acc, input_precision=PRECISION, out_dtype=ACC)
         offsets = n.to(INDEX)[:, None] * C + c[None, :]
         tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), mask=(n < N)[:, None] & (c < C)[None, :])
@@ -239,19 +230,14 @@ def _bwd_config(dtype, N, M, C):
     }
 
 
-def _unit(*sizes):
-    """The largest power of two, up to 8, that divides all of them; 1 where one of them is 1."""
-    return 1 if 1 in sizes else math.gcd(8, *sizes)
-
-
 def _logit_layout(N, M, w, dw=None):
     """Sizes and strides of the logits in units that the compiler knows: rows of 98 bf16 allow loads of 4 bytes, not 2.
 
     Returns the arguments (N, M), the strides of w and dw, and the units as constants.
     """
     both = list(zip(w.stride(), (w if dw is None else dw).stride()))
-    units = [_unit(*pair) for pair in both]
-    n_unit, m_unit = _unit(N), _unit(M)
+    units = [unit(*pair) for pair in both]
+    n_unit, m_unit = unit(N), unit(M)
     names = ("N_UNIT", "M_UNIT", "WB_UNIT", "WN_UNIT", "WM_UNIT")
     constants = dict(zip(names, (n_unit, m_unit, *units)))
     w_strides, dw_strides = zip(*((s // unit, ds // unit) for (s, ds), unit in zip(both, units)))

@@ -1,0 +1,290 @@
+"""masked_channel_attention on Triton: online softmax, and never a matrix of queries by keys in memory.
+
+Forward: a program owns BLOCK_M queries of a head and walks over the keys; the program of query 0 then writes the class
+scores. Means over the heads take programs of their own in the same launch. The "received" scores need every query's
+log-sum-exp first, so they are a second launch over q k^T. Backward: one kernel owns queries (dq, and D for the other),
+one owns keys (dk, dv, dbias). Logits are kept times log2(e), for exp2.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .._schemas import heads_inside
+from .common import FUSION, dot_options, index_type, rows, tile, unit
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _head(ptr, b, h, stride_b, stride_h, UNIT: tl.constexpr):
+    """Where head h of image b begins."""
+    return ptr + b * (stride_b * UNIT) + tl.cast(h, tl.int64) * (stride_h * UNIT)
+
+
+@triton.jit
+def _length(lengths_ptr, b, N, HAS_LENGTHS: tl.constexpr):
+    length = N
+    if HAS_LENGTHS:
+        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), N).to(tl.int32)
+    return length
+
+
+@triton.jit
+def _channels(mask_ptr, h, c, D, ACC: tl.constexpr):
+    return tl.load(mask_ptr + h * D + c, mask=c < D, other=0.0).to(ACC)
+
+
+@triton.jit
+def _masked(x, mask_ptr, h, c, D, ACC: tl.constexpr, DOT: tl.constexpr, HAS_MASK: tl.constexpr):
+    if HAS_MASK:
+        x = (x.to(ACC) * _channels(mask_ptr, h, c, D, ACC)[None, :]).to(DOT)
+    return x
+
+
+@triton.jit
+def _key_bias(bias_ptr, n, length, stride_n, ACC: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """What is added to the logits of keys n: -inf beyond the length."""
+    bias = tl.where(n < length, 0.0, float("-inf")).to(ACC)
+    if HAS_BIAS:
+        loaded = tl.load(bias_ptr + n.to(tl.int64) * stride_n, mask=n < length, other=float("-inf"))
+        bias = loaded.to(ACC) * LOG2E
+    return bias
+
+
+@triton.jit
+def _finite(lse):
+    """What is subtracted from a row's logits: 0 where all of them are -inf."""
+    return tl.where(lse == float("-inf"), 0.0, lse)
+
+
+@triton.jit
+def _row_lse(lse_ptr, m, M, ACC: tl.constexpr):
+    """Of queries m, times log2(e); +inf beyond the last, which makes their probabilities 0."""
+    return _finite(tl.load(lse_ptr + m, mask=m < M, other=float("inf")).to(ACC) * LOG2E)
+
+
+@triton.jit
+def _class_logits(q_ptr, k_ptr, qk_mask_ptr, bias, scale, h, n, length, stride_qc, stride_kn, stride_kc,
+                  DK: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+                  INDEX: tl.constexpr, HAS_QK_MASK: tl.constexpr):  # fmt: skip
+    """The logits of query 0 and keys n, CHUNK channels at a time."""
+    s = tl.zeros((BLOCK,), ACC)
+    for start in range(0, DK, CHUNK):
+        c = start + tl.arange(0, CHUNK)
+        q = tl.load(q_ptr + c.to(INDEX) * stride_qc, mask=c < DK, other=0.0).to(DOT)[None, :]
+        q = _masked(q, qk_mask_ptr, h, c, DK, ACC, DOT, HAS_QK_MASK)
+        k = rows(k_ptr, n, c, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
+        s += tl.sum(k.to(ACC) * q.to(ACC), axis=1)
+    return s * scale + bias
+
+
+@triton.jit
+def masked_channel_attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, qk_mask_ptr, v_mask_ptr, bias_ptr, lengths_ptr, out_ptr, scores_ptr, lse_ptr, key_mean_ptr,
+    factor: tl.float64, B, H, M, N,
+    stride_qb, stride_qh, stride_qm, stride_qc, stride_kb, stride_kh, stride_kn, stride_kc,
+    stride_vb, stride_vh, stride_vn, stride_vc, stride_bb, stride_bh, stride_bn,
+    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr,
+    HAS_QK_MASK: tl.constexpr, HAS_V_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    CLASS: tl.constexpr, CLASS_MEAN: tl.constexpr, KEY_MEAN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_ROW: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    scale = tl.full((), factor, ACC)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    side_class = B if CLASS_MEAN else 0
+    side = side_class + (B * tiles_n if KEY_MEAN else 0)
+    stride_qm, stride_kn, stride_vn = stride_qm * UNIT, stride_kn * UNIT, stride_vn * UNIT
+
+    if program < side:
+        if CLASS_MEAN:
+            if program < side_class:  # the mean over the heads of one image's class scores
+                b = program.to(tl.int64)
+                n = tl.arange(0, BLOCK_ROW)
+                length = _length(lengths_ptr, b, N, HAS_LENGTHS)
+                mean = tl.zeros((BLOCK_ROW,), ACC)
+                for h in range(H):
+                    bias_row = bias_ptr + b * stride_bb + tl.cast(h, tl.int64) * stride_bh
+                    bias = _key_bias(bias_row, n, length, stride_bn, ACC, HAS_BIAS)
+                    s = _class_logits(
+                        _head(q_ptr, b, h, stride_qb, stride_qh, UNIT), _head(k_ptr, b, h, stride_kb, stride_kh, UNIT),
+                        qk_mask_ptr, bias, scale, h, n, length, stride_qc, stride_kn, stride_kc,
+                        DK, BLOCK_ROW, CHUNK, ACC, DOT, INDEX, HAS_QK_MASK,
+                    )  # fmt: skip
+                    e = tl.exp2(s - _finite(tl.max(s, axis=0)))
+                    total = tl.sum(e, axis=0)
+                    mean += e / tl.where(total == 0.0, 1.0, total)
+                tl.store(scores_ptr + b * N + n, mean / H, mask=n < N)
+        if KEY_MEAN:
+            if program >= side_class:  # the mean over the heads of a tile of keys
+                b = ((program - side_class) // tiles_n).to(tl.int64)
+                n = ((program - side_class) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+                length = _length(lengths_ptr, b, N, HAS_LENGTHS)
+                c = tl.arange(0, BLOCK_DK)
+                mean_k = tl.zeros((BLOCK_N, BLOCK_DK), ACC)
+                for h in range(H):
+                    head = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
+                    mean_k += rows(head, n, c, n < length, DK, stride_kn, stride_kc, DOT, INDEX).to(ACC)
+                offsets = n.to(INDEX)[:, None] * DK + c[None, :]
+                inside = (n < N)[:, None] & (c < DK)[None, :]
+                tl.store(key_mean_ptr + b * N * DK + offsets, (mean_k / H).to(key_mean_ptr.dtype.element_ty), inside)
+    else:
+        tile_m = (program - side) % tiles_m
+        h = ((program - side) // tiles_m) % H
+        b = ((program - side) // (tiles_m * H)).to(tl.int64)
+        q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
+        k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
+        v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
+        bias_ptr += b * stride_bb + tl.cast(h, tl.int64) * stride_bh
+        m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        ck, cv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+        length = _length(lengths_ptr, b, N, HAS_LENGTHS)
+
+        q = rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
+        q = _masked(q, qk_mask_ptr, h, ck, DK, ACC, DOT, HAS_QK_MASK)
+        top = tl.full((BLOCK_M,), float("-inf"), ACC)
+        total = tl.zeros((BLOCK_M,), ACC)
+        acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
+        for start in range(0, length, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            k = rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
+            s += _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :]
+            higher = tl.maximum(top, tl.max(s, axis=1))
+            base = _finite(higher)
+            p = tl.exp2(s - base[:, None])
+            shrink = tl.exp2(top - base)
+            total = total * shrink + tl.sum(p, axis=1)
+            v = rows(v_ptr, n, cv, n < length, DV, stride_vn, stride_vc, DOT, INDEX)
+            acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
+            top = higher
+        some = tl.where(total == 0.0, 1.0, total)
+        lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(some))
+        tl.store(lse_ptr + (b * H + h) * M + m, lse * LN2, mask=m < M)
+        acc = _masked(acc / some[:, None], v_mask_ptr, h, cv, DV, ACC, ACC, HAS_V_MASK)
+        offsets = m.to(INDEX)[:, None] * (H * DV) + cv[None, :]
+        inside = (m < M)[:, None] & (cv < DV)[None, :]
+        tl.store(out_ptr + b * M * H * DV + h * DV + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+        if CLASS:
+            if tile_m == 0:
+                first = _finite(tl.sum(tl.where(m == 0, lse, 0.0), axis=0))
+                for start in range(0, N, BLOCK_N):
+                    n = start + tl.arange(0, BLOCK_N)
+                    bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)
+                    s = _class_logits(
+                        q_ptr, k_ptr, qk_mask_ptr, bias, scale, h, n, length, stride_qc, stride_kn, stride_kc,
+                        DK, BLOCK_N, BLOCK_DK, ACC, DOT, INDEX, HAS_QK_MASK,
+                    )  # fmt: skip
+                    tl.store(scores_ptr + (b * H + h) * N + n, tl.exp2(s - first), mask=n < N)
+
+
+@triton.jit
+def masked_channel_attention_received_kernel(
+    q_ptr, k_ptr, qk_mask_ptr, bias_ptr, lengths_ptr, lse_ptr, scores_ptr, factor: tl.float64, H, GROUPS, M, N,
+    stride_qb, stride_qh, stride_qm, stride_qc, stride_kb, stride_kh, stride_kn, stride_kc,
+    stride_bb, stride_bh, stride_bn,
+    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr,
+    HAS_QK_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    DK: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The mean over the queries, and over the heads of a group (one head, or all), of the probabilities of keys."""
+    scale = tl.full((), factor, ACC)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    n = (program % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    group = (program // tiles_n) % GROUPS
+    b = (program // (tiles_n * GROUPS)).to(tl.int64)
+    c = tl.arange(0, BLOCK_DK)
+    length = _length(lengths_ptr, b, N, HAS_LENGTHS)
+    stride_qm, stride_kn = stride_qm * UNIT, stride_kn * UNIT
+    heads = H // GROUPS
+    sums = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for h in range(group * heads, group * heads + heads):
+        head_q = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
+        head_k = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
+        k = rows(head_k, n, c, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
+        bias_row = bias_ptr + b * stride_bb + tl.cast(h, tl.int64) * stride_bh
+        bias = _key_bias(bias_row, n, length, stride_bn, ACC, HAS_BIAS)
+        for start in range(0, M, BLOCK_M):
+            m = start + tl.arange(0, BLOCK_M)
+            q = rows(head_q, m, c, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
+            q = _masked(q, qk_mask_ptr, h, c, DK, ACC, DOT, HAS_QK_MASK)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale + bias[None, :]
+            sums += tl.exp2(s - _row_lse(lse_ptr + (b * H + h) * M, m, M, ACC)[:, None])
+    received = tl.sum(sums, axis=0) / (M * heads)
+    tl.store(scores_ptr + (b * GROUPS + group) * N + n, received, mask=n < N)
+
+
+def _warps(dtype, DK, DV):
+    return 8 if max(DK, DV) > 64 or dtype.itemsize > 2 else 4
+
+
+def fwd_config(dtype, M, N, DK, DV):
+    wide = dtype.itemsize > 2
+    return {
+        "BLOCK_DK": tile(DK, 16, 128),
+        "BLOCK_DV": tile(DV, 16, 128),
+        "BLOCK_M": tile(M, 16, 64),
+        "BLOCK_N": tile(N, 16, 32 if wide else 64),
+        "num_warps": _warps(dtype, DK, DV),
+        "num_stages": 2,
+        **FUSION,
+    }
+
+
+def shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, *others):
+    """What every kernel takes: optional tensors (q stands in for a missing one), strides in units, constants."""
+    UNIT = unit(*(s for t in (q, k, v, *others) for s in t.stride()[:3]))
+    optional = {"QK_MASK": qk_mask, "V_MASK": v_mask, "BIAS": bias, "LENGTHS": lengths}
+    constants = {f"HAS_{name}": t is not None for name, t in optional.items()}
+    constants |= dot_options(q.dtype) | {"UNIT": UNIT, "INDEX": index_type(q, k, v, *others)}
+    constants |= {"DK": q.shape[3], "DV": v.shape[3]}
+    given = [q if t is None else t if t is bias else t.contiguous() for t in optional.values()]
+    strides = [(*(s // UNIT for s in t.stride()[:3]), t.stride(3)) for t in (q, k, v, *others)]
+    return given, strides, (0, 0, 0) if bias is None else bias.stride(), constants
+
+
+def _only(constants, *names):
+    """The constants without those that a kernel does not take."""
+    return {name: value for name, value in constants.items() if name not in names}
+
+
+def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean):
+    (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
+    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = heads_inside(q, M, DV)
+    lse = q.new_empty((B, H, M), dtype=accumulator)
+    score = q.new_empty((0,) if scores == "none" else (B, N) if mean else (B, H, N), dtype=accumulator)
+    mean_k = k.new_empty((B, N, DK) if key_mean else (0,))
+    (qk_mask_, v_mask_, bias_, lengths_), strides, bias_strides, constants = shared_arguments(
+        q, k, v, qk_mask, v_mask, bias, lengths
+    )
+    config = fwd_config(q.dtype, M, N, DK, DV)
+    factor = float(scale) * math.log2(math.e)
+    class_mean = scores == "class" and mean
+    side = class_mean + triton.cdiv(N, config["BLOCK_N"]) * key_mean
+    programs = B * (side + H * triton.cdiv(M, config["BLOCK_M"]))
+    row = triton.next_power_of_2(max(N, 1)) if class_mean else 1
+    if programs and H:
+        masked_channel_attention_fwd_kernel[(programs,)](
+            q, k, v, qk_mask_, v_mask_, bias_, lengths_, out, score, lse, mean_k,
+            factor, B, H, M, N, *strides[0], *strides[1], *strides[2], *bias_strides,
+            **constants, **config, CLASS=scores == "class" and not mean, CLASS_MEAN=class_mean, KEY_MEAN=key_mean,
+            BLOCK_ROW=row, CHUNK=max(1, min(16, 4096 // row)),
+        )  # fmt: skip
+    if scores == "received":
+        groups = 1 if mean else H
+        programs = B * groups * triton.cdiv(N, config["BLOCK_N"])
+        if programs:
+            masked_channel_attention_received_kernel[(programs,)](
+                q, k, qk_mask_, bias_, lengths_, lse, score, factor, H, groups, M, N,
+                *strides[0], *strides[1], *bias_strides,
+                **_only(constants, "HAS_V_MASK", "DV"), **_only(config, "BLOCK_DV"),
+            )  # fmt: skip
+    return out, score, lse, mean_k

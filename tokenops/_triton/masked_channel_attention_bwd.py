@@ -1,0 +1,237 @@
+"""The backward pass of masked_channel_attention: see masked_channel_attention.py, whose helpers it shares.
+
+dS = P * (dP - D), where dP is dO V^T plus the gradient of the scores, and D the sum of P * dP over a row. P comes from
+the saved log-sum-exp; D from dO * O, and where scores have a gradient from another walk over the keys of their queries.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .._schemas import heads_inside
+from .common import FUSION, rows, tile
+from .masked_channel_attention import (
+    _channels,
+    _head,
+    _key_bias,
+    _length,
+    _masked,
+    _only,
+    _row_lse,
+    shared_arguments,
+)
+
+
+@triton.jit
+def _score_gradient(dscores_ptr, m, n, N, stride_n, share, ACC: tl.constexpr, RECEIVED: tl.constexpr):
+    """What the scores add to dP of queries m and keys n, shaped to broadcast; `share` of a query in its score."""
+    gradient = tl.load(dscores_ptr + n.to(tl.int64) * stride_n, mask=n < N, other=0.0).to(ACC) * share
+    if not RECEIVED:
+        gradient = tl.where(m == 0, gradient, 0.0)
+    return gradient
+
+
+@triton.jit
+def masked_channel_attention_bwd_q_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, qk_mask_ptr, v_mask_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, dlse_ptr,
+    dscores_ptr, delta_ptr, dq_ptr, dqk_mask_ptr, factor: tl.float64, rate: tl.float64, share: tl.float64, H, M, N,
+    stride_qb, stride_qh, stride_qm, stride_qc, stride_kb, stride_kh, stride_kn, stride_kc,
+    stride_vb, stride_vh, stride_vn, stride_vc, stride_ob, stride_oh, stride_om, stride_oc,
+    stride_bb, stride_bh, stride_bn, stride_sb, stride_sh, stride_sn,
+    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr,
+    HAS_QK_MASK: tl.constexpr, HAS_V_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_DLSE: tl.constexpr, HAS_DSCORES: tl.constexpr, RECEIVED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq and D of a tile of queries, and its share of the channel mask's gradient."""
+    scale, share = tl.full((), factor, ACC), tl.full((), share, ACC)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    program = tl.program_id(0)
+    tile_m = program % tiles_m
+    h = (program // tiles_m) % H
+    b = (program // (tiles_m * H)).to(tl.int64)
+    q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
+    k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
+    v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
+    dout_ptr = _head(dout_ptr, b, h, stride_ob, stride_oh, UNIT)
+    stride_qm, stride_kn = stride_qm * UNIT, stride_kn * UNIT
+    stride_vn, stride_om = stride_vn * UNIT, stride_om * UNIT
+    bias_ptr += b * stride_bb + tl.cast(h, tl.int64) * stride_bh
+    dscores_ptr += b * stride_sb + tl.cast(h, tl.int64) * stride_sh
+    row = (b * H + h) * M
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    ck, cv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    length = _length(lengths_ptr, b, N, HAS_LENGTHS)
+
+    dout = rows(dout_ptr, m, cv, m < M, DV, stride_om, stride_oc, DOT, INDEX)
+    out = rows(out_ptr + b * M * H * DV + h * DV, m, cv, m < M, DV, H * DV, 1, ACC, INDEX)
+    delta = tl.sum(dout.to(ACC) * out, axis=1)
+    dout = _masked(dout, v_mask_ptr, h, cv, DV, ACC, DOT, HAS_V_MASK)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + row + m, mask=m < M, other=0.0).to(ACC)
+    q = rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
+    q = _masked(q, qk_mask_ptr, h, ck, DK, ACC, DOT, HAS_QK_MASK)
+    lse = _row_lse(lse_ptr + row, m, M, ACC)
+    if HAS_DSCORES:
+        if RECEIVED or tile_m == 0:
+            for start in range(0, length, BLOCK_N):
+                n = start + tl.arange(0, BLOCK_N)
+                k = rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
+                s += _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :]
+                gradient = _score_gradient(dscores_ptr, m[:, None], n[None, :], N, stride_sn, share, ACC, RECEIVED)
+                delta += tl.sum(tl.exp2(s - lse[:, None]) * gradient, axis=1)
+    tl.store(delta_ptr + row + m, delta, mask=m < M)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_DK), ACC)
+    for start in range(0, length, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        k = rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
+        s += _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :]
+        p = tl.exp2(s - lse[:, None])
+        v = rows(v_ptr, n, cv, n < length, DV, stride_vn, stride_vc, DOT, INDEX)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+        if HAS_DSCORES:
+            dp += _score_gradient(dscores_ptr, m[:, None], n[None, :], N, stride_sn, share, ACC, RECEIVED)
+        ds = p * (dp - delta[:, None])
+        acc = tl.dot(ds.to(DOT), k, acc, input_precision=PRECISION, out_dtype=ACC)
+    acc *= tl.full((), rate, ACC)
+    if HAS_QK_MASK:
+        q = rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, ACC, INDEX)
+        tl.store(dqk_mask_ptr + program.to(tl.int64) * DK + ck, tl.sum(q * acc, axis=0), mask=ck < DK)
+        acc *= _channels(qk_mask_ptr, h, ck, DK, ACC)[None, :]
+    offsets = m.to(INDEX)[:, None] * (H * DK) + ck[None, :]
+    inside = (m < M)[:, None] & (ck < DK)[None, :]
+    tl.store(dq_ptr + b * M * H * DK + h * DK + offsets, acc.to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def masked_channel_attention_bwd_kv_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, qk_mask_ptr, v_mask_ptr, bias_ptr, lengths_ptr, lse_ptr, delta_ptr, dscores_ptr,
+    dk_ptr, dv_ptr, dv_mask_ptr, dbias_ptr, factor: tl.float64, rate: tl.float64, share: tl.float64, H, M, N,
+    stride_qb, stride_qh, stride_qm, stride_qc, stride_kb, stride_kh, stride_kn, stride_kc,
+    stride_vb, stride_vh, stride_vn, stride_vc, stride_ob, stride_oh, stride_om, stride_oc,
+    stride_bb, stride_bh, stride_bn, stride_sb, stride_sh, stride_sn,
+    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr,
+    HAS_QK_MASK: tl.constexpr, HAS_V_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_DSCORES: tl.constexpr, RECEIVED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk, dv and dbias of a tile of keys, and its share of the value mask's gradient."""
+    scale, share = tl.full((), factor, ACC), tl.full((), share, ACC)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    tile_n = program % tiles_n
+    h = (program // tiles_n) % H
+    b = (program // (tiles_n * H)).to(tl.int64)
+    q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
+    k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
+    v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
+    dout_ptr = _head(dout_ptr, b, h, stride_ob, stride_oh, UNIT)
+    stride_qm, stride_kn = stride_qm * UNIT, stride_kn * UNIT
+    stride_vn, stride_om = stride_vn * UNIT, stride_om * UNIT
+    bias_ptr += b * stride_bb + tl.cast(h, tl.int64) * stride_bh
+    dscores_ptr += b * stride_sb + tl.cast(h, tl.int64) * stride_sh
+    row = (b * H + h) * M
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    ck, cv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    length = _length(lengths_ptr, b, N, HAS_LENGTHS)
+
+    k = rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
+    v = rows(v_ptr, n, cv, n < length, DV, stride_vn, stride_vc, DOT, INDEX)
+    v = _masked(v, v_mask_ptr, h, cv, DV, ACC, DOT, HAS_V_MASK)
+    bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)
+    dk = tl.zeros((BLOCK_N, BLOCK_DK), ACC)
+    dv = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
+    dbias = tl.zeros((BLOCK_N,), ACC)
+    # a tile beyond the length has no queries
+    for start in range(0, tl.where(tile_n * BLOCK_N < length, M, 0), BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        q = rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
+        q = _masked(q, qk_mask_ptr, h, ck, DK, ACC, DOT, HAS_QK_MASK)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale + bias[:, None]
+        p = tl.exp2(s - _row_lse(lse_ptr + row, m, M, ACC)[None, :])
+        dout = rows(dout_ptr, m, cv, m < M, DV, stride_om, stride_oc, DOT, INDEX)
+        dv = tl.dot(p.to(DOT), dout, dv, input_precision=PRECISION, out_dtype=ACC)
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
+        if HAS_DSCORES:
+            dp += _score_gradient(dscores_ptr, m[None, :], n[:, None], N, stride_sn, share, ACC, RECEIVED)
+        ds = p * (dp - tl.load(delta_ptr + row + m, mask=m < M, other=0.0)[None, :])
+        if HAS_BIAS:
+            dbias += tl.sum(ds, axis=1)
+        dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION, out_dtype=ACC)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + (b * H + h) * N + n, dbias.to(dbias_ptr.dtype.element_ty), mask=n < N)
+    dk *= tl.full((), rate, ACC)
+    inside = (n < N)[:, None]
+    offsets = n.to(INDEX)[:, None] * (H * DK) + ck[None, :]
+    dk_ptr += b * N * H * DK + h * DK
+    tl.store(dk_ptr + offsets, dk.to(dk_ptr.dtype.element_ty), mask=inside & (ck < DK)[None, :])
+    if HAS_V_MASK:
+        v = rows(v_ptr, n, cv, n < length, DV, stride_vn, stride_vc, ACC, INDEX)
+        tl.store(dv_mask_ptr + program.to(tl.int64) * DV + cv, tl.sum(v * dv, axis=0), mask=cv < DV)
+        dv *= _channels(v_mask_ptr, h, cv, DV, ACC)[None, :]
+    offsets = n.to(INDEX)[:, None] * (H * DV) + cv[None, :]
+    dv_ptr += b * N * H * DV + h * DV
+    tl.store(dv_ptr + offsets, dv.to(dv_ptr.dtype.element_ty), mask=inside & (cv < DV)[None, :])
+
+
+def _config(dtype, M, N, DK, DV):
+    """Tiles of owned and of walked rows."""
+    wide = dtype.itemsize > 2
+    owned, walked = (64, 32) if wide or max(DK, DV) > 64 else (64, 64)
+    return (
+        owned,
+        walked,
+        {
+            "BLOCK_DK": tile(DK, 16, 128),
+            "BLOCK_DV": tile(DV, 16, 128),
+            "num_warps": 8 if wide or max(DK, DV) > 64 else 4,
+            "num_stages": 2,
+            **FUSION,
+        },
+    )
+
+
+def _mask_gradient(partial, mask, q):
+    """(B,H,tiles,D) shares summed to the mask's (H,D)."""
+    return q.new_empty((0,)) if mask is None else partial.sum(dim=(0, 2)).to(mask.dtype)
+
+
+def masked_channel_attention_bwd(
+    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean
+):
+    (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
+    dq, dk, dv = heads_inside(q, M, DK), heads_inside(k, N, DK), heads_inside(v, N, DV)
+    owned, walked, config = _config(q.dtype, M, N, DK, DV)
+    given, strides, bias_strides, constants = shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, dout)
+    strides = [stride for of_one in strides for stride in of_one]
+    tiles_m, tiles_n = triton.cdiv(M, tile(M, 16, owned)), triton.cdiv(N, tile(N, 16, owned))
+    delta = torch.empty_like(lse)
+    dqk_partial = lse.new_empty((B, H, tiles_m, DK) if qk_mask is not None else (0,))
+    dv_partial = lse.new_empty((B, H, tiles_n, DV) if v_mask is not None else (0,))
+    dbias = q.new_empty((0,)) if bias is None else bias.new_empty(bias.shape)
+    score_strides = (0, 0, 0)
+    if dscores is not None:
+        score_strides = dscores.unsqueeze(1).expand(B, H, N).stride() if mean else dscores.stride()
+    share = 1 / ((M if scores == "received" else 1) * (H if mean else 1))
+    numbers = (float(scale) * math.log2(math.e), float(scale), share, H, M, N)
+    constants |= {"HAS_DSCORES": dscores is not None, "RECEIVED": scores == "received"}
+    dscores_ = lse if dscores is None else dscores
+    if B * H * tiles_m:
+        masked_channel_attention_bwd_q_kernel[(B * H * tiles_m,)](
+            dout, q, k, v, *given, out, lse, lse if dlse is None else dlse.contiguous(), dscores_, delta, dq,
+            dqk_partial, *numbers, *strides, *bias_strides, *score_strides,
+            **constants, **config, HAS_DLSE=dlse is not None,
+            BLOCK_M=tile(M, 16, owned), BLOCK_N=tile(N, 16, walked),
+        )  # fmt: skip
+    if B * H * tiles_n:
+        masked_channel_attention_bwd_kv_kernel[(B * H * tiles_n,)](
+            dout, q, k, v, *given, lse, delta, dscores_, dk, dv, dv_partial, dbias,
+            *numbers, *strides, *bias_strides, *score_strides,
+            **constants, **config, BLOCK_M=tile(M, 16, walked), BLOCK_N=tile(N, 16, owned),
+        )  # fmt: skip
+    return dq, dk, dv, _mask_gradient(dqk_partial, qk_mask, q), _mask_gradient(dv_partial, v_mask, q), dbias
