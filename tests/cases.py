@@ -72,6 +72,36 @@ RESTORE = (
 )
 
 
+class Attend(NamedTuple):
+    """Sizes of masked_channel_attention."""
+
+    B: int
+    H: int
+    M: int
+    N: int
+    DK: int
+    DV: int
+    why: str
+
+    def __str__(self):
+        return f"B{self.B}-H{self.H}-M{self.M}-N{self.N}-D{self.DK}-{self.DV}"
+
+
+ATTEND = (
+    Attend(2, 2, 5, 5, 8, 8, "everything inside one tile"),
+    Attend(1, 1, 1, 1, 1, 1, "the smallest there is: the softmax is 1"),
+    Attend(2, 3, 13, 29, 24, 64, "narrow keys, wide values; fewer queries than keys"),
+    Attend(2, 3, 33, 17, 37, 5, "odd everywhere; more queries than keys"),
+    Attend(1, 2, 70, 70, 40, 52, "a compacted DeiT head: several tiles of queries and keys"),
+    Attend(1, 2, 1, 150, 64, 64, "a class token's attention: one query"),
+    Attend(1, 1, 9, 300, 16, 128, "the widest values, many tiles of keys"),
+    Attend(3, 1, 4, 6, 128, 3, "the widest keys"),
+    Attend(0, 2, 3, 4, 8, 8, "no image"),
+    Attend(2, 2, 0, 4, 8, 8, "no query"),
+    Attend(2, 2, 3, 0, 8, 8, "no key: zeros"),
+)
+
+
 class TokenMlp(NamedTuple):
     B: int
     M: int

@@ -36,8 +36,8 @@ def masked_channel_attention(
         O_{ic} = m^v_c \sum_j P_{ij} v_{jc}
 
     The (Nq, Nk) matrix is never written: not for the scores, not for any gradient. ``q``, ``k`` and ``v`` may be views
-    of one packed projection, ``qkv.unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4).unbind(0)``; the result lies in memory
-    as (B, Nq, H, Dv), so ``out.transpose(1, 2).flatten(2)`` is a view.
+    of one packed projection, ``qkv.unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4).unbind(0)``; the result lies in
+    memory as (B, Nq, H, Dv), so ``out.transpose(1, 2).flatten(2)`` is a view.
 
     Args:
         q: queries ``(B, H, Nq, Dk)``, fp16, bf16, fp32 or fp64, any strides.
@@ -68,8 +68,9 @@ def masked_channel_attention(
     Softmax and sums are fp32 (fp64 for fp64 tokens), under autocast too: autocast changes no dtype here. Deterministic.
     Differentiable once, every result in every float tensor.
 
-    Source: channel masks after CAIT (Wang et al., arXiv 2309.15755), a reconstruction; class scores as in EViT and
-    Evo-ViT (Xu et al., AAAI 2022, section 3.2); ``key_bias`` is the proportional attention of ToMe (Bolya et al., ICLR 2023).
+    Source: channel masks after CAIT (Wang et al., arXiv 2309.15755), a reconstruction; class scores as in EViT (Liang et
+    al., ICLR 2022) and Evo-ViT (Xu et al., AAAI 2022); ``key_bias`` as in the proportional attention of ToMe (Bolya et
+    al., ICLR 2023).
 
     >>> q, k, v = torch.randn(2, 197, 3, 6, 64).permute(2, 0, 3, 1, 4).unbind(0)
     >>> out, scores = masked_channel_attention(q, k, v, scores="class")
@@ -162,7 +163,7 @@ class _MaskedChannelAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
-        *tensors, ctx.scale, ctx.scores, ctx.mean, _, ctx.backend = inputs
+        *tensors, ctx.scale, ctx.scores, ctx.mean, ctx.key_mean, ctx.backend = inputs
         out, _, lse, _ = output
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, lse)
@@ -173,13 +174,14 @@ class _MaskedChannelAttention(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         q, k, v, qk_mask, v_mask, bias, lengths = tensors
         dq = dk = dv = dqk_mask = dv_mask = dbias = None
+        dscores = dscores if ctx.scores != "none" else None  # torch.compile makes gradients for what was not asked for
         if dout is not None or dscores is not None or dlse is not None:
             dout = torch.zeros_like(out) if dout is None else dout
             backward = kernel("masked_channel_attention_bwd", ctx.backend)
             dq, dk, dv, dqk_mask, dv_mask, dbias = backward(
                 dout, dscores, dlse, *tensors, out, lse, ctx.scale, ctx.scores, ctx.mean
             )
-        if dkey_mean is not None:
+        if dkey_mean is not None and ctx.key_mean:
             mean = (dkey_mean / k.shape[1]).unsqueeze(1)
             if lengths is not None:
                 beyond = torch.arange(k.shape[2], device=k.device) >= lengths.unsqueeze(1)

@@ -86,7 +86,7 @@ def attention_logits(
     q = q if qk_mask is None else (q * qk_mask.unsqueeze(1)).to(q.dtype)
     valid = torch.ones((q.shape[0], 1, 1, k.shape[2]), dtype=torch.bool, device=q.device)
     if key_lengths is not None:
-        valid = (torch.arange(k.shape[2], device=q.device) < key_lengths.reshape(-1, 1)).reshape(valid.shape)
+        valid = (torch.arange(k.shape[2], device=q.device) < key_lengths.unsqueeze(1))[:, None, None]
         k = k.masked_fill(~valid.transpose(2, 3), 0.0)
     logits = torch.matmul(q, k.transpose(2, 3)).to(accumulation_dtype(q.dtype))
     logits = logits * (q.shape[3] ** -0.5 if scale is None else scale)
@@ -123,8 +123,8 @@ def masked_channel_attention(
     logits = logits.masked_fill(~valid & some, float("-inf"))
     p = torch.softmax(logits, dim=3).masked_fill(~valid, 0.0)
     if key_lengths is not None:
-        beyond = torch.arange(k.shape[2], device=k.device) >= key_lengths.reshape(-1, 1)
-        k, v = (t.masked_fill(beyond.reshape(-1, 1, k.shape[2], 1), 0.0) for t in (k, v))
+        beyond = (torch.arange(k.shape[2], device=k.device) >= key_lengths.unsqueeze(1))[:, None, :, None]
+        k, v = k.masked_fill(beyond, 0.0), v.masked_fill(beyond, 0.0)
     out = torch.matmul(p.to(v.dtype), v)
     results = [out if v_mask is None else (out * v_mask.unsqueeze(1)).to(v.dtype)]
     if scores is not None:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .._schemas import heads_inside
-from .common import FUSION, dot_options, index_type, rows, tile, unit
+from .common import FUSION, before_hopper, dot_options, index_type, rows, tile, unit
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -173,7 +173,8 @@ def masked_channel_attention_fwd_kernel(
 
         if CLASS:
             if tile_m == 0:
-                first = _finite(tl.sum(tl.where(m == 0, lse, 0.0), axis=0))
+                first = _finite(tl.sum(tl.where(m == 0, top, 0.0), axis=0))
+                divisor = tl.sum(tl.where(m == 0, some, 0.0), axis=0)
                 for start in range(0, N, BLOCK_N):
                     n = start + tl.arange(0, BLOCK_N)
                     bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)
@@ -181,7 +182,7 @@ def masked_channel_attention_fwd_kernel(
                         q_ptr, k_ptr, qk_mask_ptr, bias, scale, h, n, length, stride_qc, stride_kn, stride_kc,
                         DK, BLOCK_N, BLOCK_DK, ACC, DOT, INDEX, HAS_QK_MASK,
                     )  # fmt: skip
-                    tl.store(scores_ptr + (b * H + h) * N + n, tl.exp2(s - first), mask=n < N)
+                    tl.store(scores_ptr + (b * H + h) * N + n, tl.exp2(s - first) / divisor, mask=n < N)
 
 
 @triton.jit
@@ -221,21 +222,24 @@ def masked_channel_attention_received_kernel(
     tl.store(scores_ptr + (b * GROUPS + group) * N + n, received, mask=n < N)
 
 
-def _warps(dtype, DK, DV):
-    return 8 if max(DK, DV) > 64 or dtype.itemsize > 2 else 4
-
-
-def fwd_config(dtype, M, N, DK, DV):
-    wide = dtype.itemsize > 2
+def config(DK, DV, warps, stages):
     return {
         "BLOCK_DK": tile(DK, 16, 128),
         "BLOCK_DV": tile(DV, 16, 128),
-        "BLOCK_M": tile(M, 16, 64),
-        "BLOCK_N": tile(N, 16, 32 if wide else 64),
-        "num_warps": _warps(dtype, DK, DV),
-        "num_stages": 2,
+        "num_warps": warps,
+        "num_stages": stages,
         **FUSION,
     }
+
+
+def _fwd_config(dtype, M, N, DK, DV):
+    single, wide = dtype.itemsize > 2, max(DK, DV) > 64
+    if single:  # operands of a tf32x3 dot are held three times
+        queries, keys = (16, 32) if wide else (64, 32)
+    else:
+        queries, keys = 64, 32 if wide and before_hopper() else 64
+    sizes = {"BLOCK_M": tile(M, 16, queries), "BLOCK_N": tile(N, 16, keys)}
+    return sizes | config(DK, DV, warps=8 if single or wide else 4, stages=2)
 
 
 def shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, *others):
@@ -265,26 +269,26 @@ def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale,
     (qk_mask_, v_mask_, bias_, lengths_), strides, bias_strides, constants = shared_arguments(
         q, k, v, qk_mask, v_mask, bias, lengths
     )
-    config = fwd_config(q.dtype, M, N, DK, DV)
+    sizes = _fwd_config(q.dtype, M, N, DK, DV)
     factor = float(scale) * math.log2(math.e)
     class_mean = scores == "class" and mean
-    side = class_mean + triton.cdiv(N, config["BLOCK_N"]) * key_mean
-    programs = B * (side + H * triton.cdiv(M, config["BLOCK_M"]))
+    side = class_mean + triton.cdiv(N, sizes["BLOCK_N"]) * key_mean
+    programs = B * (side + H * triton.cdiv(M, sizes["BLOCK_M"]))
     row = triton.next_power_of_2(max(N, 1)) if class_mean else 1
     if programs and H:
         masked_channel_attention_fwd_kernel[(programs,)](
             q, k, v, qk_mask_, v_mask_, bias_, lengths_, out, score, lse, mean_k,
             factor, B, H, M, N, *strides[0], *strides[1], *strides[2], *bias_strides,
-            **constants, **config, CLASS=scores == "class" and not mean, CLASS_MEAN=class_mean, KEY_MEAN=key_mean,
+            **constants, **sizes, CLASS=scores == "class" and not mean, CLASS_MEAN=class_mean, KEY_MEAN=key_mean,
             BLOCK_ROW=row, CHUNK=max(1, min(16, 4096 // row)),
         )  # fmt: skip
     if scores == "received":
         groups = 1 if mean else H
-        programs = B * groups * triton.cdiv(N, config["BLOCK_N"])
+        programs = B * groups * triton.cdiv(N, sizes["BLOCK_N"])
         if programs:
             masked_channel_attention_received_kernel[(programs,)](
                 q, k, qk_mask_, bias_, lengths_, lse, score, factor, H, groups, M, N,
                 *strides[0], *strides[1], *bias_strides,
-                **_only(constants, "HAS_V_MASK", "DV"), **_only(config, "BLOCK_DV"),
+                **_only(constants, "HAS_V_MASK", "DV"), **_only(sizes, "BLOCK_DV"),
             )  # fmt: skip
     return out, score, lse, mean_k

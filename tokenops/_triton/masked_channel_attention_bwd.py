@@ -11,15 +11,15 @@ import triton
 import triton.language as tl
 
 from .._schemas import heads_inside
-from .common import FUSION, rows, tile
+from .common import before_hopper, rows, tile
 from .masked_channel_attention import (
     _channels,
     _head,
     _key_bias,
     _length,
     _masked,
-    _only,
     _row_lse,
+    config,
     shared_arguments,
 )
 
@@ -179,21 +179,16 @@ def masked_channel_attention_bwd_kv_kernel(
     tl.store(dv_ptr + offsets, dv.to(dv_ptr.dtype.element_ty), mask=inside & (cv < DV)[None, :])
 
 
-def _config(dtype, M, N, DK, DV):
-    """Tiles of owned and of walked rows."""
-    wide = dtype.itemsize > 2
-    owned, walked = (64, 32) if wide or max(DK, DV) > 64 else (64, 64)
-    return (
-        owned,
-        walked,
-        {
-            "BLOCK_DK": tile(DK, 16, 128),
-            "BLOCK_DV": tile(DV, 16, 128),
-            "num_warps": 8 if wide or max(DK, DV) > 64 else 4,
-            "num_stages": 2,
-            **FUSION,
-        },
-    )
+def _bwd_config(dtype, DK, DV):
+    """Owned rows, walked rows, and the rest."""
+    single, wide = dtype.itemsize > 2, max(DK, DV) > 64
+    if single:
+        owned, walked, warps, stages = (16, 16, 8, 1) if wide else (16, 32, 8, 2)
+    elif wide:
+        owned, walked, warps, stages = 64, 32, 8, 2
+    else:
+        owned, walked, warps, stages = (32, 32, 4, 2) if before_hopper() else (64, 64, 4, 2)
+    return owned, walked, config(DK, DV, warps, stages)
 
 
 def _mask_gradient(partial, mask, q):
@@ -206,7 +201,7 @@ def masked_channel_attention_bwd(
 ):
     (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
     dq, dk, dv = heads_inside(q, M, DK), heads_inside(k, N, DK), heads_inside(v, N, DV)
-    owned, walked, config = _config(q.dtype, M, N, DK, DV)
+    owned, walked, sizes = _bwd_config(q.dtype, DK, DV)
     given, strides, bias_strides, constants = shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, dout)
     strides = [stride for of_one in strides for stride in of_one]
     tiles_m, tiles_n = triton.cdiv(M, tile(M, 16, owned)), triton.cdiv(N, tile(N, 16, owned))
@@ -225,13 +220,13 @@ def masked_channel_attention_bwd(
         masked_channel_attention_bwd_q_kernel[(B * H * tiles_m,)](
             dout, q, k, v, *given, out, lse, lse if dlse is None else dlse.contiguous(), dscores_, delta, dq,
             dqk_partial, *numbers, *strides, *bias_strides, *score_strides,
-            **constants, **config, HAS_DLSE=dlse is not None,
+            **constants, **sizes, HAS_DLSE=dlse is not None,
             BLOCK_M=tile(M, 16, owned), BLOCK_N=tile(N, 16, walked),
         )  # fmt: skip
     if B * H * tiles_n:
         masked_channel_attention_bwd_kv_kernel[(B * H * tiles_n,)](
             dout, q, k, v, *given, lse, delta, dscores_, dk, dv, dv_partial, dbias,
             *numbers, *strides, *bias_strides, *score_strides,
-            **constants, **config, BLOCK_M=tile(M, 16, walked), BLOCK_N=tile(N, 16, owned),
+            **constants, **sizes, BLOCK_M=tile(M, 16, walked), BLOCK_N=tile(N, 16, owned),
         )  # fmt: skip
     return dq, dk, dv, _mask_gradient(dqk_partial, qk_mask, q), _mask_gradient(dv_partial, v_mask, q), dbias

@@ -1,0 +1,73 @@
+"""What the tests of masked_channel_attention share: inputs, the backends, and a run that names everything it gets."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import tokenops
+
+INF = float("inf")
+FLOATS = ("q", "k", "v", "qk_mask", "v_mask", "key_bias")
+SCORES = [(None, "each"), ("class", "each"), ("class", "mean"), ("received", "each"), ("received", "mean")]
+attention = tokenops.masked_channel_attention
+
+
+PATHS = ("native", "composed", "triton")
+
+
+@contextmanager
+def running(path, device, monkeypatch):
+    """The backend in use; "composed" is the CPU path as it is where nothing could be compiled."""
+    if device == "cuda" and path != "triton":
+        pytest.skip("masked_channel_attention is Triton on a GPU")
+    if path == "composed":
+        monkeypatch.setattr("tokenops._cpu.masked_channel_attention._compiled", lambda q: False)
+    name = "triton" if path == "triton" else "native"
+    with tokenops.use_backend(name):
+        yield name
+
+
+def inputs(case, dtype, device, everything=False):
+    """q, k and v, and, with everything, soft masks, bias (a key left out) and lengths (an empty and a full image)."""
+    B, H, M, N, DK, DV, _ = case
+    tensors = dict(
+        q=torch.randn(B, H, M, DK, device=device),
+        k=torch.randn(B, H, N, DK, device=device),
+        v=torch.randn(B, H, N, DV, device=device),
+    )
+    if everything:
+        bias = torch.randn(B, 1, 1, N, device=device)
+        bias[..., : N // 5] = -INF
+        tensors |= dict(
+            qk_mask=torch.rand(H, DK, device=device), v_mask=torch.rand(H, DV, device=device), key_bias=bias
+        )
+    tensors = {name: t.to(dtype) for name, t in tensors.items()}
+    if everything:
+        lengths = [0, N, (2 * N + 2) // 3] if B > 2 else [(2 * N + 2) // 3, N]
+        tensors["key_lengths"] = torch.tensor(lengths[:B], device=device)
+    return tensors
+
+
+def double(tensors):
+    return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def run(function, tensors, upstream=None, **options):
+    """Every result and every gradient, by name; the upstream gradients are those of `upstream`'s results, or random."""
+    leaves = {
+        name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_() if name in FLOATS else t
+        for name, t in tensors.items()
+    }
+    results = function(**leaves, **options)
+    results = results if isinstance(results, tuple) else (results,)
+    gradients = [torch.randn_like(r, dtype=torch.float32) for r in results] if upstream is None else upstream
+    wanted = [leaf for name, leaf in leaves.items() if name in FLOATS]
+    # the log-sum-exp of a query without keys is -inf and constant
+    outputs = [torch.where(r == -INF, 0.0, r) for r in results]
+    grads = torch.autograd.grad(outputs, wanted, [g.to(r.dtype) for g, r in zip(gradients, results)], allow_unused=True)
+    named = {f"result {i}": r.detach() for i, r in enumerate(results)}
+    return named | {f"d{n}": g for n, g in zip((n for n in leaves if n in FLOATS), grads)}, gradients
+
+
+EVERYTHING = dict(return_lse=True, return_key_mean=True)

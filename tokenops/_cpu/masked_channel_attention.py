@@ -1,0 +1,162 @@
+"""masked_channel_attention on a CPU: compiled code forward where there is some, else matrix products tile by tile."""
+
+import torch
+
+from .. import _native
+from .._schemas import heads_inside
+from ..reference import accumulation_dtype
+
+_kernels = torch.ops.tokenops
+
+#: queries of a tile, and the probabilities that exist together (a few images' tiles, kept in cache)
+QUERIES = 256
+TOGETHER = 2**20
+
+
+def _compiled(q):
+    return _native.why_not("cpu") is None and q.dtype != torch.float64
+
+
+def _check_lengths(lengths, N):
+    if lengths is not None and lengths.numel():
+        low, high = (value.item() for value in lengths.aminmax())
+        if low < 0 or high > N:
+            raise ValueError(
+                f"masked_channel_attention: key_lengths has {low if low < 0 else high}, but it must be between 0 and the"
+                f" {N} keys there are"
+            )
+
+
+def _dense(*tensors):
+    """Channels side by side in memory."""
+    return [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
+
+
+def _float(tensor, wide):
+    return None if tensor is None else tensor.to(wide).contiguous()
+
+
+def _times(x, mask):
+    """Each head's channels times its mask, rounded to x's dtype."""
+    return x if mask is None else (x * mask.unsqueeze(1)).to(x.dtype)
+
+
+def _tiles(q, k, lengths):
+    """(images, queries, keys) as slices; of a ragged batch one image at a time, and not those without a key."""
+    (B, H, M, _), N = q.shape, k.shape[2]
+    step = min(M, QUERIES)
+    images = 1 if lengths is not None else max(1, TOGETHER // max(1, H * step * N))
+    counts = [N] * B if lengths is None else lengths.tolist()
+    for b in range(0, B, images):
+        for m in range(0, M if counts[b] else 0, max(step, 1)):
+            yield slice(b, b + images), slice(m, m + step), slice(counts[b])
+
+
+def _probabilities(q, k, bias, scale):
+    """P of a tile and its log-sum-exp, in the accumulation dtype."""
+    p = torch.matmul(q, k.transpose(2, 3)).to(accumulation_dtype(q.dtype)).mul_(scale)
+    if bias is not None:
+        p += bias.unsqueeze(2)
+    top = p.amax(dim=3, keepdim=True)
+    top.masked_fill_(top == float("-inf"), 0.0)
+    total = p.sub_(top).exp_().sum(dim=3, keepdim=True)
+    lse = (top + total.log()).squeeze(3)
+    return p.div_(total.masked_fill(total == 0.0, 1.0)), lse
+
+
+def _composed(q, k, v, bias, lengths, scale, received, out, lse, scores):
+    """Fills out, lse and scores as the compiled kernel does, apart from the masks."""
+    out.zero_(), lse.fill_(float("-inf")), scores.zero_()
+    for images, queries, keys in _tiles(q, k, lengths):
+        p, lse[images, :, queries] = _probabilities(
+            q[images, :, queries], k[images, :, keys], None if bias is None else bias[images, :, keys], scale
+        )
+        out[images, :, queries] = torch.matmul(p.to(v.dtype), v[images, :, keys])
+        if scores.numel() and received:
+            scores[images, :, keys] += p.sum(dim=2) / q.shape[2]
+        elif scores.numel() and queries.start == 0:
+            scores[images, :, keys] = p[:, :, 0]
+
+
+def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean):
+    (B, H, M, _), N, DV = q.shape, k.shape[2], v.shape[3]
+    _check_lengths(lengths, N)
+    wide = accumulation_dtype(q.dtype)
+    q, k, v = _dense(q, k, v)
+    out, lse = heads_inside(q, M, DV), q.new_empty((B, H, M), dtype=wide)
+    each = q.new_empty((0,) if scores == "none" else (B, H, N), dtype=wide)
+    bias = None if bias is None else bias.to(wide)
+    if _compiled(q):
+        masks = _float(qk_mask, wide), _float(v_mask, wide)
+        counts = None if lengths is None else lengths.to(torch.int64).contiguous()
+        _kernels.attention_fwd(q, k, v, *masks, bias, counts, scale, scores == "received", out, lse, each, -1)
+    else:
+        _composed(_times(q, qk_mask), k, v, bias, lengths, scale, scores == "received", out, lse, each)
+        if v_mask is not None:
+            out.copy_(_times(out, v_mask))
+    return out, each.mean(dim=1) if mean and scores != "none" else each, lse, _key_mean(k, lengths, key_mean)
+
+
+def _key_mean(k, lengths, asked):
+    if not asked:
+        return k.new_empty((0,))
+    if lengths is not None:
+        beyond = torch.arange(k.shape[2]) >= lengths.unsqueeze(1)
+        k = k.masked_fill(beyond[:, None, :, None], 0.0)
+    return k.mean(dim=1)
+
+
+def masked_channel_attention_bwd(
+    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean
+):
+    (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
+    wide = accumulation_dtype(q.dtype)
+    q_masked = _times(q, qk_mask)
+    dq = heads_inside(q, M, DK).zero_()
+    dk, dv, dbias = (torch.zeros(shape, dtype=wide) for shape in ((B, H, N, DK), (B, H, N, DV), (B, H, N)))
+    share = 1 / ((M if scores == "received" else 1) * (H if mean else 1))
+    if dscores is not None:
+        dscores = (dscores.unsqueeze(1).expand(B, H, N) if mean else dscores) * share
+    dqk_mask, dv_mask = (
+        torch.zeros(mask.shape, dtype=wide) if mask is not None else None for mask in (qk_mask, v_mask)
+    )
+    wide_bias = None if bias is None else bias.to(wide)
+    for images, queries, keys in _tiles(q, k, lengths):
+        tile_q, tile_k = q_masked[images, :, queries], k[images, :, keys]
+        tile_v, tile_dout = v[images, :, keys], dout[images, :, queries]
+        p, _ = _probabilities(tile_q, tile_k, None if bias is None else wide_bias[images, :, keys], scale)
+        low = p.to(q.dtype)
+        raw = torch.matmul(low.transpose(2, 3), tile_dout)  # dv without its mask
+        dv[images, :, keys] += raw
+        dp = torch.matmul(_times(tile_dout, v_mask), tile_v.transpose(2, 3)).to(wide)
+        if dscores is not None and scores == "received":
+            dp += dscores[images, :, None, keys]
+        elif dscores is not None and queries.start == 0:
+            dp[:, :, 0] += dscores[images, :, keys]
+        delta = (p * dp).sum(dim=3, keepdim=True)
+        if dlse is not None:
+            delta -= dlse[images, :, queries].unsqueeze(3)
+        ds = dp.sub_(delta).mul_(p)
+        if bias is not None:
+            dbias[images, :, keys] += ds.sum(dim=2)
+        ds = ds.mul_(scale).to(q.dtype)
+        tile_dq = torch.matmul(ds, tile_k)
+        if dqk_mask is not None:
+            dqk_mask += (tile_dq.to(wide) * q[images, :, queries]).sum(dim=(0, 2))
+        dq[images, :, queries] = _times(tile_dq, qk_mask)
+        dk[images, :, keys] += torch.matmul(ds.transpose(2, 3), tile_q)
+    if dv_mask is not None:
+        counting = (
+            v if lengths is None else v.masked_fill((torch.arange(N) >= lengths.unsqueeze(1))[:, None, :, None], 0.0)
+        )
+        dv_mask += (dv * counting).sum(dim=(0, 2))
+        dv *= v_mask.unsqueeze(1)
+    return (
+        dq,
+        heads_inside(k, N, DK).copy_(dk),
+        heads_inside(v, N, DV).copy_(dv),
+        *(
+            q.new_empty((0,)) if tensor is None else gradient.to(tensor.dtype)
+            for gradient, tensor in ((dqk_mask, qk_mask), (dv_mask, v_mask), (dbias, bias))
+        ),
+    )
