@@ -175,6 +175,12 @@ _library.define(
     tags=_TAGS,
 )
 
+_library.define(
+    "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? qk_mask, Tensor? v_mask, Tensor? bias, Tensor? lengths,"
+    " float scale, bool received, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) scores, str variant) -> ()",
+    tags=_TAGS,
+)
+
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to know of a call: an autograd.Function costs more than a small kernel."""

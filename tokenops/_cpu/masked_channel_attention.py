@@ -89,7 +89,7 @@ def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale,
     if _compiled(q):
         masks = _float(qk_mask, wide), _float(v_mask, wide)
         counts = None if lengths is None else lengths.to(torch.int64).contiguous()
-        _kernels.attention_fwd(q, k, v, *masks, bias, counts, scale, scores == "received", out, lse, each, -1)
+        _kernels.attention_fwd(q, k, v, *masks, bias, counts, scale, scores == "received", out, lse, each, "")
     else:
         _composed(_times(q, qk_mask), k, v, bias, lengths, scale, scores == "received", out, lse, each)
         if v_mask is not None:

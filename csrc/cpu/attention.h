@@ -1,0 +1,61 @@
+// What every variant of the CPU attention takes, and the loops all of them share (attention_variant.h).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace tokenops::attention {
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum class Type { Float, BFloat16, Half };
+
+// (B,H,rows,D), channels side by side; strides in elements
+struct Rows {
+  char* data;
+  int64_t stride_b, stride_h, stride_n;
+};
+
+// One call. Masks, bias, lengths and scores may be null. Scores are the probabilities of query 0 or, `received`, the
+// mean over the queries. The queries of a head are worked on in `splits` parts.
+struct Problem {
+  Type type;
+  int64_t H, M, N, DK, DV, splits;
+  Rows q, k, v, out;
+  const float *qk_mask, *v_mask, *bias;
+  int64_t bias_b, bias_h, bias_n;
+  const int64_t* lengths;
+  float scale;
+  bool received;
+  float *lse, *scores;
+
+  int64_t size_of_element() const { return type == Type::Float ? 4 : 2; }
+  char* head(const Rows& rows, int64_t b, int64_t h) const {
+    return rows.data + (b * rows.stride_b + h * rows.stride_h) * size_of_element();
+  }
+};
+
+constexpr float NONE = -std::numeric_limits<float>::infinity();  // the logit of a key that does not count
+
+INLINE float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+INLINE uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+INLINE float from_bfloat16(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }
+INLINE uint16_t to_bfloat16(float x) {  // to nearest even
+  const uint32_t bits = to_bits(x);
+  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+// half precision is converted by its own functions, not inlined (float16.cpp's are as good as any here)
+void from_half(const void* in, float* out, int64_t n);
+void to_half(const float* in, void* out, int64_t n);
+
+}  // namespace tokenops::attention

@@ -1,0 +1,184 @@
+// The forward pass of masked_channel_attention on a CPU: out, log-sum-exp and scores of one head after the other, the
+// keys and values of a head packed once, never more than WIDTH queries' probabilities in memory.
+#include "../common.h"
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+
+#include <torch/headeronly/util/Half.h>
+
+#include "attention.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"           // vectors are passed between inlined functions only
+#pragma GCC diagnostic ignored "-Wunused-function"
+
+namespace tokenops::attention {
+
+void from_half(const void* in, float* out, int64_t n) {
+  const torch::headeronly::Half* x = static_cast<const torch::headeronly::Half*>(in);
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i];
+}
+void to_half(const float* in, void* out, int64_t n) {
+  torch::headeronly::Half* x = static_cast<torch::headeronly::Half*>(out);
+  for (int64_t i = 0; i < n; ++i) x[i] = in[i];
+}
+
+}  // namespace tokenops::attention
+
+#define VARIANT baseline
+#define LANES 4
+#define ROWS 4
+#define PAIRS 0
+#include "attention_variant.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define TOKENOPS_X86 1
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2")
+#define VARIANT avx2
+#define LANES 8
+#define ROWS 4
+#define PAIRS 0
+#include "attention_variant.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
+#define VARIANT avx512
+#define LANES 16
+#define ROWS 8
+#define PAIRS 0
+#include "attention_variant.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#define VARIANT avx512bf16
+#define LANES 16
+#define ROWS 8
+#define PAIRS 1
+#include "attention_variant.h"
+#pragma GCC pop_options
+#endif
+
+namespace tokenops {
+namespace {
+
+using attention::Problem;
+using torch::headeronly::ScalarType;
+
+struct Variant {
+  const char* name;
+  bool here;  // this machine has it, for this dtype
+  void (*attend)(const Problem&, int32_t*, int64_t, int64_t);
+  int64_t (*words)(const Problem&);
+  int64_t width;
+};
+
+#define TOKENOPS_VARIANT(space, here)                                                                              \
+  {                                                                                                                \
+#space, here, attention::space::attend,                                                                        \
+        [](const Problem& p) { return attention::space::Scratch::layout(p, nullptr, nullptr); }, attention::space::WIDTH \
+  }
+
+// The best that this machine has for the dtype, or the one that is named.
+Variant choose(attention::Type type, const std::string& name) {
+#if TOKENOPS_X86
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16") && type == attention::Type::BFloat16;
+#endif
+  const Variant variants[] = {
+#if TOKENOPS_X86
+      TOKENOPS_VARIANT(avx512bf16, pairs),
+      TOKENOPS_VARIANT(avx512, avx512),
+      TOKENOPS_VARIANT(avx2, avx2),
+#endif
+      TOKENOPS_VARIANT(baseline, true),
+  };
+  for (const Variant& variant : variants) {
+    if (variant.here && (name.empty() || name == variant.name)) return variant;
+  }
+  STD_TORCH_CHECK(false, "this machine has no attention variant ", name, " for this dtype");
+  return variants[0];
+}
+
+attention::Rows heads(const char* name, const Tensor& x, const Tensor& q, int64_t rows, int64_t channels) {
+  STD_TORCH_CHECK(!x.is_cuda() && x.dim() == 4 && x.scalar_type() == q.scalar_type(), name, " must be (B, H, N, D) like q");
+  STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == rows && x.size(3) == channels, name,
+                  " has the wrong shape");
+  STD_TORCH_CHECK(x.stride(3) == 1 || channels == 1, name, " must have its channels side by side");
+  return {static_cast<char*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+const float* floats(const char* name, const std::optional<Tensor>& x, int64_t rows, int64_t columns) {
+  if (!x) return nullptr;
+  STD_TORCH_CHECK(!x->is_cuda() && x->scalar_type() == ScalarType::Float && x->dim() == 2 && x->size(0) == rows &&
+                      x->size(1) == columns && x->is_contiguous(),
+                  name, " must be (H, D), float32, contiguous");
+  return static_cast<const float*>(x->data_ptr());
+}
+
+float* filled(const char* name, Tensor& x, int64_t size) {
+  STD_TORCH_CHECK(!x.is_cuda() && x.scalar_type() == ScalarType::Float && x.numel() == size && x.is_contiguous(), name,
+                  " must be float32, contiguous, of the right size");
+  return static_cast<float*>(x.data_ptr());
+}
+
+attention::Type type_of(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::Float) return attention::Type::Float;
+  if (x.scalar_type() == ScalarType::BFloat16) return attention::Type::BFloat16;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "attention takes float16, bfloat16 and float32");
+  return attention::Type::Half;
+}
+
+// Fills out, lse and (unless it is empty) scores, (B,H,Nk); `variant` names an instruction set, "" for the best.
+void attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> qk_mask, std::optional<Tensor> v_mask,
+                   std::optional<Tensor> bias, std::optional<Tensor> lengths, double scale, bool received, Tensor out,
+                   Tensor lse, Tensor scores, std::string variant) {
+  const int64_t B = q.size(0), H = q.size(1), M = q.size(2), N = k.size(2), DK = q.size(3), DV = v.size(3);
+  Problem p{};
+  p.type = type_of(q), p.H = H, p.M = M, p.N = N, p.DK = DK, p.DV = DV;
+  p.q = heads("q", q, q, M, DK), p.k = heads("k", k, q, N, DK), p.v = heads("v", v, q, N, DV);
+  p.out = heads("out", out, q, M, DV);
+  p.qk_mask = floats("qk_mask", qk_mask, H, DK), p.v_mask = floats("v_mask", v_mask, H, DV);
+  if (bias) {
+    STD_TORCH_CHECK(!bias->is_cuda() && bias->scalar_type() == ScalarType::Float && bias->dim() == 3 &&
+                        bias->size(0) == B && bias->size(1) == H && bias->size(2) == N,
+                    "bias must be (B, H, Nk), float32");
+    p.bias = static_cast<const float*>(bias->data_ptr());
+    p.bias_b = bias->stride(0), p.bias_h = bias->stride(1), p.bias_n = bias->stride(2);
+  }
+  if (lengths) {
+    STD_TORCH_CHECK(!lengths->is_cuda() && lengths->scalar_type() == ScalarType::Long && lengths->dim() == 1 &&
+                        lengths->size(0) == B && lengths->is_contiguous(),
+                    "lengths must be (B,), int64");
+    p.lengths = static_cast<const int64_t*>(lengths->data_ptr());
+    for (int64_t b = 0; b < B; ++b) STD_TORCH_CHECK(p.lengths[b] >= 0 && p.lengths[b] <= N, "a length is not in 0..Nk");
+  }
+  p.scale = static_cast<float>(scale), p.received = received && scores.numel();
+  p.lse = filled("lse", lse, B * H * M);
+  if (scores.numel()) p.scores = filled("scores", scores, B * H * N);
+  if (B * H * M == 0) return;
+
+  const Variant chosen = choose(p.type, variant);
+  const int64_t blocks = (M + chosen.width - 1) / chosen.width, threads = torch::stable::get_num_threads();
+  // few heads: several threads to each, of which every one packs the keys and values
+  p.splits = p.received ? 1 : std::max<int64_t>(1, std::min(blocks, (threads + B * H - 1) / (B * H)));
+  const int64_t words = chosen.words(p);
+  torch::stable::parallel_for(0, B * H * p.splits, 1, [&](int64_t begin, int64_t end) {
+    constexpr int64_t align = 64;
+    std::unique_ptr<char[]> memory(new char[4 * words + align]);
+    char* base = memory.get() + (align - reinterpret_cast<uintptr_t>(memory.get()) % align);
+    chosen.attend(p, reinterpret_cast<int32_t*>(base), begin, end);
+  });
+}
+
+}  // namespace
+}  // namespace tokenops
+
+STABLE_TORCH_LIBRARY_IMPL(tokenops, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&tokenops::attention_fwd)); }
