@@ -68,9 +68,9 @@ def masked_channel_attention(
     Softmax and sums are fp32 (fp64 for fp64 tokens), under autocast too: autocast changes no dtype here. Deterministic.
     Differentiable once, every result in every float tensor.
 
-    Source: channel masks after CAIT (Wang et al., arXiv 2309.15755), a reconstruction; class scores as in EViT (Liang et
-    al., ICLR 2022) and Evo-ViT (Xu et al., AAAI 2022); ``key_bias`` as in the proportional attention of ToMe (Bolya et
-    al., ICLR 2023).
+    Source: channel masks after CAIT (Wang et al., arXiv 2309.15755), a reconstruction; class scores as in EViT (Liang
+    et al., ICLR 2022) and Evo-ViT (Xu et al., AAAI 2022); ``key_bias`` as in the proportional attention of ToMe
+    (Bolya et al., ICLR 2023).
 
     >>> q, k, v = torch.randn(2, 197, 3, 6, 64).permute(2, 0, 3, 1, 4).unbind(0)
     >>> out, scores = masked_channel_attention(q, k, v, scores="class")

@@ -6,15 +6,21 @@ from .. import _native
 from .._schemas import heads_inside
 from ..reference import accumulation_dtype
 
-_kernels = torch.ops.tokenops
+_kernels, _aten = torch.ops.tokenops, torch.ops.aten
 
 #: queries of a tile, and the probabilities that exist together (a few images' tiles, kept in cache)
 QUERIES = 256
-TOGETHER = 2**20
+TOGETHER = 2**18
 
 
 def _compiled(q):
     return _native.why_not("cpu") is None and q.dtype != torch.float64
+
+
+def _plain(q, k, v, *others):
+    """Whether torch's flash kernel can do it."""
+    sizes = q.shape[3] == v.shape[3] and q.numel() and k.numel()
+    return bool(sizes) and all(other is None for other in others)
 
 
 def _check_lengths(lengths, N):
@@ -22,8 +28,8 @@ def _check_lengths(lengths, N):
         low, high = (value.item() for value in lengths.aminmax())
         if low < 0 or high > N:
             raise ValueError(
-                f"masked_channel_attention: key_lengths has {low if low < 0 else high}, but it must be between 0 and the"
-                f" {N} keys there are"
+                f"masked_channel_attention: key_lengths has {low if low < 0 else high}, but it must be between 0 and"
+                f" the {N} keys there are"
             )
 
 
@@ -66,6 +72,13 @@ def _probabilities(q, k, bias, scale):
 
 def _composed(q, k, v, bias, lengths, scale, received, out, lse, scores):
     """Fills out, lse and scores as the compiled kernel does, apart from the masks."""
+    if not received and _plain(q, k, v, bias, lengths):
+        found = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+        out.copy_(found[0]), lse.copy_(found[1])
+        if scores.numel():  # of query 0 alone: as little work as a query is
+            p, _ = _probabilities(q[:, :, :1], k, None, scale)
+            scores.copy_(p.squeeze(2))
+        return
     out.zero_(), lse.fill_(float("-inf")), scores.zero_()
     for images, queries, keys in _tiles(q, k, lengths):
         p, lse[images, :, queries] = _probabilities(
@@ -94,16 +107,20 @@ def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale,
         _composed(_times(q, qk_mask), k, v, bias, lengths, scale, scores == "received", out, lse, each)
         if v_mask is not None:
             out.copy_(_times(out, v_mask))
-    return out, each.mean(dim=1) if mean and scores != "none" else each, lse, _key_mean(k, lengths, key_mean)
+    mean_k = _within(k, lengths).mean(dim=1) if key_mean else k.new_empty((0,))
+    return out, each.mean(dim=1) if mean and scores != "none" else each, lse, mean_k
 
 
-def _key_mean(k, lengths, asked):
-    if not asked:
-        return k.new_empty((0,))
-    if lengths is not None:
-        beyond = torch.arange(k.shape[2]) >= lengths.unsqueeze(1)
-        k = k.masked_fill(beyond[:, None, :, None], 0.0)
-    return k.mean(dim=1)
+def _within(x, lengths):
+    """Zeros in place of what lies beyond the lengths."""
+    if lengths is None:
+        return x
+    return x.masked_fill((torch.arange(x.shape[2]) >= lengths.unsqueeze(1))[:, None, :, None], 0.0)
+
+
+def _quick(dtype):
+    """Whether torch's flash backward is the quickest: not where bfloat16 has fast products of its own."""
+    return dtype in (torch.float32, torch.float64) or torch.backends.cpu.get_cpu_capability() != "AVX512"
 
 
 def masked_channel_attention_bwd(
@@ -111,6 +128,11 @@ def masked_channel_attention_bwd(
 ):
     (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
     wide = accumulation_dtype(q.dtype)
+    if _quick(q.dtype) and _plain(q, k, v, dscores, dlse, qk_mask, v_mask, bias, lengths):
+        found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse, 0.0, False, scale=scale
+        )
+        return *(heads_inside(t, *t.shape[2:]).copy_(d) for t, d in zip((q, k, v), found)), *[q.new_empty((0,))] * 3
     q_masked = _times(q, qk_mask)
     dq = heads_inside(q, M, DK).zero_()
     dk, dv, dbias = (torch.zeros(shape, dtype=wide) for shape in ((B, H, N, DK), (B, H, N, DV), (B, H, N)))
