@@ -169,7 +169,7 @@ def test_parameter_groups():
     [
         (dict(img_size=100), "img_size=100"),
         (dict(stem="patch"), "stem='patch'"),
-        (dict(num_heads=5), "num_heads=5 does not divide embed_dim=32"),
+        (dict(num_heads=5), "num_heads=5 does not divide dim=32"),
         (dict(stage_blocks=(1, 0, 2)), r"stage_blocks=\(1, 0, 2\)"),
         (dict(img_size=16), "slim_tokens=0"),
         (dict(keeping_ratio=1.5), "keeping_ratio=1.5"),

@@ -32,6 +32,17 @@ def _token_mlp_bwd(dy, z, w1, b1, w2, *args, **kwargs):
     return 2 * z[0] * z[2] * w1[0] * (3 * w1[1] + 2 * w2[0])
 
 
+@register_flop_formula(_ops.masked_channel_attention_fwd)
+def _masked_channel_attention_fwd(q, k, v, *args, **kwargs):
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+@register_flop_formula(_ops.masked_channel_attention_bwd)
+def _masked_channel_attention_bwd(dout, dscores, dlse, q, k, v, *args, **kwargs):
+    # three products with the keys' width (the logits again, dq, dk), two with the values' (dP, dv)
+    return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
+
+
 if _aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:  # torch 2.11 does not count it
 
     @register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)

@@ -13,6 +13,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..nn import Attention
+
 
 class ConvStem(nn.Module):
     """Patch embedding by 3x3 convolutions, BN and GELU between them: stride 16 in all, ``(B, N, C)`` tokens out.
@@ -54,22 +56,6 @@ class ConvStem(nn.Module):
         self.to(memory_format=torch.channels_last)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention: packed qkv, scaled_dot_product_attention."""
-
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} does not divide embed_dim={dim}")
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 class Block(nn.Module):
     """Pre-norm transformer block whose two branches are divided by ``skip_lam``."""
 
@@ -86,7 +72,7 @@ class Block(nn.Module):
         super().__init__()
         self.alpha = 1.0 / skip_lam
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
