@@ -146,7 +146,7 @@ def masked_channel_attention_cases(dtype):
         (99, 99, 3, 24, 64, "class", True, True),
         (50, 197, 6, 64, 64, "none", False, True),
         (1, 197, 6, 64, 64, "class", False, False),  # a class token's attention
-        (197, 197, 12, 80, 80, "none", False, False),  # ViT-H
+        (197, 197, 12, 80, 80, "received", False, False),  # ViT-H
         (4096, 4096, 4, 128, 128, "class", True, True),  # the widest and the longest
         (13, 9, 2, 8, 16, "class", True, True),
     ):

@@ -239,7 +239,7 @@ def _fwd_config(dtype, M, N, DK, DV):
     else:
         queries, keys = 64, 32 if wide and before_hopper() else 64
     sizes = {"BLOCK_M": tile(M, 16, queries), "BLOCK_N": tile(N, 16, keys)}
-    return sizes | config(DK, DV, warps=8 if single or wide else 4, stages=2)
+    return sizes | config(DK, DV, warps=8 if (single or wide) and M > 16 else 4, stages=2)
 
 
 def shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, *others):
@@ -283,6 +283,8 @@ def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale,
             BLOCK_ROW=row, CHUNK=max(1, min(16, 4096 // row)),
         )  # fmt: skip
     if scores == "received":
+        if q.dtype.itemsize > 2 and before_hopper():
+            sizes["BLOCK_M"] = min(sizes["BLOCK_M"], 32)
         groups = 1 if mean else H
         programs = B * groups * triton.cdiv(N, sizes["BLOCK_N"])
         if programs:

@@ -185,7 +185,7 @@ def _bwd_config(dtype, DK, DV):
     if single:
         owned, walked, warps, stages = (16, 16, 8, 1) if wide else (16, 32, 8, 2)
     elif wide:
-        owned, walked, warps, stages = 64, 32, 8, 2
+        owned, walked, warps, stages = (32, 32, 8, 2) if before_hopper() else (64, 32, 8, 2)
     else:
         owned, walked, warps, stages = (32, 32, 4, 2) if before_hopper() else (64, 64, 4, 2)
     return owned, walked, config(DK, DV, warps, stages)

@@ -1,0 +1,1 @@
+// The backward pass; a part of attention_variant.h, inside its namespace.
