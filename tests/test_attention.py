@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import inspect
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ FORMS = {
     "biases": dict(qkv_bias=True, proj_bias=False),
     "normed": dict(qk_norm=True, norm_layer=torch.nn.LayerNorm, qkv_bias=True),
 }
+if "gated" in inspect.signature(TimmAttention).parameters:
+    OTHER = dict(attn_head_dim=20, dim_out=10, scale_norm=True, norm_layer=torch.nn.LayerNorm, gated=True)
+else:  # timm before gates
+    OTHER = dict(attn_head_dim=20, dim_out=10, scale_norm=True, norm_layer=torch.nn.LayerNorm)
 
 
 def pair(**kwargs):
@@ -46,9 +51,9 @@ def test_docstrings():
     assert results.attempted >= 3 and results.failed == 0
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS.values(), OTHER], ids=[*FORMS, "other sizes, norm and gate"])
 def test_equals_timm(form, ran_kernels):
-    ours, theirs = pair(**FORMS[form])
+    ours, theirs = pair(**form)
     x = torch.randn(B, N, C)
     results = []
     for module in (ours, theirs):
@@ -103,6 +108,7 @@ def test_other_masks_and_dropout_go_through_sdpa(ran_kernels):
     ours.eval(), theirs.eval()
     with ran_kernels() as names:
         close(ours(x, attn_mask=mask), theirs(x, attn_mask=mask))
+        close(ours(x, attn_mask=mask[:1, :1, None, None]), theirs(x, attn_mask=mask[:1, :1, None, None]))
         close(ours(x, is_causal=True), theirs(x, is_causal=True))
         ours.train(), theirs.train()
         torch.manual_seed(1)
@@ -152,10 +158,22 @@ def test_a_whole_timm_model(name, ran_kernels):
         convert_attention(model)
 
 
+def test_a_timm_model_made_with_it(ran_kernels):
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, attn_layer=Attention)
+    with ran_kernels() as names:
+        model(torch.randn(1, 3, 32, 32)).sum().backward()
+    assert names == {"masked_channel_attention_fwd.native", "masked_channel_attention_bwd.native"}
+
+
 def test_conversion_shares_parameters_and_refuses_others():
     theirs = TimmAttention(C, num_heads=H, qkv_bias=True).eval()
     ours = Attention.from_timm(theirs)
     assert ours.qkv.weight is theirs.qkv.weight and not ours.training
+    small = compact_channels(ours.train(), kept(7, 16), kept(9, 16))
+    small.v_mask, small.attn_drop.training = torch.rand(H, 9), False
+    again, x = Attention.from_timm(small), torch.randn(B, N, C)
+    assert again.v_mask is small.v_mask and torch.equal(again(x), small(x))
+    assert again.training and not again.attn_drop.training  # each part keeps its mode
     for other in (timm.layers.AttentionRope(C, num_heads=H), torch.nn.MultiheadAttention(C, H)):
         with pytest.raises(TypeError, match=f"from_timm takes timm.layers.Attention, but got .*{type(other).__name__}"):
             Attention.from_timm(other)
@@ -192,6 +210,33 @@ def test_masks_learn():
     module.fused_attn = False
     for a, b in zip(ours, torch.autograd.grad(module(x).square().sum(), masks)):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("masks", ["learned", "straight-through"])
+@pytest.mark.parametrize("form", ["biases", "normed"])
+def test_masks_in_training_are_folded(form, masks):
+    """A mask that learns, and one that is a result of a tensor that learns; fp64 loses nothing."""
+    module = pair(**FORMS[form])[0].double()
+    x, gates = torch.randn(B, N, C).double(), torch.rand(2, H, C // H, dtype=torch.float64)
+    if masks == "learned":
+        module.qk_mask, module.v_mask = map(torch.nn.Parameter, gates)
+    else:
+        gates.requires_grad_()
+        module.qk_mask, module.v_mask = (gates > 0.5).double() + gates - gates.detach()
+    small = compact_channels(module)
+    torch.testing.assert_close(small(x), module(x), rtol=1e-12, atol=1e-12)
+    assert small.v_mask is None and (small.qk_mask is None) == (form != "normed")
+    assert all(parameter.is_leaf for parameter in small.parameters())
+
+
+def test_masks_are_saved_where_there_are_some():
+    module, _ = pair()
+    assert not any("mask" in name for name in module.state_dict())
+    module.qk_mask, module.v_mask = torch.rand(H, 16), torch.nn.Parameter(torch.rand(H, 16))
+    saved, other, x = module.state_dict(), Attention(C, H), torch.randn(B, N, C)
+    other.qk_mask, other.v_mask = torch.ones(H, 16), torch.nn.Parameter(torch.ones(H, 16))
+    other.load_state_dict(saved, strict=True)
+    assert torch.equal(other(x), module(x)) and torch.equal(copy.deepcopy(module)(x), module(x))
 
 
 @pytest.mark.parametrize("form", ["plain", "biases"])
@@ -234,6 +279,9 @@ def test_norms_and_gates():
     close(small(x), module(x))
     with pytest.raises(ValueError, match="keep_qk would take channels out of a norm over all of them"):
         compact_channels(module, keep_qk=v)
+    module.q_norm = torch.nn.Identity()  # k's norm is in the way as well
+    with pytest.raises(ValueError, match="keep_qk would take channels out of a norm over all of them"):
+        compact_channels(module, keep_qk=v)
     normed = Attention(C, H, scale_norm=True, norm_layer=torch.nn.LayerNorm)
     with pytest.raises(ValueError, match="keep_v would take channels out of a norm over all of them"):
         compact_channels(normed, keep_v=v)
@@ -265,6 +313,19 @@ def test_a_compact_module_is_an_ordinary_module():
     close(exported(x), expected)
 
 
+def test_a_compact_module_keeps_how_it_was_set(ran_kernels):
+    """Frozen stays frozen, evaluation stays evaluation, plain PyTorch stays so; SDPA too takes the original scale."""
+    theirs = TimmAttention(C, num_heads=H, qkv_bias=True).eval().requires_grad_(False)
+    theirs.fused_attn, theirs.proj.bias.requires_grad = False, True
+    small, x = compact_channels(Attention.from_timm(theirs), kept(7, 16)), torch.randn(B, N, C)
+    assert [name for name, p in small.named_parameters() if p.requires_grad] == ["proj.bias"]
+    assert not any(module.training for module in small.modules())
+    mask = torch.randn(1, 1, 1, N)
+    with ran_kernels() as names:
+        close(small(x, attn_mask=mask.expand(1, 1, N, N)), small(x, attn_mask=mask))
+    assert names == set()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -294,6 +355,10 @@ def test_errors(arguments, error, words):
 def test_errors_of_construction():
     with pytest.raises(ValueError, match="num_heads=5 does not divide dim=48"):
         Attention(48, num_heads=5)
+    with pytest.raises(ValueError, match="head_dim=16 and v_head_dim=0 must be at least 1"):
+        Attention(48, num_heads=3, v_head_dim=0)
+    with pytest.raises(ValueError, match="num_heads=0 does not divide dim=48"):
+        Attention(48, num_heads=0)
     with pytest.raises(ValueError, match="qk_norm and scale_norm need a norm_layer"):
         Attention(48, num_heads=3, qk_norm=True)
     with pytest.raises(TypeError, match="compact_channels takes tokenops.nn.Attention, but got Linear"):

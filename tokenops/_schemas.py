@@ -180,6 +180,12 @@ _library.define(
     " float scale, bool received, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) scores, str variant) -> ()",
     tags=_TAGS,
 )
+_library.define(
+    "attention_bwd(Tensor dout, Tensor? dscores, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? qk_mask,"
+    " Tensor? v_mask, Tensor? bias, Tensor? lengths, Tensor lse, float scale, bool received, Tensor(a!) dq,"
+    " Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dqk_mask, Tensor(e!) dv_mask, Tensor(f!) dbias, str variant) -> ()",
+    tags=_TAGS,
+)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -36,6 +36,15 @@ struct Problem {
   }
 };
 
+// What the backward pass takes besides (lse is read): gradients of out, scores (a query's share; may be null) and lse
+// (may be null), and where to write. dqk_mask and dv_mask, (B,H,D), and dbias may be null.
+struct Gradients {
+  Rows dout;
+  const float *dscores, *dlse;
+  Rows dq, dk, dv;
+  float *dqk_mask, *dv_mask, *dbias;
+};
+
 constexpr float NONE = -std::numeric_limits<float>::infinity();  // the logit of a key that does not count
 
 INLINE float from_bits(uint32_t bits) {

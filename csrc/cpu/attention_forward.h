@@ -106,14 +106,8 @@ INLINE void attend_block(const Problem& p, const Scratch& s, const float* bias, 
 
   float* result = reinterpret_cast<float*>(s.result);
   for (int64_t d = 0; d < p.DV; d += ROWS) {
-    Floats sum[ROWS][V], c[ROWS][V];
-    for (int64_t start = 0; start == 0 || start < N; start += CHUNK) {
-      const int64_t keys = N - start < CHUNK ? N - start : CHUNK, step = PAIRS ? 2 : 1, words = (keys + step - 1) / step;
-      product<V>(s.values + d * s.words_v + start / step * ROWS, s.weights + start / step * WIDTH, words, c);
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < V; ++v) sum[r][v] = start ? sum[r][v] + c[r][v] : c[r][v];
-    }
+    Floats sum[ROWS][V];
+    long_product<V>(s.values + d * s.words_v, s.weights, N, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       const float mask = p.v_mask && d + r < p.DV ? p.v_mask[h * p.DV + d + r] : 1.0f;

@@ -139,6 +139,20 @@ INLINE void product(const int32_t* a, const int32_t* b, int64_t depth, Floats (&
   }
 }
 
+// The same with b a word for each of N rows (or two of them), which may be many: partial sums are short.
+template <int V>
+INLINE void long_product(const int32_t* a, const int32_t* b, int64_t N, Floats (&c)[ROWS][V]) {
+  product<V>(a, b, words_of(N < CHUNK ? N : CHUNK), c);
+  for (int64_t start = CHUNK; start < N; start += CHUNK) {
+    Floats more[ROWS][V];
+    const int64_t at = words_of(start), left = N - start < CHUNK ? N - start : CHUNK;
+    product<V>(a + at * ROWS, b + at * WIDTH, words_of(left), more);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < V; ++v) c[r][v] += more[r][v];
+  }
+}
+
 // Rows of words, transposed: to[w][i] is word w of row i, for `wide` columns of which `count` are rows.
 INLINE void load_columns(Type type, const char* from, int64_t stride, int64_t count, int64_t wide, int64_t channels,
                          const float* mask, int64_t words, int32_t* row, int32_t* to, int64_t to_stride) {

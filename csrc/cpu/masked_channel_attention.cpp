@@ -1,10 +1,12 @@
-// The forward pass of masked_channel_attention on a CPU: out, log-sum-exp and scores of one head after the other, the
-// keys and values of a head packed once, never more than WIDTH queries' probabilities in memory.
+// masked_channel_attention on a CPU, forward and backward: one head after the other, its keys and values packed once,
+// never more than a block of queries' probabilities in memory (attention_variant.h).
 #include "../common.h"
 
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <string>
+#include <type_traits>
 
 #include <torch/headeronly/util/Half.h>
 
@@ -67,6 +69,7 @@ void to_half(const float* in, void* out, int64_t n) {
 namespace tokenops {
 namespace {
 
+using attention::Gradients;
 using attention::Problem;
 using torch::headeronly::ScalarType;
 
@@ -74,14 +77,21 @@ struct Variant {
   const char* name;
   bool here;  // this machine has it, for this dtype
   void (*attend)(const Problem&, int32_t*, int64_t, int64_t);
-  int64_t (*words)(const Problem&);
+  void (*attend_backward)(const Problem&, const Gradients&, int32_t*, int64_t, int64_t);
+  int64_t (*words)(const Problem&);  // of scratch
+  int64_t (*words_backward)(const Problem&);
   int64_t width;
 };
 
-#define TOKENOPS_VARIANT(space, here)                                                                              \
-  {                                                                                                                \
-#space, here, attention::space::attend,                                                                        \
-        [](const Problem& p) { return attention::space::Scratch::layout(p, nullptr, nullptr); }, attention::space::WIDTH \
+template <typename Scratch>
+int64_t words_of(const Problem& p) {
+  return Scratch::layout(p, nullptr, nullptr);
+}
+
+#define TOKENOPS_VARIANT(space, here)                                                             \
+  {                                                                                               \
+#space, here, attention::space::attend, attention::space::attend_backward,                        \
+        words_of<attention::space::Scratch>, words_of<attention::space::BackwardScratch>, attention::space::WIDTH \
   }
 
 // The best that this machine has for the dtype, or the one that is named.
@@ -136,15 +146,14 @@ attention::Type type_of(const Tensor& x) {
   return attention::Type::Half;
 }
 
-// Fills out, lse and (unless it is empty) scores, (B,H,Nk); `variant` names an instruction set, "" for the best.
-void attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> qk_mask, std::optional<Tensor> v_mask,
-                   std::optional<Tensor> bias, std::optional<Tensor> lengths, double scale, bool received, Tensor out,
-                   Tensor lse, Tensor scores, std::string variant) {
+// What both passes take, checked. Scores and the like are set by the caller.
+Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& qk_mask,
+                const std::optional<Tensor>& v_mask, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& lengths, double scale, Tensor& lse) {
   const int64_t B = q.size(0), H = q.size(1), M = q.size(2), N = k.size(2), DK = q.size(3), DV = v.size(3);
   Problem p{};
-  p.type = type_of(q), p.H = H, p.M = M, p.N = N, p.DK = DK, p.DV = DV;
+  p.type = type_of(q), p.H = H, p.M = M, p.N = N, p.DK = DK, p.DV = DV, p.splits = 1;
   p.q = heads("q", q, q, M, DK), p.k = heads("k", k, q, N, DK), p.v = heads("v", v, q, N, DV);
-  p.out = heads("out", out, q, M, DV);
   p.qk_mask = floats("qk_mask", qk_mask, H, DK), p.v_mask = floats("v_mask", v_mask, H, DV);
   if (bias) {
     STD_TORCH_CHECK(!bias->is_cuda() && bias->scalar_type() == ScalarType::Float && bias->dim() == 3 &&
@@ -160,25 +169,68 @@ void attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> qk_mask, 
     p.lengths = static_cast<const int64_t*>(lengths->data_ptr());
     for (int64_t b = 0; b < B; ++b) STD_TORCH_CHECK(p.lengths[b] >= 0 && p.lengths[b] <= N, "a length is not in 0..Nk");
   }
-  p.scale = static_cast<float>(scale), p.received = received && scores.numel();
+  p.scale = static_cast<float>(scale);
   p.lse = filled("lse", lse, B * H * M);
-  if (scores.numel()) p.scores = filled("scores", scores, B * H * N);
-  if (B * H * M == 0) return;
+  return p;
+}
 
-  const Variant chosen = choose(p.type, variant);
-  const int64_t blocks = (M + chosen.width - 1) / chosen.width, threads = torch::stable::get_num_threads();
-  // few heads: several threads to each, of which every one packs the keys and values
-  p.splits = p.received ? 1 : std::max<int64_t>(1, std::min(blocks, (threads + B * H - 1) / (B * H)));
-  const int64_t words = chosen.words(p);
-  torch::stable::parallel_for(0, B * H * p.splits, 1, [&](int64_t begin, int64_t end) {
+// Calls body(scratch, begin, end) for tasks in parallel, each thread with scratch of so many words.
+template <typename F>
+void for_tasks(int64_t tasks, int64_t words, const F& body) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     constexpr int64_t align = 64;
     std::unique_ptr<char[]> memory(new char[4 * words + align]);
     char* base = memory.get() + (align - reinterpret_cast<uintptr_t>(memory.get()) % align);
-    chosen.attend(p, reinterpret_cast<int32_t*>(base), begin, end);
+    body(reinterpret_cast<int32_t*>(base), begin, end);
+  });
+}
+
+// Fills out, lse and (unless it is empty) scores, (B,H,Nk); `variant` names an instruction set, "" for the best.
+void attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> qk_mask, std::optional<Tensor> v_mask,
+                   std::optional<Tensor> bias, std::optional<Tensor> lengths, double scale, bool received, Tensor out,
+                   Tensor lse, Tensor scores, std::string variant) {
+  Problem p = problem(q, k, v, qk_mask, v_mask, bias, lengths, scale, lse);
+  const int64_t heads_of_all = q.size(0) * p.H;
+  p.out = heads("out", out, q, p.M, p.DV);
+  if (scores.numel()) p.scores = filled("scores", scores, heads_of_all * p.N), p.received = received;
+  if (heads_of_all * p.M == 0) return;
+  const Variant chosen = choose(p.type, variant);
+  const int64_t blocks = (p.M + chosen.width - 1) / chosen.width, threads = torch::stable::get_num_threads();
+  // few heads: several threads to each, of which every one packs the keys and values
+  if (!p.received) p.splits = std::max<int64_t>(1, std::min(blocks, (threads + heads_of_all - 1) / heads_of_all));
+  for_tasks(heads_of_all * p.splits, chosen.words(p), [&](int32_t* scratch, int64_t begin, int64_t end) {
+    chosen.attend(p, scratch, begin, end);
+  });
+}
+
+// Fills dq, dk and dv, and dqk_mask and dv_mask, (B,H,D), and dbias, (B,H,Nk), of what there is. dscores, (B,H,Nk), is
+// the gradient of a query's probabilities: of query 0, or of all where `received`.
+void attention_bwd(Tensor dout, std::optional<Tensor> dscores, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v,
+                   std::optional<Tensor> qk_mask, std::optional<Tensor> v_mask, std::optional<Tensor> bias,
+                   std::optional<Tensor> lengths, Tensor lse, double scale, bool received, Tensor dq, Tensor dk,
+                   Tensor dv, Tensor dqk_mask, Tensor dv_mask, Tensor dbias, std::string variant) {
+  Problem p = problem(q, k, v, qk_mask, v_mask, bias, lengths, scale, lse);
+  const int64_t heads_of_all = q.size(0) * p.H;
+  p.received = received;
+  Gradients g{};
+  g.dout = heads("dout", dout, q, p.M, p.DV);
+  if (dscores) g.dscores = filled("dscores", *dscores, heads_of_all * p.N);
+  if (dlse) g.dlse = filled("dlse", *dlse, heads_of_all * p.M);
+  g.dq = heads("dq", dq, q, p.M, p.DK), g.dk = heads("dk", dk, q, p.N, p.DK), g.dv = heads("dv", dv, q, p.N, p.DV);
+  if (qk_mask) g.dqk_mask = filled("dqk_mask", dqk_mask, heads_of_all * p.DK);
+  if (v_mask) g.dv_mask = filled("dv_mask", dv_mask, heads_of_all * p.DV);
+  if (bias) g.dbias = filled("dbias", dbias, heads_of_all * p.N);
+  if (heads_of_all == 0) return;
+  const Variant chosen = choose(p.type, variant);
+  for_tasks(heads_of_all, chosen.words_backward(p), [&](int32_t* scratch, int64_t begin, int64_t end) {
+    chosen.attend_backward(p, g, scratch, begin, end);
   });
 }
 
 }  // namespace
 }  // namespace tokenops
 
-STABLE_TORCH_LIBRARY_IMPL(tokenops, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&tokenops::attention_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(tokenops, CPU, m) {
+  m.impl("attention_fwd", TORCH_BOX(&tokenops::attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&tokenops::attention_bwd));
+}

@@ -118,40 +118,60 @@ def _within(x, lengths):
     return x.masked_fill((torch.arange(x.shape[2]) >= lengths.unsqueeze(1))[:, None, :, None], 0.0)
 
 
-def _quick(dtype):
-    """Whether torch's flash backward is the quickest: not where bfloat16 has fast products of its own."""
-    return dtype in (torch.float32, torch.float64) or torch.backends.cpu.get_cpu_capability() != "AVX512"
-
-
 def masked_channel_attention_bwd(
     dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean
 ):
     (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
     wide = accumulation_dtype(q.dtype)
-    if _quick(q.dtype) and _plain(q, k, v, dscores, dlse, qk_mask, v_mask, bias, lengths):
-        found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, False, scale=scale
-        )
-        return *(heads_inside(t, *t.shape[2:]).copy_(d) for t, d in zip((q, k, v), found)), *[q.new_empty((0,))] * 3
-    q_masked = _times(q, qk_mask)
-    dq = heads_inside(q, M, DK).zero_()
-    dk, dv, dbias = (torch.zeros(shape, dtype=wide) for shape in ((B, H, N, DK), (B, H, N, DV), (B, H, N)))
-    share = 1 / ((M if scores == "received" else 1) * (H if mean else 1))
+    dq, dk, dv = heads_inside(q, M, DK), heads_inside(k, N, DK), heads_inside(v, N, DV)
+    dmasks = [
+        lse.new_zeros((B, H, t.shape[3]) if mask is not None else (0,)) for t, mask in ((q, qk_mask), (v, v_mask))
+    ]
+    dbias = lse.new_zeros((B, H, N) if bias is not None else (0,))
     if dscores is not None:
+        share = 1 / ((M if scores == "received" else 1) * (H if mean else 1))
         dscores = (dscores.unsqueeze(1).expand(B, H, N) if mean else dscores) * share
-    dqk_mask, dv_mask = (
-        torch.zeros(mask.shape, dtype=wide) if mask is not None else None for mask in (qk_mask, v_mask)
-    )
     wide_bias = None if bias is None else bias.to(wide)
+    if _compiled(q):
+        dout, q, k, v = _dense(dout, q, k, v)
+        masks = _float(qk_mask, wide), _float(v_mask, wide)
+        counts = None if lengths is None else lengths.to(torch.int64).contiguous()
+        given = dout, _float(dscores, wide), _float(dlse, wide), q, k, v, *masks, wide_bias, counts, lse
+        _kernels.attention_bwd(*given, scale, scores == "received", dq, dk, dv, *dmasks, dbias, "")
+    elif _plain(q, k, v, dscores, dlse, qk_mask, v_mask, bias, lengths):
+        given = dout, q, k, v, out, lse
+        found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, 0.0, False, scale=scale)
+        dq.copy_(found[0]), dk.copy_(found[1]), dv.copy_(found[2])
+    else:
+        given = dout, dscores, dlse, q, k, v, qk_mask, v_mask, wide_bias, lengths, scale, scores == "received"
+        _composed_bwd(*given, dq, dk, dv, *dmasks, dbias)
+    return (
+        dq,
+        dk,
+        dv,
+        *(
+            q.new_empty((0,)) if mask is None else share.sum(dim=0).to(mask.dtype)
+            for share, mask in zip(dmasks, (qk_mask, v_mask))
+        ),
+        q.new_empty((0,)) if bias is None else dbias.to(bias.dtype),
+    )
+
+
+def _composed_bwd(
+    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, scale, received, dq, dk, dv, dqk_mask, dv_mask, dbias
+):
+    """Fills the gradients as the compiled kernel does."""
+    wide = dbias.dtype
+    q_masked = _times(q, qk_mask)
+    wide_dk, wide_dv = torch.zeros(k.shape, dtype=wide), torch.zeros(v.shape, dtype=wide)
+    dq.zero_()
     for images, queries, keys in _tiles(q, k, lengths):
         tile_q, tile_k = q_masked[images, :, queries], k[images, :, keys]
         tile_v, tile_dout = v[images, :, keys], dout[images, :, queries]
-        p, _ = _probabilities(tile_q, tile_k, None if bias is None else wide_bias[images, :, keys], scale)
-        low = p.to(q.dtype)
-        raw = torch.matmul(low.transpose(2, 3), tile_dout)  # dv without its mask
-        dv[images, :, keys] += raw
+        p, _ = _probabilities(tile_q, tile_k, None if bias is None else bias[images, :, keys], scale)
+        wide_dv[images, :, keys] += torch.matmul(p.to(q.dtype).transpose(2, 3), tile_dout)
         dp = torch.matmul(_times(tile_dout, v_mask), tile_v.transpose(2, 3)).to(wide)
-        if dscores is not None and scores == "received":
+        if dscores is not None and received:
             dp += dscores[images, :, None, keys]
         elif dscores is not None and queries.start == 0:
             dp[:, :, 0] += dscores[images, :, keys]
@@ -163,22 +183,11 @@ def masked_channel_attention_bwd(
             dbias[images, :, keys] += ds.sum(dim=2)
         ds = ds.mul_(scale).to(q.dtype)
         tile_dq = torch.matmul(ds, tile_k)
-        if dqk_mask is not None:
-            dqk_mask += (tile_dq.to(wide) * q[images, :, queries]).sum(dim=(0, 2))
+        if qk_mask is not None:
+            dqk_mask[images] += (tile_dq.to(wide) * q[images, :, queries]).sum(dim=2)
         dq[images, :, queries] = _times(tile_dq, qk_mask)
-        dk[images, :, keys] += torch.matmul(ds.transpose(2, 3), tile_q)
-    if dv_mask is not None:
-        counting = (
-            v if lengths is None else v.masked_fill((torch.arange(N) >= lengths.unsqueeze(1))[:, None, :, None], 0.0)
-        )
-        dv_mask += (dv * counting).sum(dim=(0, 2))
-        dv *= v_mask.unsqueeze(1)
-    return (
-        dq,
-        heads_inside(k, N, DK).copy_(dk),
-        heads_inside(v, N, DV).copy_(dv),
-        *(
-            q.new_empty((0,)) if tensor is None else gradient.to(tensor.dtype)
-            for gradient, tensor in ((dqk_mask, qk_mask), (dv_mask, v_mask), (dbias, bias))
-        ),
-    )
+        wide_dk[images, :, keys] += torch.matmul(ds.transpose(2, 3), tile_q)
+    if v_mask is not None:
+        dv_mask += (wide_dv * _within(v, lengths)).sum(dim=2)
+        wide_dv *= v_mask.unsqueeze(1)
+    dk.copy_(wide_dk), dv.copy_(wide_dv)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..masked_channel_attention import WIDEST_HEAD, masked_channel_attention
+from ..reference import accumulation_dtype
 
 #: the modules whose Attention is the one this module stands in for
 _TIMM = ("timm.layers.attention", "timm.models.vision_transformer")
@@ -43,7 +44,7 @@ class Attention(nn.Module):
 
     Attributes:
         qk_mask: ``(H, Dk)``, None at first: soft mask of the channels of q and k. A tensor set here is a buffer, an
-            ``nn.Parameter`` learns.
+            ``nn.Parameter`` learns; either is in the state dict from then on, so set one before loading it.
         v_mask: ``(H, Dv)``, the same for the channels of v.
         fused_attn: False computes in plain PyTorch, by the operator's reference.
 
@@ -89,13 +90,16 @@ class Attention(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if attn_head_dim is None and dim % num_heads:
+        if num_heads < 1 or (attn_head_dim is None and dim % num_heads):
             raise ValueError(f"num_heads={num_heads} does not divide dim={dim}")
         if (qk_norm or scale_norm) and norm_layer is None:
             raise ValueError("qk_norm and scale_norm need a norm_layer")
         head_dim = dim // num_heads if attn_head_dim is None else attn_head_dim
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        if min(head_dim, v_head_dim) < 1:
+            raise ValueError(f"head_dim={head_dim} and v_head_dim={v_head_dim} must be at least 1")
         made = {"device": device, "dtype": dtype}
-        self._set_sizes(num_heads, head_dim, v_head_dim or head_dim, scale or head_dim**-0.5)
+        self._set_sizes(num_heads, head_dim, v_head_dim, head_dim**-0.5 if scale is None else scale)
         self.fused_attn = True
         self.qkv = nn.Linear(dim, num_heads * (2 * self.head_dim + self.v_head_dim), bias=qkv_bias, **made)
         self.q_norm = norm_layer(head_dim, **made) if qk_norm else nn.Identity()
@@ -114,23 +118,33 @@ class Attention(nn.Module):
 
     @classmethod
     def from_timm(cls, attention: Any) -> "Attention":
-        """The same attention as a timm module, whose submodules (parameters) it shares.
+        """The same attention as a timm module (or one of this class), whose submodules (parameters, masks) it shares.
 
         Raises:
             TypeError: it is not timm's ``Attention``: with rotary or relative positions, say, or of another model.
         """
         kind = type(attention)
+        if isinstance(attention, Attention):
+            new = cls._sharing(attention)
+            new.qk_mask, new.v_mask = attention.qk_mask, attention.v_mask
+            return new
         if kind.__name__ != "Attention" or kind.__module__ not in _TIMM:
             raise TypeError(
                 f"Attention.from_timm takes timm.layers.Attention, but got {kind.__module__}.{kind.__name__}"
             )
+        return cls._sharing(attention)
+
+    @classmethod
+    def _sharing(cls, attention):
+        """Another attention's submodules, without its masks."""
         new = cls.__new__(cls)
         nn.Module.__init__(new)
-        new._set_sizes(attention.num_heads, attention.head_dim, attention.head_dim, attention.scale)
-        new.fused_attn = attention.fused_attn
+        v_head_dim = getattr(attention, "v_head_dim", attention.head_dim)
+        new._set_sizes(attention.num_heads, attention.head_dim, v_head_dim, attention.scale)
+        new.fused_attn, new.training = attention.fused_attn, attention.training
         for name in _PARTS:
             setattr(new, name, getattr(attention, name, nn.Identity() if name == "norm" else None))
-        return new.train(attention.training)
+        return new
 
     def forward(
         self,
@@ -158,7 +172,8 @@ class Attention(nn.Module):
             The result alone, or ``(result, scores)``, ``(result, key_mean)``, ``(result, scores, key_mean)``.
         """
         q, k, v = self._heads(x)
-        per_query = is_causal or (attn_mask is not None and (attn_mask.dim() != 4 or attn_mask.shape[2] != 1))
+        of_keys = attn_mask is None or (attn_mask.dim() == 4 and attn_mask.shape[2:] == (1, k.shape[2]))
+        per_query = is_causal or not of_keys
         dropped = self.attn_drop.p if self.training else 0.0
         if per_query or dropped or max(self.head_dim, self.v_head_dim) > WIDEST_HEAD:
             asked = dict(scores=scores, key_bias=key_bias, key_lengths=key_lengths, return_key_mean=return_key_mean)
@@ -236,8 +251,8 @@ def compact_channels(attention: Attention, keep_qk: Tensor | None = None, keep_v
     r"""A physically smaller attention: the channels that are not kept are taken out of its projections.
 
     The result equals the attention with the hard masks ``keep_qk`` and ``keep_v`` (times the soft masks it has, which
-    are folded into the weights). Every head keeps as many channels as the others, each its own. The scale of the
-    logits stays that of the original head.
+    are folded into the weights; ``qk_mask`` stays where q is normalised). Every head keeps as many channels as the
+    others, each its own. The scale of the logits stays that of the original head.
 
     Args:
         attention: what to make smaller; it is not changed.
@@ -257,8 +272,10 @@ def compact_channels(attention: Attention, keep_qk: Tensor | None = None, keep_v
     if not isinstance(attention, Attention):
         raise TypeError(f"compact_channels takes tokenops.nn.Attention, but got {type(attention).__name__}")
     H, wide, deep = attention.num_heads, attention.head_dim, attention.v_head_dim
-    q_normed, normed = (not isinstance(norm, nn.Identity) for norm in (attention.q_norm, attention.norm))
-    for name, keep, norm in (("keep_qk", keep_qk, q_normed), ("keep_v", keep_v, normed)):
+    q_normed, k_normed, normed = (
+        not isinstance(norm, nn.Identity) for norm in (attention.q_norm, attention.k_norm, attention.norm)
+    )
+    for name, keep, norm in (("keep_qk", keep_qk, q_normed or k_normed), ("keep_v", keep_v, normed)):
         if keep is not None and norm:
             raise ValueError(f"compact_channels: {name} would take channels out of a norm over all of them")
     device = attention.qkv.weight.device
@@ -266,9 +283,9 @@ def compact_channels(attention: Attention, keep_qk: Tensor | None = None, keep_v
     v = _kept("keep_v", keep_v, H, deep).to(device)
     qk_rows, v_rows = (_of_all_heads(kept, width) for kept, width in ((qk, wide), (v, deep)))
 
-    small = copy.deepcopy(attention)
+    small = copy.deepcopy(attention._sharing(attention))  # without the masks, which may be results of other tensors
     small._set_sizes(H, qk.shape[1], v.shape[1], attention.scale)
-    factors = torch.ones(H * (2 * wide + deep), device=device)
+    factors = torch.ones(H * (2 * wide + deep), device=device, dtype=accumulation_dtype(attention.qkv.weight.dtype))
     if attention.qk_mask is not None and q_normed:  # it comes behind the norm
         small.qk_mask = attention.qk_mask.detach().clone()
     elif attention.qk_mask is not None:
