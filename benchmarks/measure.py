@@ -76,13 +76,14 @@ class Bench:
         *,
         shape: Mapping[str, int],
         inputs: Callable[[], tuple[Tensor, ...]],
-        ours: Callable[..., Tensor],
-        peers: Mapping[str, Callable[..., Tensor]],
+        ours: Callable[..., Any],
+        peers: Mapping[str, Callable[..., Any]],
         bytes: int,
         flops: int,
         passes: str = "forward",
         peer_flops: Mapping[str, int] | None = None,
         device_time: bool = True,
+        truth: Callable[..., Any] | None = None,
     ) -> tuple[dict[str, Any], Callable[[], object]]:
         """Time `ours` against `peers` on the same inputs, check that they agree, and keep the row.
 
@@ -100,6 +101,10 @@ class Bench:
                 and the row says how much of the FLOP ratio is realised as time.
             device_time: on a GPU, time the kernels alone, the launches queued ahead (else from launch to end), and
                 report the host's time a call and the time of a CUDA graph's replay beside it.
+            truth: what is right; called in fp64, it gives each side's error (relative L2, of the first result), and
+                each side's peak memory is measured too.
+
+        A side gives one tensor or several; those that both sides give are compared, the first gets a gradient.
 
         Returns:
             The row, and one call of ours that waits for the device.
@@ -113,6 +118,7 @@ class Bench:
         for name in peers:
             if name not in (peer_flops or {}):
                 _assert_close(f"{operator} {dict(shape)}: {name}", sides[name][0](), expected, RELATIVE[self.dtype])
+        extra = {} if truth is None else self._errors_and_memory(sides, truth, sets[0])
         times = self._interleaved(sides, _seconds_queued if self.device == "cuda" and device_time else self.seconds)
         us = {name: Spread.of([1e6 * t for t in ts]) for name, ts in times.items()}
         floor = 1e6 * max(bytes / self.copy_bytes_per_s, flops / self.flops_per_s)
@@ -129,6 +135,8 @@ class Bench:
             "of_floor": floor / us["ours"].median,
             "peers": {name: {"us": us[name], "ratio": ratio(times[name], times["ours"])} for name in peers},
         }
+        for name, figures in extra.items():
+            (row if name == "ours" else row["peers"][name]).update(figures)
         for name, theirs in (peer_flops or {}).items():
             flop_ratio = theirs / flops
             row["peers"][name] |= {
@@ -149,6 +157,7 @@ class Bench:
             + ", ".join(
                 "{}: {:.2f} ({:.2f}..{:.2f})".format(peer, *figures["ratio"]) for peer, figures in row["peers"].items()
             )
+            + _errors_and_memory(row)
             for name, row in self.rows.items()
         ]
 
@@ -170,6 +179,34 @@ class Bench:
         rounds = math.ceil(self.budget / (time.perf_counter() - start))
         times = interleaved(batches, min(max(rounds, 3 if self.quick else 9), 101), seconds)
         return {name: [t / loops[name] for t in ts] for name, ts in times.items()}
+
+    def _errors_and_memory(
+        self, sides: Mapping[str, Sequence[Callable[[], Any]]], truth: Callable[..., Any], inputs: Sequence[Tensor]
+    ) -> dict[str, dict[str, float]]:
+        """Of every side: the first result's relative L2 error against fp64, and bytes held at the peak of a call."""
+        right = _tuple(truth(*(t.double() for t in inputs)))[0]
+        found = {}
+        for name, calls in sides.items():
+            error = (calls[0]()[0][0].double() - right).norm() / right.norm()
+            found[name] = {"error": error.item(), "peak_bytes": self._peak(calls[0])}
+        return found
+
+    def _peak(self, call: Callable[[], object]) -> int:
+        """What torch's allocator hands out at most during a call (on a CPU, not the scratch of compiled code)."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            return torch.cuda.max_memory_allocated() - before
+        with torch.profiler.profile(profile_memory=True) as profile:
+            call()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        peak = held = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
 
     def _host_us(self, calls: Sequence[Callable[[], object]]) -> float:
         """Host time of one call, the device never waited for."""
@@ -237,24 +274,41 @@ class Bench:
         return machine.facts(self.device) | {"commit": machine.commit()} | _rounded(ceilings)
 
 
-def _forward(side: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+def _errors_and_memory(row: Mapping[str, Any]) -> str:
+    """In words, where they were measured."""
+    if "error" not in row:
+        return ""
+    sides = {"ours": row, **row["peers"]}
+    said = (f"{name} {side['error']:.1e} {side['peak_bytes'] / 2**20:.1f}" for name, side in sides.items())
+    return f"; error and peak MiB: {', '.join(said)}"
+
+
+def _tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _forward(side: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[], Any]:
+    """A call that gives the results, and no gradients."""
+
     @torch.no_grad()
     def call():
-        return (side(*tensors),)
+        return _tuple(side(*tensors)), ()
 
     return call
 
 
-def _forward_backward(side: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+def _forward_backward(side: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[], Any]:
+    """A call that gives the results, and the gradients of the inputs for one of the first result."""
     tensors = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     leaves = [t for t in tensors if t.requires_grad]
     with torch.no_grad():
-        like = side(*tensors)
+        like = _tuple(side(*tensors))[0]
     dy = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=_generator(like.device))
 
     def call():
-        y = side(*tensors)
-        return (y.detach(), *torch.autograd.grad(y, leaves, dy, allow_unused=True))
+        results = _tuple(side(*tensors))
+        gradients = torch.autograd.grad(results[0], leaves, dy, allow_unused=True)
+        return tuple(result.detach() for result in results), gradients
 
     return call
 
@@ -296,10 +350,12 @@ def _seconds_queued(call: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _assert_close(what: str, theirs: Sequence[Tensor | None], ours: Sequence[Tensor | None], tolerance: float) -> None:
+def _assert_close(what: str, theirs: Any, ours: Any, tolerance: float) -> None:
     """A fast wrong answer is not worth timing. (What is right, the tests decide, with far narrower tolerances.)"""
-    for i, (a, b) in enumerate(zip(theirs, ours, strict=True)):
-        if a is None or b is None:  # the gradient of an input that only some sides take
+    # results that only one side gives, and gradients of inputs that only some sides take, are not compared
+    pairs = [*zip(theirs[0], ours[0]), *zip(theirs[1], ours[1], strict=True)]
+    for i, (a, b) in enumerate(pairs):
+        if a is None or b is None:
             continue
         if (
             a.shape == b.shape and a.numel() == 1

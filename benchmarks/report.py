@@ -12,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MARKED = re.compile(r"(<!-- results:(\S+)(?: (operators|models))? -->\n).*?(<!-- /results -->)", re.DOTALL)
-PEERS = ("reference", "published", "naive", "scatter", "compiled")  # the order of columns; others behind them
+#: the order of columns; others come behind
+PEERS = ("reference", "published", "naive", "scatter", "eager", "sdpa flash", "sdpa + row", "compiled")
 MARKERS = "osD^vP*X"
 
 

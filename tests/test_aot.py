@@ -36,6 +36,6 @@ def test_matrix_units(compiled):
     kernels = [r for r in rows if r["operator"] != "restore_tokens" and r["dtype"] == "bf16"]
     assert all(r["mma"] for r in kernels)
     if capability == 90:
-        large = [r for r in kernels if r["case"] in ("N196-M98-C384", "M98-N196-C384")]
-        assert {r["operator"] for r in large} == {"soft_aggregate", "token_mlp"}
+        large = [r for r in kernels if r["case"] in ("N196-M98-C384", "M98-N196-C384", "M197-N197-D64-64-class")]
+        assert {r["operator"] for r in large} == {"soft_aggregate", "token_mlp", "masked_channel_attention"}
         assert all(r["matrix"] for r in large), [r for r in large if not r["matrix"]]

@@ -50,6 +50,7 @@ def test_every_row_is_complete(results):
     _, _, after = results
     operators = {row["operator"] for row in after["rows"].values()}
     assert operators >= {"soft_aggregate", "soft_scatter", "restore_tokens", "token_mlp", "sit_lvvit_xsmall eager"}
+    assert operators >= {"attention class"}
     for name, row in after["rows"].items():
         assert name.startswith(f"{row['operator']} {row['passes']} ") and name.endswith(row["dtype"])
         assert row["run"] in after["runs"] and row["dtype"] == "float32"
@@ -65,6 +66,17 @@ def test_a_run_says_where_its_figures_come_from(results):
     for run in after["runs"].values():
         assert run["torch"] == torch.__version__ and run["threads"] == 1 and run["driver"] is None and run["device"]
         assert run["copy_bytes_per_s"] > 0 and run["flops_per_s_float32"] > 0
+
+
+def test_attention_says_errors_and_memory(results):
+    rows = [row for row in results[2]["rows"].values() if row["operator"] == "attention class"]
+    assert len(rows) == 2
+    for row in rows:
+        assert {"eager", "sdpa flash", "sdpa math", "sdpa + row"} <= set(row["peers"])
+        for side in (row, *row["peers"].values()):
+            assert 0 < side["error"] < 1e-5 and side["peak_bytes"] > 0
+        matrix = 4 * row["shape"]["B"] * row["shape"]["H"] * row["shape"]["N"] ** 2
+        assert row["peers"]["eager"]["peak_bytes"] >= 2 * matrix  # the logits and their softmax
 
 
 def test_a_second_session_keeps_the_rows_of_the_first(results):
