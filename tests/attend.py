@@ -4,12 +4,15 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from tolerance import assert_as_good_as_plain
 
 import tokenops
+from tokenops import reference
 
 INF = float("inf")
 FLOATS = ("q", "k", "v", "qk_mask", "v_mask", "key_bias")
 SCORES = [(None, "each"), ("class", "each"), ("class", "mean"), ("received", "each"), ("received", "mean")]
+EVERYTHING = dict(return_lse=True, return_key_mean=True)
 attention = tokenops.masked_channel_attention
 
 
@@ -45,7 +48,7 @@ def inputs(case, dtype, device, everything=False):
     tensors = {name: t.to(dtype) for name, t in tensors.items()}
     if everything:
         lengths = [0, N, (2 * N + 2) // 3] if B > 2 else [(2 * N + 2) // 3, N]
-        tensors["key_lengths"] = torch.tensor(lengths[:B], device=device)
+        tensors["key_lengths"] = torch.tensor(lengths[:B], dtype=torch.int64, device=device)
     return tensors
 
 
@@ -70,4 +73,19 @@ def run(function, tensors, upstream=None, **options):
     return named | {f"d{n}": g for n, g in zip((n for n in leaves if n in FLOATS), grads)}, gradients
 
 
-EVERYTHING = dict(return_lse=True, return_key_mean=True)
+def check(t, dtype, scores, heads):
+    truth, upstream = run(reference.masked_channel_attention, double(t), scores=scores, heads=heads, **EVERYTHING)
+    ours, _ = run(attention, t, upstream, scores=scores, heads=heads, **EVERYTHING)
+    plain, _ = run(reference.masked_channel_attention, t, upstream, scores=scores, heads=heads, **EVERYTHING)
+    # what cancels in dS = P * (dP - D), D = sum of dO * O, where O is rounded; a score is no larger
+    cancels = (upstream[0].double() * truth["result 0"]).abs().sum(dim=-1).max().item() if truth["dq"].numel() else 0.0
+    size = {"dq": "k", "dk": "q", "dqk_mask": "q"}
+    for what, right in truth.items():
+        if right is None:
+            continue
+        empty = right == -INF
+        assert torch.equal(ours[what] == -INF, empty), what
+        a, b, c = (value.masked_fill(empty, 0.0) for value in (ours[what], plain[what], right))
+        reach = t[size[what]].abs().max().item() if what in size and t[size[what]].numel() else 1.0
+        allowed = cancels * reach if what in ("dq", "dk", "dqk_mask", "dkey_bias") and dtype != torch.float32 else 0.0
+        assert_as_good_as_plain(a, b, c, what, allowed)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attend import EVERYTHING, INF, PATHS, SCORES, attention, double, inputs, run, running
+from attend import EVERYTHING, INF, PATHS, SCORES, attention, check, double, inputs, run, running
 from cases import ATTEND, DTYPES, Attend
 from tolerance import assert_as_good_as_plain
 
@@ -88,24 +88,6 @@ def test_scores_add_up_to_one(backend, device):
 
 
 # Every backend against fp64 truth.
-
-
-def check(t, dtype, scores, heads):
-    truth, upstream = run(reference.masked_channel_attention, double(t), scores=scores, heads=heads, **EVERYTHING)
-    ours, _ = run(attention, t, upstream, scores=scores, heads=heads, **EVERYTHING)
-    plain, _ = run(reference.masked_channel_attention, t, upstream, scores=scores, heads=heads, **EVERYTHING)
-    # what cancels in dS = P * (dP - D), D = sum of dO * O, where O is rounded; a score is no larger
-    cancels = (upstream[0].double() * truth["result 0"]).abs().sum(dim=-1).max().item() if truth["dq"].numel() else 0.0
-    size = {"dq": "k", "dk": "q", "dqk_mask": "q"}
-    for what, right in truth.items():
-        if right is None:
-            continue
-        empty = right == -INF
-        assert torch.equal(ours[what] == -INF, empty), what
-        a, b, c = (value.masked_fill(empty, 0.0) for value in (ours[what], plain[what], right))
-        reach = t[size[what]].abs().max().item() if what in size and t[size[what]].numel() else 1.0
-        allowed = cancels * reach if what in ("dq", "dk", "dqk_mask", "dkey_bias") and dtype != torch.float32 else 0.0
-        assert_as_good_as_plain(a, b, c, what, allowed)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attend import EVERYTHING, FLOATS, PATHS, SCORES, attention, double, inputs, run, running
+from attend import EVERYTHING, FLOATS, PATHS, SCORES, attention, check, double, inputs, run, running
 from cases import ATTEND, DTYPES, Attend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -142,15 +142,56 @@ def test_the_kernel_that_was_asked_for_runs(backend, ran_kernels, device):
     assert names == {f"masked_channel_attention_fwd.{backend}"}
 
 
-def test_compiled_attention_is_used(monkeypatch, device):
-    """Where there is compiled code the CPU path runs it, in the dtypes it takes."""
+def compiled_kernels(monkeypatch, device, change):
+    """The compiled CPU kernels, called with the arguments that change(name, arguments) makes of theirs."""
     if device == "cuda" or _native.why_not("cpu") is not None:
         pytest.skip(f"no compiled code for {device}")
-    kernel, ran = torch.ops.tokenops.attention_fwd, []
-    monkeypatch.setattr(torch.ops.tokenops, "attention_fwd", lambda *a: (ran.append(a[0].dtype), kernel(*a))[1])
+    for name in ("attention_fwd", "attention_bwd"):
+        kernel = getattr(torch.ops.tokenops, name)
+        monkeypatch.setattr(
+            torch.ops.tokenops, name, lambda *a, kernel=kernel, name=name: kernel(*change(name, list(a)))
+        )
+
+
+def test_compiled_attention_is_used(monkeypatch, device):
+    """Where there is compiled code the CPU path runs it, in the dtypes it takes."""
+    ran = []
+    compiled_kernels(monkeypatch, device, lambda name, a: (ran.append((name, a[0].dtype)), a)[1])
     for dtype in (*DTYPES, torch.float64):
-        attention(**inputs(ATTEND[0], dtype, device))
-    assert ran == list(DTYPES)
+        run(attention, inputs(ATTEND[0], dtype, device))
+    assert ran == [(name, dtype) for dtype in DTYPES for name in ("attention_fwd", "attention_bwd")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", ["avx512bf16", "avx512", "avx2", "baseline"])
+def test_every_instruction_set(variant, dtype, monkeypatch, device):
+    """Of those this machine has, each is as good as plain PyTorch; a thousand keys are summed in parts."""
+    compiled_kernels(monkeypatch, device, lambda name, a: [*a[:-1], variant])
+    long = Attend(1, 1, 3, 1100, 9, 11, "keys in several chunks")
+    few = (2, 7) if dtype == torch.float32 else ()  # so few numbers that plain PyTorch may be right by luck
+    for case in (*(ATTEND[i] for i in (*few, 3, 4, 8, 9, 10)), long):
+        try:
+            check(inputs(case, dtype, device, everything=True), dtype, "received" if case.M else None, "each")
+        except RuntimeError as error:
+            if f"this machine has no attention variant {variant} for this dtype" in str(error):
+                assert variant != "baseline"
+                pytest.skip(f"{variant} in {dtype} is not for this machine")
+            raise
+
+
+def test_threads_change_nothing(monkeypatch, device):
+    """Few heads are split between threads: bit for bit the same."""
+    compiled_kernels(monkeypatch, device, lambda name, a: a)
+    before = torch.get_num_threads()
+    t = inputs(Attend(1, 1, 150, 70, 24, 40, "one head, many queries"), torch.float32, device)
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(attention(**t, scores="class", return_lse=True))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_opcheck(backend, device):
