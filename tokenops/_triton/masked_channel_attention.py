@@ -46,6 +46,28 @@ def _masked(x, mask_ptr, h, c, D, ACC: tl.constexpr, DOT: tl.constexpr, HAS_MASK
 
 
 @triton.jit
+def _attend_keys(q, k_ptr, v_ptr, bias_ptr, scale, start, length, top, total, acc, ck, cv,
+                 stride_kn, stride_kc, stride_vn, stride_vc, stride_bn, DK: tl.constexpr, DV: tl.constexpr,
+                 ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
+                 HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """A tile of BLOCK keys joins the softmax; a WHOLE one has no key beyond the length."""
+    n = start + tl.arange(0, BLOCK)
+    counts = (n >= 0) if WHOLE else n < length
+    k = rows(k_ptr, n, ck, counts, DK, stride_kn, stride_kc, DOT, INDEX)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
+    if HAS_BIAS or not WHOLE:
+        s += _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :]
+    higher = tl.maximum(top, tl.max(s, axis=1))
+    base = _finite(higher) if HAS_BIAS or not WHOLE else higher
+    p = tl.exp2(s - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(p, axis=1)
+    v = rows(v_ptr, n, cv, counts, DV, stride_vn, stride_vc, DOT, INDEX)
+    acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
+    return higher, total, acc
+
+
+@triton.jit
 def _key_bias(bias_ptr, n, length, stride_n, ACC: tl.constexpr, HAS_BIAS: tl.constexpr):
     """What is added to the logits of keys n: -inf beyond the length."""
     bias = tl.where(n < length, 0.0, float("-inf")).to(ACC)
@@ -92,7 +114,7 @@ def masked_channel_attention_fwd_kernel(
     HAS_QK_MASK: tl.constexpr, HAS_V_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     CLASS: tl.constexpr, CLASS_MEAN: tl.constexpr, KEY_MEAN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_ROW: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr, BLOCK_ROW: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     scale = tl.full((), factor, ACC)
@@ -150,19 +172,21 @@ def masked_channel_attention_fwd_kernel(
         top = tl.full((BLOCK_M,), float("-inf"), ACC)
         total = tl.zeros((BLOCK_M,), ACC)
         acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
-        for start in range(0, length, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            k = rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
-            s += _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :]
-            higher = tl.maximum(top, tl.max(s, axis=1))
-            base = _finite(higher)
-            p = tl.exp2(s - base[:, None])
-            shrink = tl.exp2(top - base)
-            total = total * shrink + tl.sum(p, axis=1)
-            v = rows(v_ptr, n, cv, n < length, DV, stride_vn, stride_vc, DOT, INDEX)
-            acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
-            top = higher
+        whole = N // BLOCK_N * BLOCK_N  # tiles without a mask, and a smaller one for the rest
+        if HAS_LENGTHS:
+            whole = 0
+        for start in range(0, whole, BLOCK_N):
+            top, total, acc = _attend_keys(
+                q, k_ptr, v_ptr, bias_ptr, scale, start, length, top, total, acc, ck, cv,
+                stride_kn, stride_kc, stride_vn, stride_vc, stride_bn, DK, DV, ACC, DOT, PRECISION, INDEX,
+                HAS_BIAS, BLOCK_N, True,
+            )  # fmt: skip
+        for start in range(whole, length, BLOCK_TAIL):
+            top, total, acc = _attend_keys(
+                q, k_ptr, v_ptr, bias_ptr, scale, start, length, top, total, acc, ck, cv,
+                stride_kn, stride_kc, stride_vn, stride_vc, stride_bn, DK, DV, ACC, DOT, PRECISION, INDEX,
+                HAS_BIAS, BLOCK_TAIL, False,
+            )  # fmt: skip
         some = tl.where(total == 0.0, 1.0, total)
         lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(some))
         tl.store(lse_ptr + (b * H + h) * M + m, lse * LN2, mask=m < M)
@@ -275,12 +299,13 @@ def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale,
     side = class_mean + triton.cdiv(N, sizes["BLOCK_N"]) * key_mean
     programs = B * (side + H * triton.cdiv(M, sizes["BLOCK_M"]))
     row = triton.next_power_of_2(max(N, 1)) if class_mean else 1
+    tail = sizes["BLOCK_N"] if lengths is not None else tile(N % sizes["BLOCK_N"], 16, sizes["BLOCK_N"])
     if programs and H:
         masked_channel_attention_fwd_kernel[(programs,)](
             q, k, v, qk_mask_, v_mask_, bias_, lengths_, out, score, lse, mean_k,
             factor, B, H, M, N, *strides[0], *strides[1], *strides[2], *bias_strides,
             **constants, **sizes, CLASS=scores == "class" and not mean, CLASS_MEAN=class_mean, KEY_MEAN=key_mean,
-            BLOCK_ROW=row, CHUNK=max(1, min(16, 4096 // row)),
+            BLOCK_TAIL=tail, BLOCK_ROW=row, CHUNK=max(1, min(16, 4096 // row)),
         )  # fmt: skip
     if scores == "received":
         if q.dtype.itemsize > 2 and before_hopper():
