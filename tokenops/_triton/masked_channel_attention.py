@@ -258,12 +258,10 @@ def config(DK, DV, warps, stages):
 
 def _fwd_config(dtype, M, N, DK, DV):
     single, wide = dtype.itemsize > 2, max(DK, DV) > 64
-    if single:  # operands of a tf32x3 dot are held three times
-        queries, keys = (16, 32) if wide else (64, 32)
-    else:
-        queries, keys = 64, 32 if wide and before_hopper() else 64
+    # operands of a tf32x3 dot are held three times
+    queries, keys, stages = (16, 32, 2) if single and wide else (64, 32, 2) if single else (64, 64, 3)
     sizes = {"BLOCK_M": tile(M, 16, queries), "BLOCK_N": tile(N, 16, keys)}
-    return sizes | config(DK, DV, warps=8 if (single or wide) and M > 16 else 4, stages=2)
+    return sizes | config(DK, DV, warps=8 if (single or wide) and M > 16 else 4, stages=stages)
 
 
 def shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, *others):
