@@ -38,6 +38,6 @@ def test_docstrings(name):
 
 def test_the_operators_are_shown():
     text = README.read_text()
-    for name in ("soft_aggregate", "soft_scatter", "token_mlp", "restore_tokens"):
+    for name in ("soft_aggregate", "soft_scatter", "token_mlp", "restore_tokens", "masked_channel_attention"):
         assert f"`{name}(" in text
         assert ">>>" in getattr(tokenops, name).__doc__
