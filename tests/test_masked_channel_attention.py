@@ -211,6 +211,17 @@ def test_every_key_left_out_by_the_bias(backend, device):
     assert (results["result 2"][0] == -INF).all() and (results["dq"][0] == 0).all()
 
 
+@pytest.mark.parametrize("scores", ["class", "received"])
+def test_keys_left_out_by_the_bias_may_be_nan(scores, backend, device):
+    t = inputs(Attend(2, 2, 6, 80, 8, 8, "keys left out"), torch.float32, device)
+    t["key_bias"] = torch.zeros(2, 1, 1, 80, device=device)
+    t["key_bias"][0, ..., [3, 70]] = -INF
+    clean = attention(**t, scores=scores, return_lse=True)
+    t["k"][0, :, [3, 70]] = float("nan")
+    for value, right in zip(attention(**t, scores=scores, return_lse=True), clean):
+        assert right.isfinite().all() and torch.equal(value, right)
+
+
 @pytest.mark.parametrize("value", [float("nan"), INF])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_nan_and_inf_stay_in_their_head(where, value, backend, device):

@@ -277,6 +277,9 @@ def test_offsets_beyond_32_bits(backend, device):
     x.copy_(torch.randn(1, 4, 4))
     w = torch.randn(1, 4, 2)
     torch.testing.assert_close(tokenops.soft_aggregate(x, w), tokenops.soft_aggregate(x.contiguous(), w))
+    far = torch.empty(2 * step + 2, dtype=torch.float32).as_strided((1, 2, 2), (0, 2 * step, 1))
+    far.copy_(w[:, :2])
+    torch.testing.assert_close(tokenops.soft_aggregate(x[:, :2], far), tokenops.soft_aggregate(x[:, :2], w[:, :2]))
 
 
 def test_expanded_gradient(backend, device):

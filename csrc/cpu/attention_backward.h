@@ -83,27 +83,32 @@ INLINE void attend_backward_block(const Problem& p, const Gradients& g, const Ba
   }
   first[0] = 1.0f;
 
-  for (int64_t n = 0; n < N; n += ROWS) {
-    Floats c[ROWS][V], weight[ROWS][V];
-    product<V>(s.keys + n * s.words_k, s.queries, words_of(p.DK), c);
+  for (int64_t start = 0; start < N; start += CHUNK) {
+    const int64_t end = start + CHUNK < N ? start + CHUNK : N;
+    Floats part[V] = {};
+    for (int64_t n = start; n < end; n += ROWS) {
+      Floats c[ROWS][V], weight[ROWS][V];
+      product<V>(s.keys + n * s.words_k, s.queries, words_of(p.DK), c);
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      const float add = bias && n + r < N ? bias[(n + r) * p.bias_n] : 0.0f;
-      for (int v = 0; v < V; ++v) {
-        weight[r][v] = n + r < N ? exp_negative(c[r][v] * p.scale + add - base[v]) : Floats{};
-        write(s.p + (n + r) * WIDTH + v * LANES, weight[r][v]);
+      for (int r = 0; r < ROWS; ++r) {
+        const float add = bias && n + r < N ? bias[(n + r) * p.bias_n] : 0.0f;
+        for (int v = 0; v < V; ++v) {
+          weight[r][v] = n + r < N && add != NONE ? exp_negative(c[r][v] * p.scale + add - base[v]) : Floats{};
+          write(s.p + (n + r) * WIDTH + v * LANES, weight[r][v]);
+        }
+      }
+      product<V>(s.values + n * s.words_v, s.douts, words_of(p.DV), c);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; ++r) {
+        const float add = dscores && n + r < N ? dscores[n + r] : 0.0f;
+        for (int v = 0; v < V; ++v) {
+          if (dscores) c[r][v] += p.received ? Floats{} + add : v == 0 ? first * add : Floats{};
+          if (n + r < N) part[v] += weight[r][v] * c[r][v];
+          write(s.ds + (n + r) * WIDTH + v * LANES, c[r][v]);
+        }
       }
     }
-    product<V>(s.values + n * s.words_v, s.douts, words_of(p.DV), c);
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-      const float add = dscores && n + r < N ? dscores[n + r] : 0.0f;
-      for (int v = 0; v < V; ++v) {
-        if (dscores) c[r][v] += p.received ? Floats{} + add : v == 0 ? first * add : Floats{};
-        if (n + r < N) delta[v] += weight[r][v] * c[r][v];
-        write(s.ds + (n + r) * WIDTH + v * LANES, c[r][v]);
-      }
-    }
+    for (int v = 0; v < V; ++v) delta[v] += part[v];
   }
   for (int64_t n = 0; n < N; ++n) {
     Floats sum = {};

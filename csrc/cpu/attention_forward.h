@@ -46,6 +46,7 @@ INLINE void attend_block(const Problem& p, const Scratch& s, const float* bias, 
       const float add = bias && n + r < N ? bias[(n + r) * p.bias_n] : 0.0f;
       for (int v = 0; v < V; ++v) {
         c[r][v] = c[r][v] * p.scale + add;
+        if (__builtin_expect(add == NONE, 0)) c[r][v] = Floats{} + NONE;  // the product may be NaN
         if (n + r < N) high[v] = c[r][v] > high[v] ? c[r][v] : high[v];
         write(logits + (n + r) * WIDTH + v * LANES, c[r][v]);
       }
@@ -89,8 +90,10 @@ INLINE void attend_block(const Problem& p, const Scratch& s, const float* bias, 
     const float sum = total[i / LANES][i % LANES];
     lse[i] = sum == 0.0f ? NONE : high[i / LANES][i % LANES] + __builtin_logf(sum);
   }
+  const auto counts = [&](int64_t n) { return !bias || bias[n * p.bias_n] != NONE; };
   if (keep && p.received) {
     for (int64_t n = 0; n < N; ++n) {
+      if (!counts(n)) continue;
       Floats sum = read(s.received + n * LANES);
       for (int v = 0; v < V; ++v) {
         Ints lane;
@@ -101,7 +104,7 @@ INLINE void attend_block(const Problem& p, const Scratch& s, const float* bias, 
       write(s.received + n * LANES, sum);
     }
   } else if (keep) {
-    for (int64_t n = 0; n < N; ++n) scores[n] = logits[n * WIDTH] * inverse[0][0];
+    for (int64_t n = 0; n < N; ++n) scores[n] = counts(n) ? logits[n * WIDTH] * inverse[0][0] : 0.0f;
   }
 
   float* result = reinterpret_cast<float*>(s.result);

@@ -10,10 +10,21 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef int32_t Square __attribute__((vector_size(4 * ROWS)));
 constexpr int64_t WIDTH = 2 * LANES;
-constexpr int64_t CHUNK = 512;  // keys summed up together: short sums are exact sums
+constexpr int64_t CHUNK = 128;  // keys summed up together: short sums are exact sums
 
 INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 #include "vector_math.h"
+
+// Lanes of a and b (those of b from ROWS on). Clang has no such function, but sees through the loop.
+INLINE Square pick(Square a, Square b, Square lanes) {
+#ifdef __clang__
+  Square c;
+  for (int l = 0; l < ROWS; ++l) c[l] = lanes[l] < ROWS ? a[lanes[l]] : b[lanes[l] - ROWS];
+  return c;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
 
 // Swaps the blocks of S lanes off the diagonal, in rows S apart.
 template <int S>
@@ -24,7 +35,7 @@ INLINE void swap_blocks(Square (&r)[ROWS]) {
   for (int i = 0; i < ROWS; ++i) {
     if (i & S) continue;
     const Square a = r[i], b = r[i + S];
-    r[i] = __builtin_shuffle(a, b, low), r[i + S] = __builtin_shuffle(a, b, high);
+    r[i] = pick(a, b, low), r[i + S] = pick(a, b, high);
   }
 }
 

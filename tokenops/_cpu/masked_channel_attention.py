@@ -63,6 +63,7 @@ def _probabilities(q, k, bias, scale):
     p = torch.matmul(q, k.transpose(2, 3)).to(accumulation_dtype(q.dtype)).mul_(scale)
     if bias is not None:
         p += bias.unsqueeze(2)
+        p.masked_fill_(bias.unsqueeze(2) == float("-inf"), float("-inf"))  # of a product that is NaN, too
     top = p.amax(dim=3, keepdim=True)
     top.masked_fill_(top == float("-inf"), 0.0)
     total = p.sub_(top).exp_().sum(dim=3, keepdim=True)

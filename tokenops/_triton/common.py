@@ -61,6 +61,12 @@ def unit(*sizes: int) -> int:
 
 
 @triton.jit
+def from_units(stride, UNIT: tl.constexpr, INDEX: tl.constexpr):
+    """A stride that was passed in units, in integers it fits in."""
+    return tl.cast(stride, INDEX) * UNIT
+
+
+@triton.jit
 def rows(ptr, n, c, read, C, stride_n, stride_c, DOT: tl.constexpr, INDEX: tl.constexpr):
     """Rows n (those to be read) and channels c of a matrix, 0 elsewhere."""
     offsets = n.to(INDEX)[:, None] * stride_n + c.to(INDEX)[None, :] * stride_c

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .._schemas import heads_inside
-from .common import FUSION, before_hopper, dot_options, index_type, rows, tile, unit
+from .common import FUSION, before_hopper, dot_options, from_units, index_type, rows, tile, unit
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -22,7 +22,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def _head(ptr, b, h, stride_b, stride_h, UNIT: tl.constexpr):
     """Where head h of image b begins."""
-    return ptr + b * (stride_b * UNIT) + tl.cast(h, tl.int64) * (stride_h * UNIT)
+    return ptr + b * from_units(stride_b, UNIT, tl.int64) + h * from_units(stride_h, UNIT, tl.int64)
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _attend_keys(q, k_ptr, v_ptr, bias_ptr, scale, start, length, top, total, ac
     k = rows(k_ptr, n, ck, counts, DK, stride_kn, stride_kc, DOT, INDEX)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
     if HAS_BIAS or not WHOLE:
-        s += _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :]
+        s = _biased(s, _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :])
     higher = tl.maximum(top, tl.max(s, axis=1))
     base = _finite(higher) if HAS_BIAS or not WHOLE else higher
     p = tl.exp2(s - base[:, None])
@@ -75,6 +75,12 @@ def _key_bias(bias_ptr, n, length, stride_n, ACC: tl.constexpr, HAS_BIAS: tl.con
         loaded = tl.load(bias_ptr + n.to(tl.int64) * stride_n, mask=n < length, other=float("-inf"))
         bias = loaded.to(ACC) * LOG2E
     return bias
+
+
+@triton.jit
+def _biased(s, bias):
+    """Logits with the keys' bias; a key with -inf does not count, be its product NaN."""
+    return tl.where(bias == float("-inf"), float("-inf"), s + bias)
 
 
 @triton.jit
@@ -101,7 +107,7 @@ def _class_logits(q_ptr, k_ptr, qk_mask_ptr, bias, scale, h, n, length, stride_q
         q = _masked(q, qk_mask_ptr, h, c, DK, ACC, DOT, HAS_QK_MASK)
         k = rows(k_ptr, n, c, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
         s += tl.sum(k.to(ACC) * q.to(ACC), axis=1)
-    return s * scale + bias
+    return _biased(s * scale, bias)
 
 
 @triton.jit
@@ -121,7 +127,8 @@ def masked_channel_attention_fwd_kernel(
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     side_class = B if CLASS_MEAN else 0
     side = side_class + (B * tiles_n if KEY_MEAN else 0)
-    stride_qm, stride_kn, stride_vn = stride_qm * UNIT, stride_kn * UNIT, stride_vn * UNIT
+    stride_qm, stride_kn = from_units(stride_qm, UNIT, INDEX), from_units(stride_kn, UNIT, INDEX)
+    stride_vn = from_units(stride_vn, UNIT, INDEX)
 
     if program < side:
         if CLASS_MEAN:
@@ -227,7 +234,7 @@ def masked_channel_attention_received_kernel(
     b = (program // (tiles_n * GROUPS)).to(tl.int64)
     c = tl.arange(0, BLOCK_DK)
     length = _length(lengths_ptr, b, N, HAS_LENGTHS)
-    stride_qm, stride_kn = stride_qm * UNIT, stride_kn * UNIT
+    stride_qm, stride_kn = from_units(stride_qm, UNIT, INDEX), from_units(stride_kn, UNIT, INDEX)
     heads = H // GROUPS
     sums = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for h in range(group * heads, group * heads + heads):
@@ -240,8 +247,9 @@ def masked_channel_attention_received_kernel(
             m = start + tl.arange(0, BLOCK_M)
             q = rows(head_q, m, c, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
             q = _masked(q, qk_mask_ptr, h, c, DK, ACC, DOT, HAS_QK_MASK)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale + bias[None, :]
-            sums += tl.exp2(s - _row_lse(lse_ptr + (b * H + h) * M, m, M, ACC)[:, None])
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
+            lse = _row_lse(lse_ptr + (b * H + h) * M, m, M, ACC)[:, None]
+            sums += tl.where(bias[None, :] == float("-inf"), 0.0, tl.exp2(s + bias[None, :] - lse))
     received = tl.sum(sums, axis=0) / (M * heads)
     tl.store(scores_ptr + (b * GROUPS + group) * N + n, received, mask=n < N)
 

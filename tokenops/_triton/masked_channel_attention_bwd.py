@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from .._schemas import heads_inside
-from .common import before_hopper, rows, tile
+from .common import before_hopper, from_units, rows, tile
 from .masked_channel_attention import (
+    _biased,
     _channels,
     _head,
     _key_bias,
@@ -56,8 +57,8 @@ def masked_channel_attention_bwd_q_kernel(
     k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
     v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
     dout_ptr = _head(dout_ptr, b, h, stride_ob, stride_oh, UNIT)
-    stride_qm, stride_kn = stride_qm * UNIT, stride_kn * UNIT
-    stride_vn, stride_om = stride_vn * UNIT, stride_om * UNIT
+    stride_qm, stride_kn = from_units(stride_qm, UNIT, INDEX), from_units(stride_kn, UNIT, INDEX)
+    stride_vn, stride_om = from_units(stride_vn, UNIT, INDEX), from_units(stride_om, UNIT, INDEX)
     bias_ptr += b * stride_bb + tl.cast(h, tl.int64) * stride_bh
     dscores_ptr += b * stride_sb + tl.cast(h, tl.int64) * stride_sh
     row = (b * H + h) * M
@@ -80,7 +81,7 @@ def masked_channel_attention_bwd_q_kernel(
                 n = start + tl.arange(0, BLOCK_N)
                 k = rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
-                s += _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :]
+                s = _biased(s, _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :])
                 gradient = _score_gradient(dscores_ptr, m[:, None], n[None, :], N, stride_sn, share, ACC, RECEIVED)
                 delta += tl.sum(tl.exp2(s - lse[:, None]) * gradient, axis=1)
     tl.store(delta_ptr + row + m, delta, mask=m < M)
@@ -90,7 +91,7 @@ def masked_channel_attention_bwd_q_kernel(
         n = start + tl.arange(0, BLOCK_N)
         k = rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
-        s += _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :]
+        s = _biased(s, _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :])
         p = tl.exp2(s - lse[:, None])
         v = rows(v_ptr, n, cv, n < length, DV, stride_vn, stride_vc, DOT, INDEX)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
@@ -131,8 +132,8 @@ def masked_channel_attention_bwd_kv_kernel(
     k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
     v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
     dout_ptr = _head(dout_ptr, b, h, stride_ob, stride_oh, UNIT)
-    stride_qm, stride_kn = stride_qm * UNIT, stride_kn * UNIT
-    stride_vn, stride_om = stride_vn * UNIT, stride_om * UNIT
+    stride_qm, stride_kn = from_units(stride_qm, UNIT, INDEX), from_units(stride_kn, UNIT, INDEX)
+    stride_vn, stride_om = from_units(stride_vn, UNIT, INDEX), from_units(stride_om, UNIT, INDEX)
     bias_ptr += b * stride_bb + tl.cast(h, tl.int64) * stride_bh
     dscores_ptr += b * stride_sb + tl.cast(h, tl.int64) * stride_sh
     row = (b * H + h) * M
@@ -152,8 +153,8 @@ def masked_channel_attention_bwd_kv_kernel(
         m = start + tl.arange(0, BLOCK_M)
         q = rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
         q = _masked(q, qk_mask_ptr, h, ck, DK, ACC, DOT, HAS_QK_MASK)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale + bias[:, None]
-        p = tl.exp2(s - _row_lse(lse_ptr + row, m, M, ACC)[None, :])
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale
+        p = tl.exp2(_biased(s, bias[:, None]) - _row_lse(lse_ptr + row, m, M, ACC)[None, :])
         dout = rows(dout_ptr, m, cv, m < M, DV, stride_om, stride_oc, DOT, INDEX)
         dv = tl.dot(p.to(DOT), dout, dv, input_precision=PRECISION, out_dtype=ACC)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import FUSION, dot_options, index_type, rows, tile, unit
+from .common import FUSION, dot_options, from_units, index_type, rows, tile, unit
 
 
 @triton.jit
@@ -57,7 +57,8 @@ def soft_aggregate_fwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     N, M = N * N_UNIT, M * M_UNIT
-    stride_wb, stride_wn, stride_wm = stride_wb * WB_UNIT, stride_wn * WN_UNIT, stride_wm * WM_UNIT
+    stride_wb = from_units(stride_wb, WB_UNIT, tl.int64)
+    stride_wn, stride_wm = from_units(stride_wn, WN_UNIT, INDEX), from_units(stride_wm, WM_UNIT, INDEX)
     tiles_c = tl.maximum(tl.cdiv(C, BLOCK_C), 1)
     tiles_m = tl.maximum(tl.cdiv(M, BLOCK_M), 1)
     program = tl.program_id(0)
@@ -133,8 +134,10 @@ def soft_aggregate_bwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ONE_TILE_M: tl.constexpr,
 ):  # fmt: skip
     N, M = N * N_UNIT, M * M_UNIT
-    stride_wb, stride_wn, stride_wm = stride_wb * WB_UNIT, stride_wn * WN_UNIT, stride_wm * WM_UNIT
-    stride_dwb, stride_dwn, stride_dwm = stride_dwb * WB_UNIT, stride_dwn * WN_UNIT, stride_dwm * WM_UNIT
+    stride_wb = from_units(stride_wb, WB_UNIT, tl.int64)
+    stride_wn, stride_wm = from_units(stride_wn, WN_UNIT, INDEX), from_units(stride_wm, WM_UNIT, INDEX)
+    stride_dwb = from_units(stride_dwb, WB_UNIT, tl.int64)
+    stride_dwn, stride_dwm = from_units(stride_dwn, WN_UNIT, INDEX), from_units(stride_dwm, WM_UNIT, INDEX)
     tiles_n = tl.maximum(tl.cdiv(N, BLOCK_N), 1)
     program = tl.program_id(0)
     tile_n = program % tiles_n
