@@ -141,10 +141,10 @@ def masked_channel_attention_bwd_kv_kernel(
     ck, cv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
     length = _length(lengths_ptr, b, N, HAS_LENGTHS)
 
-    k = rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
+    bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)
+    k = rows(k_ptr, n, ck, bias > float("-inf"), DK, stride_kn, stride_kc, DOT, INDEX)
     v = rows(v_ptr, n, cv, n < length, DV, stride_vn, stride_vc, DOT, INDEX)
     v = _masked(v, v_mask_ptr, h, cv, DV, ACC, DOT, HAS_V_MASK)
-    bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)
     dk = tl.zeros((BLOCK_N, BLOCK_DK), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
     dbias = tl.zeros((BLOCK_N,), ACC)
@@ -153,8 +153,8 @@ def masked_channel_attention_bwd_kv_kernel(
         m = start + tl.arange(0, BLOCK_M)
         q = rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
         q = _masked(q, qk_mask_ptr, h, ck, DK, ACC, DOT, HAS_QK_MASK)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale
-        p = tl.exp2(_biased(s, bias[:, None]) - _row_lse(lse_ptr + row, m, M, ACC)[None, :])
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale + bias[:, None]
+        p = tl.exp2(s - _row_lse(lse_ptr + row, m, M, ACC)[None, :])
         dout = rows(dout_ptr, m, cv, m < M, DV, stride_om, stride_oc, DOT, INDEX)
         dv = tl.dot(p.to(DOT), dout, dv, input_precision=PRECISION, out_dtype=ACC)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
