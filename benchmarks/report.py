@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 MARKED = re.compile(r"(<!-- results:(\S+)(?: (operators|models))? -->\n).*?(<!-- /results -->)", re.DOTALL)
 #: the order of columns; others come behind
 PEERS = ("reference", "published", "naive", "scatter", "eager", "sdpa flash", "sdpa + row", "compiled")
-MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*Xhd<>"
 
 
 def main() -> None:
@@ -132,6 +132,10 @@ def sizes(row: dict) -> str:
     return " ".join(f"{name}={size}" for name, size in row["shape"].items())
 
 
+def label(row: dict) -> str:
+    return f"{row['operator']} {row['passes']}, {sizes(row)}"
+
+
 def ratio(peer: dict) -> str:
     return "{:.2f} ({:.2f}..{:.2f})".format(*peer["ratio"])
 
@@ -143,30 +147,31 @@ def peers_of(rows: list[dict]) -> list[str]:
 
 def draw_operators(rows: list[dict], result: dict):
     """How many times as fast as each peer, with quartiles, on a logarithmic axis: right of the line is faster."""
-    rows = sorted(rows, key=order, reverse=True)
-    figure, axes = new_figure(10, 1.4 + 0.27 * len(rows))
-    for j, peer in enumerate(peers_of(rows)):
-        there = [(i, row["peers"][peer]["ratio"]) for i, row in enumerate(rows) if peer in row["peers"]]
-        middle = [r[0] for _, r in there]
-        error = [[r[0] - r[1] for _, r in there], [r[2] - r[0] for _, r in there]]
-        axes.errorbar(
-            middle, [i for i, _ in there], xerr=error, fmt=MARKERS[j % len(MARKERS)], elinewidth=0.8, label=peer
-        )
-    axes.axvline(1, color="black", lw=1)
-    axes.set_xscale("log")
-    ticks = [
-        t for t in (0.25, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16, 24) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]
-    ]
-    axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
-    axes.set_xticks([], minor=True)
-    axes.set_yticks(
-        range(len(rows)), [f"{r['operator']} {r['passes']}, {sizes(r)} {r['dtype']}" for r in rows], fontsize=8
-    )
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.grid(axis="y", lw=0.4)
-    axes.set_title(f"times as fast as each peer, {device_of(result)}", loc="left", fontsize=11)
-    axes.legend(loc="lower right", title="peer")
-    axes.spines[["top", "right"]].set_visible(False)
+    dtypes = sorted({row["dtype"] for row in rows}, reverse=True)
+    labels = list({label(row): None for row in sorted(rows, key=order, reverse=True)})
+    figure, columns = new_figure(5 + 5 * len(dtypes), 1.4 + 0.22 * len(labels), columns=len(dtypes))
+    peers = peers_of(rows)
+    for axes, dtype in zip(columns, dtypes):
+        for j, peer in enumerate(peers):
+            there = [row for row in rows if row["dtype"] == dtype and peer in row["peers"]]
+            middle, low, high = zip(*[row["peers"][peer]["ratio"] for row in there]) if there else ((), (), ())
+            error = [[m - x for m, x in zip(middle, low)], [x - m for m, x in zip(middle, high)]]
+            y = [labels.index(label(row)) for row in there]
+            style = dict(fmt=MARKERS[j % len(MARKERS)], ms=5, elinewidth=0.8, color=f"C{j % 10}", label=peer)
+            axes.errorbar(middle, y, xerr=error, **style)
+        axes.axvline(1, color="black", lw=1)
+        axes.set_xscale("log")
+        axes.set_title(dtype, loc="left", fontsize=10)
+        axes.grid(axis="y", lw=0.4)
+        axes.spines[["top", "right"]].set_visible(False)
+    low, high = columns[0].get_xlim()
+    ticks = [t for t in (0.25, 0.5, 0.7, 1, 1.4, 2, 3, 4, 6, 8, 12, 16, 24) if low <= t <= high]
+    columns[0].set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    columns[0].set_xticks([], minor=True)
+    columns[0].set_yticks(range(len(labels)), labels, fontsize=8)
+    columns[0].set_ylim(-0.6, len(labels) - 0.4)
+    figure.suptitle(f"times as fast as each peer, {device_of(result)}", fontsize=11)
+    figure.legend(*columns[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
@@ -176,9 +181,9 @@ def draw_models(rows: list[dict], result: dict):
     points = [(row, next(p for p in row["peers"].values() if "realised" in p)) for row in sorted(rows, key=order)]
     for i, (row, dense) in enumerate(points):
         middle, low, high = dense["ratio"]
-        label = f"{row['operator']}, batch {row['shape']['B']}, {row['dtype']}"
+        name = f"{row['operator']}, batch {row['shape']['B']}, {row['dtype']}"
         error = [[middle - low], [high - middle]]
-        axes.errorbar(dense["flop_ratio"], middle, yerr=error, fmt=MARKERS[i % len(MARKERS)], capsize=3, label=label)
+        axes.errorbar(dense["flop_ratio"], middle, yerr=error, fmt=MARKERS[i % len(MARKERS)], capsize=3, label=name)
     end = 1.1 * max(max(d["flop_ratio"], d["ratio"][2]) for _, d in points)
     axes.plot([1, end], [1, end], color="black", lw=1, label="all of the saving realised")
     axes.set(xlim=(1, end), ylim=(min([1, *(d["ratio"][1] for _, d in points)]), end))
@@ -190,11 +195,14 @@ def draw_models(rows: list[dict], result: dict):
     return figure
 
 
-def new_figure(width: float, height: float):
+def new_figure(width: float, height: float, columns: int = 0):
+    """A figure with one axes, or with as many side by side, on the same scales."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    return figure, figure.subplots()
+    if not columns:
+        return figure, figure.subplots()
+    return figure, figure.subplots(ncols=columns, sharex=True, sharey=True, squeeze=False)[0]
 
 
 def device_of(result: dict) -> str:

@@ -146,6 +146,7 @@ def masked_channel_attention_cases(dtype):
         (99, 99, 3, 24, 64, "class", True, True),
         (50, 197, 6, 64, 64, "none", False, True),
         (1, 197, 6, 64, 64, "class", False, False),  # a class token's attention
+        (197, 197, 6, 64, 64, "class", True, "bias"),  # ToMe
         (197, 197, 12, 80, 80, "received", False, False),  # ViT-H
         (4096, 4096, 4, 128, 128, "class", True, True),  # the widest and the longest
         (13, 9, 2, 8, 16, "class", True, True),
@@ -155,14 +156,16 @@ def masked_channel_attention_cases(dtype):
         q, k, v = qkv[..., :DK], kv[..., DK : 2 * DK], kv[..., 2 * DK :]
         float32, int64 = torch.float32, torch.int64
         shapes = (H, DK, float32), (H, DV, float32), (256, H, N, float32), (256, int64)
-        extra = [_meta(*size, dtype=d) if optional else None for *size, d in shapes]
+        extras = "all" if optional is True else optional
+        given = (False, False, True, False) if optional == "bias" else (optional,) * 4
+        extra = [_meta(*size, dtype=d) if there else None for (*size, d), there in zip(shapes, given)]
 
         def run():
-            out, score, lse, _ = masked_channel_attention_fwd(q, k, v, *extra, 0.125, scores, mean, optional)
-            given = None if scores == "none" else score
-            masked_channel_attention_bwd(out, given, None, q, k, v, *extra, out, lse, 0.125, scores, mean)
+            out, score, lse, _ = masked_channel_attention_fwd(q, k, v, *extra, 0.125, scores, mean, bool(optional))
+            dscores = None if scores == "none" else score
+            masked_channel_attention_bwd(out, dscores, None, q, k, v, *extra, out, lse, 0.125, scores, mean)
 
-        yield f"M{M}-N{N}-D{DK}-{DV}-{scores}{'-all' if optional else ''}", run
+        yield f"M{M}-N{N}-D{DK}-{DV}-{scores}{f'-{extras}' if extras else ''}", run
 
 
 def restore_tokens_cases(dtype):

@@ -90,9 +90,9 @@ def _finite(lse):
 
 
 @triton.jit
-def _row_lse(lse_ptr, m, M, ACC: tl.constexpr):
-    """Of queries m, times log2(e); +inf beyond the last, which makes their probabilities 0."""
-    return _finite(tl.load(lse_ptr + m, mask=m < M, other=float("inf")).to(ACC) * LOG2E)
+def _row_lse(lse_ptr, m, there, ACC: tl.constexpr):
+    """Of queries m, times log2(e); +inf where there is none, which makes its probabilities 0."""
+    return _finite(tl.load(lse_ptr + m, mask=there, other=float("inf")).to(ACC) * LOG2E)
 
 
 @triton.jit
@@ -248,7 +248,7 @@ def masked_channel_attention_received_kernel(
             q = rows(head_q, m, c, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
             q = _masked(q, qk_mask_ptr, h, c, DK, ACC, DOT, HAS_QK_MASK)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
-            lse = _row_lse(lse_ptr + (b * H + h) * M, m, M, ACC)[:, None]
+            lse = _row_lse(lse_ptr + (b * H + h) * M, m, m < M, ACC)[:, None]
             sums += tl.where(bias[None, :] == float("-inf"), 0.0, tl.exp2(s + bias[None, :] - lse))
     received = tl.sum(sums, axis=0) / (M * heads)
     tl.store(scores_ptr + (b * GROUPS + group) * N + n, received, mask=n < N)
@@ -267,7 +267,10 @@ def config(DK, DV, warps, stages):
 def _fwd_config(dtype, M, N, DK, DV):
     single, wide = dtype.itemsize > 2, max(DK, DV) > 64
     # operands of a tf32x3 dot are held three times
-    queries, keys, stages = (16, 32, 2) if single and wide else (64, 32, 2) if single else (64, 64, 3)
+    if single:
+        queries, keys, stages = 16 if wide else 32 if before_hopper() else 64, 32, 2
+    else:
+        queries, keys, stages = 64, 64, 3
     sizes = {"BLOCK_M": tile(M, 16, queries), "BLOCK_N": tile(N, 16, keys)}
     return sizes | config(DK, DV, warps=8 if (single or wide) and M > 16 else 4, stages=stages)
 
@@ -282,6 +285,11 @@ def shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, *others):
     given = [q if t is None else t if t is bias else t.contiguous() for t in optional.values()]
     strides = [(*(s // UNIT for s in t.stride()[:3]), t.stride(3)) for t in (q, k, v, *others)]
     return given, strides, (0, 0, 0) if bias is None else bias.stride(), constants
+
+
+def tail(rows, block, all_masked=False):
+    """The size of the tiles behind the whole ones."""
+    return tile(rows if all_masked else rows % tile(rows, 16, block), 16, block)
 
 
 def _only(constants, *names):
@@ -305,17 +313,15 @@ def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale,
     side = class_mean + triton.cdiv(N, sizes["BLOCK_N"]) * key_mean
     programs = B * (side + H * triton.cdiv(M, sizes["BLOCK_M"]))
     row = triton.next_power_of_2(max(N, 1)) if class_mean else 1
-    tail = sizes["BLOCK_N"] if lengths is not None else tile(N % sizes["BLOCK_N"], 16, sizes["BLOCK_N"])
     if programs and H:
         masked_channel_attention_fwd_kernel[(programs,)](
             q, k, v, qk_mask_, v_mask_, bias_, lengths_, out, score, lse, mean_k,
             factor, B, H, M, N, *strides[0], *strides[1], *strides[2], *bias_strides,
             **constants, **sizes, CLASS=scores == "class" and not mean, CLASS_MEAN=class_mean, KEY_MEAN=key_mean,
-            BLOCK_TAIL=tail, BLOCK_ROW=row, CHUNK=max(1, min(16, 4096 // row)),
+            BLOCK_TAIL=tail(N, sizes["BLOCK_N"], lengths is not None),
+            BLOCK_ROW=row, CHUNK=max(1, min(16, 4096 // row)),
         )  # fmt: skip
     if scores == "received":
-        if q.dtype.itemsize > 2 and before_hopper():
-            sizes["BLOCK_M"] = min(sizes["BLOCK_M"], 32)
         groups = 1 if mean else H
         programs = B * groups * triton.cdiv(N, sizes["BLOCK_N"])
         if programs:

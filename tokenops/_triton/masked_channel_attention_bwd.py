@@ -22,6 +22,7 @@ from .masked_channel_attention import (
     _row_lse,
     config,
     shared_arguments,
+    tail,
 )
 
 
@@ -35,6 +36,28 @@ def _score_gradient(dscores_ptr, m, n, N, stride_n, share, ACC: tl.constexpr, RE
 
 
 @triton.jit
+def _query_gradient(acc, q, dout, lse, delta, k_ptr, v_ptr, bias_ptr, dscores_ptr, scale, share, m, start, length, N,
+                    ck, cv, stride_kn, stride_kc, stride_vn, stride_vc, stride_bn, stride_sn,
+                    DK: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+                    INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DSCORES: tl.constexpr, RECEIVED: tl.constexpr,
+                    BLOCK: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """What a tile of BLOCK keys adds to dq; a WHOLE one has no key beyond the length."""
+    n = start + tl.arange(0, BLOCK)
+    counts = (n >= 0) if WHOLE else n < length
+    k = rows(k_ptr, n, ck, counts, DK, stride_kn, stride_kc, DOT, INDEX)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
+    if HAS_BIAS or not WHOLE:
+        s = _biased(s, _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :])
+    p = tl.exp2(s - lse[:, None])
+    v = rows(v_ptr, n, cv, counts, DV, stride_vn, stride_vc, DOT, INDEX)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+    if HAS_DSCORES:
+        dp += _score_gradient(dscores_ptr, m[:, None], n[None, :], N, stride_sn, share, ACC, RECEIVED)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(DOT), k, acc, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
 def masked_channel_attention_bwd_q_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, qk_mask_ptr, v_mask_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, dlse_ptr,
     dscores_ptr, delta_ptr, dq_ptr, dqk_mask_ptr, factor: tl.float64, rate: tl.float64, share: tl.float64, H, M, N,
@@ -45,6 +68,7 @@ def masked_channel_attention_bwd_q_kernel(
     HAS_QK_MASK: tl.constexpr, HAS_V_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_DLSE: tl.constexpr, HAS_DSCORES: tl.constexpr, RECEIVED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dq and D of a tile of queries, and its share of the channel mask's gradient."""
     scale, share = tl.full((), factor, ACC), tl.full((), share, ACC)
@@ -74,7 +98,7 @@ def masked_channel_attention_bwd_q_kernel(
         delta -= tl.load(dlse_ptr + row + m, mask=m < M, other=0.0).to(ACC)
     q = rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
     q = _masked(q, qk_mask_ptr, h, ck, DK, ACC, DOT, HAS_QK_MASK)
-    lse = _row_lse(lse_ptr + row, m, M, ACC)
+    lse = _row_lse(lse_ptr + row, m, m < M, ACC)
     if HAS_DSCORES:
         if RECEIVED or tile_m == 0:
             for start in range(0, length, BLOCK_N):
@@ -87,18 +111,19 @@ def masked_channel_attention_bwd_q_kernel(
     tl.store(delta_ptr + row + m, delta, mask=m < M)
 
     acc = tl.zeros((BLOCK_M, BLOCK_DK), ACC)
-    for start in range(0, length, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        k = rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
-        s = _biased(s, _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :])
-        p = tl.exp2(s - lse[:, None])
-        v = rows(v_ptr, n, cv, n < length, DV, stride_vn, stride_vc, DOT, INDEX)
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
-        if HAS_DSCORES:
-            dp += _score_gradient(dscores_ptr, m[:, None], n[None, :], N, stride_sn, share, ACC, RECEIVED)
-        ds = p * (dp - delta[:, None])
-        acc = tl.dot(ds.to(DOT), k, acc, input_precision=PRECISION, out_dtype=ACC)
+    whole = N // BLOCK_N * BLOCK_N if SPLIT else 0  # tiles without a mask, and a smaller one for the rest
+    for start in range(0, whole, BLOCK_N):
+        acc = _query_gradient(
+            acc, q, dout, lse, delta, k_ptr, v_ptr, bias_ptr, dscores_ptr, scale, share, m, start, length, N, ck, cv,
+            stride_kn, stride_kc, stride_vn, stride_vc, stride_bn, stride_sn, DK, DV, ACC, DOT, PRECISION, INDEX,
+            HAS_BIAS, HAS_DSCORES, RECEIVED, BLOCK_N, True,
+        )  # fmt: skip
+    for start in range(whole, length, BLOCK_TAIL):
+        acc = _query_gradient(
+            acc, q, dout, lse, delta, k_ptr, v_ptr, bias_ptr, dscores_ptr, scale, share, m, start, length, N, ck, cv,
+            stride_kn, stride_kc, stride_vn, stride_vc, stride_bn, stride_sn, DK, DV, ACC, DOT, PRECISION, INDEX,
+            HAS_BIAS, HAS_DSCORES, RECEIVED, BLOCK_TAIL, False,
+        )  # fmt: skip
     acc *= tl.full((), rate, ACC)
     if HAS_QK_MASK:
         q = rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, ACC, INDEX)
@@ -107,6 +132,31 @@ def masked_channel_attention_bwd_q_kernel(
     offsets = m.to(INDEX)[:, None] * (H * DK) + ck[None, :]
     inside = (m < M)[:, None] & (ck < DK)[None, :]
     tl.store(dq_ptr + b * M * H * DK + h * DK + offsets, acc.to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _key_gradients(dk, dv, dbias, k, v, bias, q_ptr, dout_ptr, qk_mask_ptr, lse_ptr, delta_ptr, dscores_ptr,
+                   scale, share, n, start, h, M, N, ck, cv, stride_qm, stride_qc, stride_om, stride_oc, stride_sn,
+                   DK: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+                   INDEX: tl.constexpr, HAS_QK_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DSCORES: tl.constexpr,
+                   RECEIVED: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """dk, dv and dbias with what a tile of BLOCK queries adds; a WHOLE one has no query beyond the last."""
+    m = start + tl.arange(0, BLOCK)
+    there = (m >= 0) if WHOLE else m < M
+    q = rows(q_ptr, m, ck, there, DK, stride_qm, stride_qc, DOT, INDEX)
+    q = _masked(q, qk_mask_ptr, h, ck, DK, ACC, DOT, HAS_QK_MASK)
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale + bias[:, None]
+    p = tl.exp2(s - _row_lse(lse_ptr, m, there, ACC)[None, :])
+    dout = rows(dout_ptr, m, cv, there, DV, stride_om, stride_oc, DOT, INDEX)
+    dv = tl.dot(p.to(DOT), dout, dv, input_precision=PRECISION, out_dtype=ACC)
+    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
+    if HAS_DSCORES:
+        dp += _score_gradient(dscores_ptr, m[None, :], n[:, None], N, stride_sn, share, ACC, RECEIVED)
+    ds = p * (dp - tl.load(delta_ptr + m, mask=there, other=0.0)[None, :])
+    if HAS_BIAS:
+        dbias += tl.sum(ds, axis=1)
+    dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION, out_dtype=ACC)
+    return dk, dv, dbias
 
 
 @triton.jit
@@ -120,6 +170,7 @@ def masked_channel_attention_bwd_kv_kernel(
     HAS_QK_MASK: tl.constexpr, HAS_V_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_DSCORES: tl.constexpr, RECEIVED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and dbias of a tile of keys, and its share of the value mask's gradient."""
     scale, share = tl.full((), factor, ACC), tl.full((), share, ACC)
@@ -148,22 +199,20 @@ def masked_channel_attention_bwd_kv_kernel(
     dk = tl.zeros((BLOCK_N, BLOCK_DK), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
     dbias = tl.zeros((BLOCK_N,), ACC)
-    # a tile beyond the length has no queries
-    for start in range(0, tl.where(tile_n * BLOCK_N < length, M, 0), BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M)
-        q = rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
-        q = _masked(q, qk_mask_ptr, h, ck, DK, ACC, DOT, HAS_QK_MASK)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale + bias[:, None]
-        p = tl.exp2(s - _row_lse(lse_ptr + row, m, M, ACC)[None, :])
-        dout = rows(dout_ptr, m, cv, m < M, DV, stride_om, stride_oc, DOT, INDEX)
-        dv = tl.dot(p.to(DOT), dout, dv, input_precision=PRECISION, out_dtype=ACC)
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
-        if HAS_DSCORES:
-            dp += _score_gradient(dscores_ptr, m[None, :], n[:, None], N, stride_sn, share, ACC, RECEIVED)
-        ds = p * (dp - tl.load(delta_ptr + row + m, mask=m < M, other=0.0)[None, :])
-        if HAS_BIAS:
-            dbias += tl.sum(ds, axis=1)
-        dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION, out_dtype=ACC)
+    queries = tl.where(tile_n * BLOCK_N < length, M, 0)  # none of a tile beyond the length
+    whole = queries // BLOCK_M * BLOCK_M if SPLIT else 0
+    for start in range(0, whole, BLOCK_M):
+        dk, dv, dbias = _key_gradients(
+            dk, dv, dbias, k, v, bias, q_ptr, dout_ptr, qk_mask_ptr, lse_ptr + row, delta_ptr + row, dscores_ptr,
+            scale, share, n, start, h, M, N, ck, cv, stride_qm, stride_qc, stride_om, stride_oc, stride_sn,
+            DK, DV, ACC, DOT, PRECISION, INDEX, HAS_QK_MASK, HAS_BIAS, HAS_DSCORES, RECEIVED, BLOCK_M, True,
+        )  # fmt: skip
+    for start in range(whole, queries, BLOCK_TAIL):
+        dk, dv, dbias = _key_gradients(
+            dk, dv, dbias, k, v, bias, q_ptr, dout_ptr, qk_mask_ptr, lse_ptr + row, delta_ptr + row, dscores_ptr,
+            scale, share, n, start, h, M, N, ck, cv, stride_qm, stride_qc, stride_om, stride_oc, stride_sn,
+            DK, DV, ACC, DOT, PRECISION, INDEX, HAS_QK_MASK, HAS_BIAS, HAS_DSCORES, RECEIVED, BLOCK_TAIL, False,
+        )  # fmt: skip
     if HAS_BIAS:
         tl.store(dbias_ptr + (b * H + h) * N + n, dbias.to(dbias_ptr.dtype.element_ty), mask=n < N)
     dk *= tl.full((), rate, ACC)
@@ -205,6 +254,7 @@ def masked_channel_attention_bwd(
     owned, walked, sizes = _bwd_config(q.dtype, DK, DV)
     given, strides, bias_strides, constants = shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, dout)
     strides = [stride for of_one in strides for stride in of_one]
+    split = qk_mask is None and max(DK, DV) <= 64  # two loops take more registers
     tiles_m, tiles_n = triton.cdiv(M, tile(M, 16, owned)), triton.cdiv(N, tile(N, 16, owned))
     delta = torch.empty_like(lse)
     dqk_partial = lse.new_empty((B, H, tiles_m, DK) if qk_mask is not None else (0,))
@@ -223,11 +273,13 @@ def masked_channel_attention_bwd(
             dqk_partial, *numbers, *strides, *bias_strides, *score_strides,
             **constants, **sizes, HAS_DLSE=dlse is not None,
             BLOCK_M=tile(M, 16, owned), BLOCK_N=tile(N, 16, walked),
+            BLOCK_TAIL=tail(N, walked, not split or lengths is not None), SPLIT=split and lengths is None,
         )  # fmt: skip
     if B * H * tiles_n:
         masked_channel_attention_bwd_kv_kernel[(B * H * tiles_n,)](
             dout, q, k, v, *given, lse, delta, dscores_, dk, dv, dv_partial, dbias,
             *numbers, *strides, *bias_strides, *score_strides,
-            **constants, **sizes, BLOCK_M=tile(M, 16, walked), BLOCK_N=tile(N, 16, owned),
+            **constants, **sizes,
+            BLOCK_M=tile(M, 16, walked), BLOCK_N=tile(N, 16, owned), BLOCK_TAIL=tail(M, walked, not split), SPLIT=split,
         )  # fmt: skip
     return dq, dk, dv, _mask_gradient(dqk_partial, qk_mask, q), _mask_gradient(dv_partial, v_mask, q), dbias
