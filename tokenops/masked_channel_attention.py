@@ -46,7 +46,7 @@ def masked_channel_attention(
         qk_mask: ``(H, Dk)``, any float dtype: soft mask of the channels of q and k. ``None`` is all ones.
         v_mask: ``(H, Dv)``, any float dtype: soft mask of the channels of v.
         key_bias: ``(B or 1, H or 1, 1, Nk)``, any float dtype, added to the logits: ToMe's log sizes, say. A key
-            with ``-inf`` has no weight.
+            with ``-inf`` has no weight, whatever its ``k``.
         key_lengths: ``(B,)`` integers from 0 to Nk: only so many keys of an image count, the others are not read. On
             a GPU, where checking would synchronise, fewer than 0 count as 0 and more than Nk as Nk.
         scale: s; ``None`` is ``Dk ** -0.5``. Pruned channels keep the scale of the unpruned head.
