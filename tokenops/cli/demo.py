@@ -290,7 +290,7 @@ def table(found: Findings) -> list[tuple[str, ...]]:
 def remarks(found: Findings) -> str:
     kernels = ", ".join(backends(found.kernels)) or "plain PyTorch (the reference), no tokenops kernel ran"
     lines = [
-        f"Medians of {found.repeats} interleaved pairs, quartiles in brackets; attention by SDPA on both sides.",
+        f"Medians of {found.repeats} interleaved pairs, quartiles in brackets; the same attention on both sides.",
         f"Backends: {kernels}",
     ]
     if found.speedup.high - found.speedup.low > UNSTEADY * found.speedup.median:
