@@ -3,9 +3,13 @@
 
 #include <cstdint>
 
-// Shared memory is declared by SHARED(type, name), which the host emulation replaces by checked memory.
+// Shared memory is declared by SHARED(type, name), and an array whose size the launch gives (`count` says how long it
+// is) by DYNAMIC_SHARED(type, name, count), once a kernel. The host emulation replaces both by checked memory.
 #ifndef SHARED
 #define SHARED(type, name) __shared__ type name
+#define DYNAMIC_SHARED(type, name, count)      \
+  extern __shared__ uint4 dynamic_memory[];    \
+  type* const name = reinterpret_cast<type*>(dynamic_memory)
 #endif
 
 namespace tokenops {

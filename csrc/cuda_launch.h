@@ -7,7 +7,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "common.h"
+#include "companions.h"
+#include "cuda/companions.cuh"
 
 // Weak, so that the same library loads where torch has no CUDA.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream) __attribute__((weak));
@@ -34,5 +35,10 @@ struct OnDevice {
     stream = static_cast<cudaStream_t>(current);
   }
 };
+
+inline Companion companion(const Tensor& t) {
+  const Matrix matrix(t);
+  return {matrix.data, matrix.stride_b, matrix.stride_n};
+}
 
 }  // namespace tokenops

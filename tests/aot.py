@@ -168,15 +168,41 @@ def masked_channel_attention_cases(dtype):
         yield f"M{M}-N{N}-D{DK}-{DV}-{scores}{f'-{extras}' if extras else ''}", run
 
 
+def select_tokens_cases(dtype):
+    from tokenops._triton.select_tokens import select_tokens_bwd, select_tokens_fwd
+
+    for N, k, C, rest, best_first, norm, extras in (
+        (196, 98, 384, "none", False, False, False),
+        (196, 98, 384, "normalized", False, True, True),
+        (196, 98, 768, "weighted", True, True, False),
+        (576, 288, 193, "mean", True, False, True),
+        (6000, 500, 64, "none", False, False, False),
+    ):
+        x, scores = _meta(256, N + 1, C, dtype=dtype), _meta(256, N, dtype=dtype if extras else torch.float32)
+        counts = _meta(256, dtype=torch.int64) if extras else None
+        companions = [scores, _meta(256, N, dtype=torch.int64)] if extras else []
+        channels = _meta(C, dtype=torch.float32) if norm else None
+
+        def run():
+            arguments = (k, counts, companions, channels, channels, 1, rest, best_first, norm, 1e-6)
+            tokens, index, _, _, fused, made = select_tokens_fwd(x, scores, *arguments)
+            given = x if rest in ("weighted", "normalized") else None
+            select_tokens_bwd(tokens, made, index, scores, counts, given, fused, 1, rest)
+
+        yield f"N{N}-k{k}-C{C}-{rest}{'-norm' * norm}{'-all' * extras}", run
+
+
 def restore_tokens_cases(dtype):
     from tokenops._triton.restore_tokens import restore_tokens_bwd, restore_tokens_fwd
 
     for N, k, C in ((196, 98, 384), (576, 288, 193)):
         base, tokens = _meta(256, N + 1, C, dtype=dtype), _meta(256, k, C, dtype=dtype)
         index = _meta(256, k, dtype=torch.int64)
+        olds, news = [_meta(256, N, dtype=torch.float32)], [_meta(256, k, dtype=torch.float32)]
 
         def run():
-            restore_tokens_bwd(restore_tokens_fwd(base, tokens, index, 1), index, 1, 0)
+            y, made = restore_tokens_fwd(base, tokens, index, 1, olds, news)
+            restore_tokens_bwd(y, index, 1, 0, made)
 
         yield f"N{N}-k{k}-C{C}", run
 
@@ -185,6 +211,7 @@ CASES = {
     "soft_aggregate": soft_aggregate_cases,
     "token_mlp": token_mlp_cases,
     "masked_channel_attention": masked_channel_attention_cases,
+    "select_tokens": select_tokens_cases,
     "restore_tokens": restore_tokens_cases,
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -72,6 +72,39 @@ RESTORE = (
 )
 
 
+class Select(NamedTuple):
+    """Sizes of select_tokens."""
+
+    B: int
+    N: int
+    k: int
+    C: int
+    prefix: int
+    why: str
+
+    def __str__(self):
+        return f"B{self.B}-N{self.N}-k{self.k}-C{self.C}-P{self.prefix}"
+
+
+SELECT = (
+    Select(2, 12, 5, 16, 1, "16-byte accesses in every dtype"),
+    Select(1, 1, 1, 1, 0, "the smallest there is: nothing is left out"),
+    Select(3, 33, 17, 37, 1, "odd everywhere: accesses of one element"),
+    Select(2, 9, 9, 24, 2, "every token is kept, two prefix tokens"),
+    Select(2, 9, 8, 24, 1, "one token is left out"),
+    Select(2, 5, 0, 4, 1, "none is kept: only the prefix and the rest"),
+    Select(1, 70, 33, 272, 1, "several tiles of tokens and slices of channels"),
+    Select(0, 5, 3, 4, 1, "no image"),
+    Select(2, 0, 0, 4, 1, "only a prefix"),
+    Select(2, 5, 3, 0, 1, "no channel: the choice alone"),
+)
+#: what the interpreter is too slow for
+SELECT_LARGE = (
+    Select(1, 196, 98, 384, 1, "DeiT-S, one image: sliced over the chip"),
+    Select(2, 700, 300, 8, 1, "more tokens than a block has threads"),
+)
+
+
 class Attend(NamedTuple):
     """Sizes of masked_channel_attention."""
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import RESTORE, Restore
+from cases import RESTORE, SELECT, SELECT_LARGE, Restore
+from selecting import EPS, OPTIONS, compare, double, inputs, terms
+from selecting import run as select
 
 from tokenops import reference
 
@@ -110,6 +112,8 @@ def test_restore_tokens(emulate, tmp_path):
                 arrays[f"tokens{number}"] = random.standard_normal((case.B, carried + case.k, case.C)).astype(dtype)
                 arrays[f"dy{number}"] = random.standard_normal(shape).astype(dtype)
                 arrays[f"index{number}"] = index
+                arrays[f"old{number}"] = random.standard_normal((case.B, case.N)).astype(dtype)
+                arrays[f"new{number}"] = random.standard_normal((case.B, case.k)).astype(dtype)
                 runs.append((carried, case.prefix, layout, (1, 2, 8, 132)[number % 4], number % 3))
     np.savez(tmp_path / "in.npz", runs=json.dumps(runs), **arrays)
     done = emulate("restore_tokens", tmp_path / "in.npz", tmp_path / "out.npz")
@@ -117,13 +121,90 @@ def test_restore_tokens(emulate, tmp_path):
 
     results = np.load(tmp_path / "out.npz")
     for number, (_, prefix, *_) in enumerate(runs):
-        names = (f"{name}{number}" for name in ("base", "tokens", "dy", "index"))
-        base, tokens, dy, index = (torch.from_numpy(arrays[name]) for name in names)
+        names = (f"{name}{number}" for name in ("base", "tokens", "dy", "index", "old", "new"))
+        base, tokens, dy, index, old, new = (torch.from_numpy(arrays[name]) for name in names)
         kept = last_of_equals(index, base.shape[1] - prefix)
-        base.requires_grad_(), tokens.requires_grad_()
-        y = reference.restore_tokens(base, tokens, kept, prefix=prefix)
-        dbase, dtokens = torch.autograd.grad(y, (base, tokens), dy, materialize_grads=True)
-        for name, expected in (("y", y.detach()), ("dbase", dbase), ("dtokens", dtokens)):
+        leaves = [t.requires_grad_() for t in (base, tokens, old, new)]
+        y, (found,) = reference.restore_tokens(base, tokens, kept, prefix=prefix, companions=((old, new),))
+        gradients = torch.autograd.grad((y, found), leaves, (dy, old.detach()), materialize_grads=True)
+        results_of = zip(("y", "companion", "dbase", "dtokens", "dold", "dnew"), (y, found, *gradients), strict=True)
+        for name, expected in ((name, value.detach()) for name, value in results_of):
             ours = torch.from_numpy(results[f"{name}{number}"])
             assert torch.equal(ours, expected), f"{name} of {tuple(base.shape)} {base.dtype} {runs[number]}"
     assert {int(results[f"width{n}"]) for n in range(len(runs))} == {2, 4, 8, 16}  # every kernel has run
+
+
+NUMPY = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def bits(tensor):
+    """As numpy has it: bfloat16 as its bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def test_select_tokens(emulate, tmp_path):
+    """Every option in every dtype, accesses of 16 bytes and of one element, images in slices of both kinds."""
+    arrays, runs, kept = {}, [], []
+    for case in (*SELECT, *SELECT_LARGE):
+        for option in OPTIONS if case.B else ():
+            rest, normalize, order, counts, norm = option
+            n = len(runs)
+            dtype = list(NUMPY)[n % 4]
+            score_dtype = (torch.float32, dtype, torch.float64)[n % 3]
+            tensors = inputs(case, dtype, score_dtype, "cpu", counts, norm)
+            wide = reference.accumulation_dtype(dtype)
+            tensors |= {name: tensors[name].to(wide) for name in ("weight", "bias") if name in tensors}
+            if rest == "none" or n % 5 == 0:  # ties, and what is no number
+                special = torch.tensor([0.5, 0.25, 0.0, -0.0, -np.inf, np.nan][: 6 if rest == "none" else 2])
+                tensors["scores"] = special[torch.randint(len(special), (case.B, case.N))].to(score_dtype)
+            upstream = {
+                "tokens": torch.randn(case.B, case.prefix + case.k + (rest != "none"), case.C).to(dtype),
+                "size": torch.zeros(case.B, case.k, dtype=dtype),
+            }
+            upstream["normed"] = torch.zeros_like(upstream["tokens"])  # its gradient is torch's own
+            kept.append((tensors, option, upstream, case))
+            given = {name: t for name, t in tensors.items() if name not in ("size", "source")}
+            given |= {"dtokens": upstream["tokens"], "companion": tensors["size"]}
+            arrays |= {f"{name}{n}": bits(t.contiguous()) for name, t in given.items()}
+            layout = ("0", "channels first", "8", "rows apart")[n // 2 % 4]
+            code = ("none", "weighted", "normalized", "mean").index(
+                "normalized" if rest == "weighted" and normalize else rest
+            )
+            types = NUMPY[dtype], NUMPY[score_dtype]
+            grid = (1, 2, 8, 132)[n % 4], n % 3
+            runs.append((case.prefix, case.k, code, order == "score", norm, *types, layout, *grid, EPS))
+    np.savez(tmp_path / "in.npz", runs=json.dumps(runs), **arrays)
+    done = emulate("select_tokens", tmp_path / "in.npz", tmp_path / "out.npz")
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    results = np.load(tmp_path / "out.npz")
+    for n, (tensors, option, upstream, case) in enumerate(kept):
+        dtype, made = tensors["x"].dtype, {}
+        for name in ("tokens", "index", "normed", "mean", "deviation", "dx", "dscores", "companion", "dcompanion"):
+            if f"{name}{n}" in results:
+                made[name] = torch.from_numpy(results[f"{name}{n}"])
+                if made[name].dtype == torch.uint16:
+                    made[name] = made[name].view(torch.bfloat16)
+        *plain, _ = select(reference.select_tokens, tensors, case.k, case.prefix, option, upstream)
+        *truth, _ = select(reference.select_tokens, double(tensors), case.k, case.prefix, option, upstream)
+        results_of = {name: made[name] for name in ("tokens", "normed", "index") if name in made}
+        results_of |= {"size": made["companion"]}
+        results_of |= {name: plain[0][name] for name in ("source", "lengths") if name in plain[0]}
+        gradients = {name: plain[1][name] for name in plain[1]} | {"x": made["dx"]}
+        if option[0] == "weighted":
+            gradients["scores"] = made["dscores"]
+        weighted = option[0] == "weighted" and option[1] and case.N and case.C
+        compare(
+            (results_of, gradients), plain, truth, terms(tensors, truth, upstream, case.prefix) if weighted else 0.0
+        )
+        chosen = torch.zeros(case.B, case.N + 1, dtype=torch.bool).scatter(1, made["index"] % (case.N + 1), True)[
+            :, : case.N
+        ]
+        assert torch.equal(made["dcompanion"], tensors["size"].masked_fill(~chosen, 0))
+        if "mean" in made and case.C:
+            wide = truth[0]["tokens"]
+            torch.testing.assert_close(made["mean"].double(), wide.mean(dim=2), rtol=1e-2, atol=1e-2)
+            deviation = (wide.var(dim=2, unbiased=False) + EPS).rsqrt()
+            torch.testing.assert_close(made["deviation"].double(), deviation, rtol=2e-2, atol=1e-2)
+    assert {int(results[f"width{n}"]) for n in range(len(runs))} >= {2, 4, 8, 16}
+    assert max(int(results[f"slices{n}"]) for n in range(len(runs))) > 4

@@ -74,6 +74,47 @@ def test_gradient_goes_where_the_value_came_from(backend, device):
     assert tokens.grad.flatten().tolist() == [40, 20]
 
 
+def test_companions_are_put_back_in_the_same_launch(backend, device, ran_kernels):
+    base, tokens = torch.zeros(1, 4, 1, device=device), torch.ones(1, 2, 1, device=device)
+    index = torch.tensor([[2, 0]], device=device)
+    scores = torch.tensor([[0.1, 0.2, 0.3]], device=device), torch.tensor([[0.8, 0.9]], device=device)
+    places = torch.tensor([[7, 8, 9]], device=device), torch.tensor([[5, 6]], device=device)
+    with ran_kernels() as names:
+        y, found = tokenops.restore_tokens(base, tokens, index, companions=(scores, places))
+    assert names == {f"restore_tokens_fwd.{backend}"}
+    assert y.flatten().tolist() == [0, 1, 0, 1]
+    torch.testing.assert_close(found[0], torch.tensor([[0.9, 0.2, 0.8]], device=device))
+    assert found[1].tolist() == [[6, 8, 5]]
+    assert tokenops.restore_tokens(base, tokens, index, companions=())[1] == ()
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32, torch.float64), ids=lambda d: str(d)[6:])
+def test_companions_forward_and_backward(backend, device, poisoned, dtype):
+    for B, N, k, carried in ((2, 40, 17, 1), (3, 5, 5, 0), (2, 6, 0, 1), (0, 4, 2, 0)):
+        base, tokens, index = inputs(B, N, k, 3, device, carried=carried)
+        index = torch.where(torch.arange(k, device=device) % 4 == 3, -1, index)  # some go nowhere
+        old = torch.randn(B, 2 * N, device=device).to(dtype)[:, ::2]
+        new = torch.randn(k, B, device=device).to(dtype).t()
+        upstream = torch.randn_like(base), torch.randn(B, N, device=device).to(dtype)
+        results = []
+        for function in (tokenops.restore_tokens, reference.restore_tokens):
+            leaves = [t.detach().requires_grad_() for t in (base, tokens, old, new)]
+            mask = (leaves[2].isnan(), leaves[3].isnan())
+            y, (found, flags) = function(*leaves[:2], index, companions=((leaves[2], leaves[3]), mask))
+            gradients = torch.autograd.grad((y, found), leaves, upstream, materialize_grads=True, allow_unused=True)
+            results.append((y.detach(), found.detach(), flags, *gradients))
+        assert_same(*results)
+
+
+def test_tokens_that_go_nowhere(backend, device):
+    base, tokens, index = inputs(2, 6, 3, 4, device)
+    index[0, 1] = index[1, 0] = index[1, 2] = -1
+    dy = torch.randn_like(base)
+    ours = gradients(tokenops.restore_tokens, base, tokens, index, 1, dy)
+    assert_same(ours, gradients(reference.restore_tokens, base, tokens, index, 1, dy))
+    assert torch.equal(ours[0][1, 1:], base[1, 1:].clone().index_copy(0, index[1, 1:2], tokens[1, 1:2]))
+
+
 # Every backend against the reference. It only copies, so it must agree to the bit.
 
 
@@ -152,8 +193,9 @@ def test_many_images_in_parallel(backend, device):
 def test_opcheck(backend, device, carried):
     base, tokens, index = inputs(2, 5, 2, 3, device, carried=carried)
     base = LAYOUTS["images last"](base)
-    torch.library.opcheck(kernel("restore_tokens_fwd", backend), (base, tokens, index, 1))
-    torch.library.opcheck(kernel("restore_tokens_bwd", backend), (base, index, 1, carried))
+    olds, news = [torch.randn(2, 5, device=device)], [torch.randn(2, 2, device=device)]
+    torch.library.opcheck(kernel("restore_tokens_fwd", backend), (base, tokens, index, 1, olds, news))
+    torch.library.opcheck(kernel("restore_tokens_bwd", backend), (base, index, 1, carried, olds))
 
 
 @pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
@@ -211,7 +253,7 @@ def test_indices_out_of_range_or_repeated_on_a_cpu(device):
     if device == "cuda":
         pytest.skip("indices are not looked at on a GPU")
     base, tokens = torch.zeros(2, 6, 3), torch.zeros(2, 2, 3)
-    for bad in (5, -1, 2**62, -(2**63)):
+    for bad in (5, -2, 2**62, -(2**63)):
         with pytest.raises(IndexError, match=rf"index\[1, 0\]={bad}, but .*: 0 to 4 is allowed") as error:
             tokenops.restore_tokens(base, tokens, torch.tensor([[0, 1], [bad, 1]]))
         assert ".cpp" not in str(error.value)
@@ -220,7 +262,7 @@ def test_indices_out_of_range_or_repeated_on_a_cpu(device):
     with pytest.raises(IndexError, match=r"index\[0, 0\]=0"):
         tokenops.restore_tokens(base[:, :1], tokens, torch.tensor([[0, 1], [0, 1]]))  # nothing behind the prefix
     with pytest.raises(IndexError, match=r"index\[0, 0\]=9"):
-        kernel("restore_tokens_bwd", "native")(base, torch.tensor([[9], [0]]), 1, 0)
+        kernel("restore_tokens_bwd", "native")(base, torch.tensor([[9], [0]]), 1, 0, [])
 
 
 @pytest.mark.parametrize("carried", (0, 2))
@@ -255,6 +297,27 @@ BAD = [
     ({"prefix": 7}, ValueError, "prefix=7, but it must be between 0 and the 6 tokens"),
     ({"prefix": -1}, ValueError, "prefix=-1"),
     ({"prefix": 1.0}, TypeError, "prefix must be an int"),
+    ({"companions": torch.zeros(2, 5)}, TypeError, r"companions must be a tuple of pairs \(old, new\), but got Tensor"),
+    (
+        {"companions": ((torch.zeros(2, 5), torch.zeros(2, 2)),) * 5},
+        ValueError,
+        "companions has 5 entries, but at most 4",
+    ),
+    (
+        {"companions": ((torch.zeros(2, 6), torch.zeros(2, 2)),)},
+        ValueError,
+        r"companions\[0\]\[0\] must have shape \(2, 5\)",
+    ),
+    (
+        {"companions": ((torch.zeros(2, 5), torch.zeros(2, 3)),)},
+        ValueError,
+        r"companions\[0\]\[1\] must have shape \(2, 2\)",
+    ),
+    (
+        {"companions": ((torch.zeros(2, 5), torch.zeros(2, 2).long()),)},
+        TypeError,
+        r"companions\[0\] must have one dtype",
+    ),
 ]
 
 
@@ -280,13 +343,16 @@ def test_the_compiled_code_checks_again(device):
         {"index": a["index"][0]},
         {"prefix": 7},
         {"prefix": -1},
+        {"olds": [a["base"][..., 0]], "news": [a["tokens"][..., 0]]},
+        {"olds": [a["base"][:, 1:, 0]], "news": []},
+        {"olds": [a["base"][:, 1:, 0]], "news": [a["index"]]},
     ]
     for change in changes:
         with pytest.raises(RuntimeError, match="must"):
-            forward(*{**a, **change}.values())
+            forward(*{**a, "olds": [], "news": [], **change}.values())
     for index, prefix, carried in ((a["index"], 1, 2), (a["index"].int(), 1, 0), (a["index"], 9, 0)):
         with pytest.raises(RuntimeError, match="must"):
-            backward(a["base"], index, prefix, carried)
+            backward(a["base"], index, prefix, carried, [])
 
 
 def test_automatic_choice(device, ran_kernels):

@@ -20,11 +20,12 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "soft_scatter": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "token_mlp": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "masked_channel_attention": {"cpu": ("native", "triton"), "cuda": ("triton",)},
+    "select_tokens": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
     "restore_tokens": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
 }
 
 #: operators whose native path is compiled code (the others compose torch's own kernels, which are always there)
-COMPILED = frozenset({"restore_tokens"})
+COMPILED = frozenset({"select_tokens", "restore_tokens"})
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: tensors that follow the tokens in one launch
+MOST_COMPANIONS = 4
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,3 +33,17 @@ def prefix(op: str, name: str, value: Any, tokens: int) -> None:
         raise TypeError(f"{op}: {name} must be an int, but got {value!r}")
     if value < 0 or value > tokens:
         raise ValueError(f"{op}: {name}={value}, but it must be between 0 and the {tokens} tokens there are")
+
+
+def companions(op: str, given: int) -> None:
+    if given > MOST_COMPANIONS:
+        raise ValueError(f"{op}: companions has {given} entries, but at most {MOST_COMPANIONS} are allowed")
+
+
+def companion(op: str, name: str, value: Any, shape: str, images: int, tokens: int, like: Tensor) -> None:
+    """A tensor (images, tokens) of any dtype that follows the tokens."""
+    tensor(op, name, value, shape, like=like, floating=False)
+    if value.dtype.itemsize not in (1, 2, 4, 8) or value.is_complex():
+        raise TypeError(f"{op}: {name} must be real or integer, but got {value.dtype}")
+    if value.shape[0] != images or value.shape[1] != tokens:
+        raise ValueError(f"{op}: {name} must have shape ({images}, {tokens}), but got {tuple(value.shape)}")

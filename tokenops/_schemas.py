@@ -28,8 +28,15 @@ _SCHEMAS = {
     "masked_channel_attention_bwd": "(Tensor dout, Tensor? dscores, Tensor? dlse, Tensor q, Tensor k, Tensor v,"
     " Tensor? qk_mask, Tensor? v_mask, Tensor? bias, Tensor? lengths, Tensor out, Tensor lse, float scale, str scores,"
     " bool mean) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dqk_mask, Tensor dv_mask, Tensor dbias)",
-    "restore_tokens_fwd": "(Tensor base, Tensor tokens, Tensor index, SymInt prefix) -> Tensor",
-    "restore_tokens_bwd": "(Tensor dy, Tensor index, SymInt prefix, SymInt carried) -> (Tensor dbase, Tensor dtokens)",
+    "select_tokens_fwd": "(Tensor x, Tensor scores, SymInt k, Tensor? counts, Tensor[] companions, Tensor? weight,"
+    " Tensor? bias, SymInt prefix, str rest, bool best_first, bool norm, float eps)"
+    " -> (Tensor tokens, Tensor index, Tensor normed, Tensor statistics, Tensor fused, Tensor[] companions)",
+    "select_tokens_bwd": "(Tensor dtokens, Tensor[] dcompanions, Tensor index, Tensor scores, Tensor? counts,"
+    " Tensor? x, Tensor? fused, SymInt prefix, str rest) -> (Tensor dx, Tensor dscores, Tensor[] dcompanions)",
+    "restore_tokens_fwd": "(Tensor base, Tensor tokens, Tensor index, SymInt prefix, Tensor[] olds, Tensor[] news)"
+    " -> (Tensor y, Tensor[] companions)",
+    "restore_tokens_bwd": "(Tensor dy, Tensor index, SymInt prefix, SymInt carried, Tensor[] dcompanions)"
+    " -> (Tensor dbase, Tensor dtokens, Tensor[] dolds, Tensor[] dnews)",
 }
 
 
@@ -110,12 +117,42 @@ def _masked_channel_attention_bwd(
     )
 
 
-def _restore_tokens_fwd(base, tokens, index, prefix):
-    return base.new_empty(base.shape)
+def _select_tokens_fwd(x, scores, k, counts, companions, weight, bias, prefix, rest, best_first, norm, eps):
+    (B, _, C), wide = x.shape, accumulation_dtype(x.dtype)
+    rows = prefix + k + (rest != "none")
+    return (
+        x.new_empty((B, rows, C)),
+        scores.new_empty((B, k), dtype=torch.int64),
+        x.new_empty((B, rows, C) if norm else (0,)),
+        x.new_empty((2, B, rows) if norm else (0,), dtype=wide),  # mean and inverse standard deviation
+        # what a normalized rest's gradient needs: the sum of the weights, and the token before it was rounded
+        x.new_empty((B, 1 + C) if rest == "normalized" else (0,), dtype=wide),
+        [c.new_empty((B, k)) for c in companions],
+    )
 
 
-def _restore_tokens_bwd(dy, index, prefix, carried):
-    return dy.new_empty(dy.shape), dy.new_empty((dy.shape[0], carried + index.shape[1], dy.shape[2]))
+def _select_tokens_bwd(dtokens, dcompanions, index, scores, counts, x, fused, prefix, rest):
+    B, N = scores.shape
+    weighted = rest in ("weighted", "normalized")
+    return (
+        dtokens.new_empty((B, prefix + N, dtokens.shape[2])),
+        scores.new_empty((B, N) if weighted else (0,)),
+        [d.new_empty((B, N)) for d in dcompanions],
+    )
+
+
+def _restore_tokens_fwd(base, tokens, index, prefix, olds, news):
+    return base.new_empty(base.shape), [old.new_empty(old.shape) for old in olds]
+
+
+def _restore_tokens_bwd(dy, index, prefix, carried, dcompanions):
+    B, k = index.shape
+    return (
+        dy.new_empty(dy.shape),
+        dy.new_empty((B, carried + k, dy.shape[2])),
+        [d.new_empty(d.shape) for d in dcompanions],
+        [d.new_empty((B, k)) for d in dcompanions],
+    )
 
 
 #: where an implementation is not in the file of its operator's name

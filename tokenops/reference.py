@@ -57,17 +57,105 @@ def token_mlp(z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
     return F.linear(hidden, w2, b2).transpose(1, 2)
 
 
-def restore_tokens(base: Tensor, tokens: Tensor, index: Tensor, *, prefix: int = 1) -> Tensor:
+def selection_order(scores: Tensor) -> Tensor:
+    """The tokens of each image from the best score to the worst, (B,N) int64: equal ones by place, NaN behind all."""
+    nan = scores.isnan()
+    order = torch.sort(scores.masked_fill(nan, float("-inf")), dim=1, descending=True, stable=True).indices
+    last = torch.sort(nan.gather(1, order).to(torch.uint8), dim=1, stable=True).indices
+    return order.gather(1, last)
+
+
+def rest_weights(scores: Tensor, left_out: Tensor, rest: str, normalize: bool = True) -> Tensor:
+    """What each token brings to the rest token, (B,N) in the accumulation dtype: 0 for those that are kept."""
+    wide = accumulation_dtype(scores.dtype)
+    if rest == "mean":
+        return left_out.to(wide) / left_out.sum(dim=1, keepdim=True).clamp(min=1)
+    weights = scores.to(wide).masked_fill(~left_out, 0.0)
+    if not normalize:
+        return weights
+    total = weights.sum(dim=1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0)
+
+
+def select_tokens(
+    x: Tensor,
+    scores: Tensor,
+    k: int,
+    *,
+    prefix: int = 1,
+    rest: str = "none",
+    normalize: bool = True,
+    order: str = "score",
+    counts: Tensor | None = None,
+    companions: tuple[Tensor, ...] = (),
+    norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None]:
+    """The k best tokens behind the prefix, and at the end one made of the others, (B,P+k+1,C).
+
+    Also: the tokens' places (B,k), the companions at these places (B,k), the layer norm of the tokens, and how many
+    rows of each image count (where counts are given: what is beyond is 0, and the places there are -1).
+    """
+    B, rows, C = x.shape
+    N, dropped = rows - prefix, int(rest != "none")
+    ranked = selection_order(scores)
+    rank = torch.sort(ranked, dim=1, stable=True).indices
+    kept = torch.full((B,), k, device=x.device) if counts is None else counts
+    there = torch.arange(k, device=x.device) < kept.unsqueeze(1)
+    index = ranked[:, :k].masked_fill(~there, N)
+    if order == "index":
+        index = torch.sort(index, dim=1).values
+
+    # the rows to take from: x, its rest token if any, a row of zeros
+    parts = [x, x.new_zeros(B, 1, C)]
+    wide = accumulation_dtype(x.dtype)
+    if dropped:
+        left_out = rank >= kept.unsqueeze(1)
+        weights = rest_weights(scores, left_out, rest, normalize).to(wide)
+        others = x[:, prefix:].to(wide).masked_fill(~left_out.unsqueeze(2), 0.0)
+        parts.append(torch.bmm(weights.unsqueeze(1), others).to(x.dtype))
+    source = torch.cat(parts, dim=1)
+    take = torch.cat((index + prefix, torch.full((B, dropped), rows, device=x.device)), dim=1)  # row `rows` is zeros
+    if dropped:
+        take = take.scatter(1, kept.unsqueeze(1), rows + 1)
+    take = torch.cat((torch.arange(prefix, device=x.device).expand(B, -1), take), dim=1)
+    tokens = source.gather(1, take.unsqueeze(2).expand(-1, -1, C))
+
+    followers = tuple(
+        torch.cat((c, c.new_zeros(B, 1)), dim=1).gather(1, index) if N else c.new_zeros(B, k) for c in companions
+    )
+    normed = None
+    if norm is not None:
+        weight, bias = (None if t is None else t.to(wide) for t in norm[:2])
+        normed = F.layer_norm(tokens.to(wide), (C,), weight, bias, norm[2]).to(x.dtype)
+    lengths = None if counts is None else counts + prefix + dropped
+    return tokens, index.masked_fill(index == N, -1), followers, normed, lengths
+
+
+def restore_tokens(
+    base: Tensor,
+    tokens: Tensor,
+    index: Tensor,
+    *,
+    prefix: int = 1,
+    companions: tuple[tuple[Tensor, Tensor], ...] | None = None,
+) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
     """y = base with row P + index[b, j] of image b replaced by its token j, (B,P+N,C).
 
     tokens holds k rows, or P + k of which the first P replace the prefix. An index outside 0..N-1 replaces nothing.
+    Companions are pairs, (B,N) and (B,k): of each the first with what is at the indices replaced by the second.
     """
-    rows = base.shape[1]
+    N = base.shape[1] - prefix
     carried = tokens.shape[1] - index.shape[1]
-    target = torch.where((index >= 0) & (index < rows - prefix), index + prefix, rows)
-    spare = torch.cat((base, base[:, :1]), dim=1) if rows else base.new_empty(base.shape[0], 1, base.shape[2])
-    y = spare.scatter(1, target.unsqueeze(-1).expand(-1, -1, base.shape[2]), tokens[:, carried:])[:, :rows]
-    return torch.cat((tokens[:, :carried], y[:, carried:]), dim=1) if carried else y
+    place = torch.where((index >= 0) & (index < N), index, N)
+
+    def replaced(old: Tensor, new: Tensor) -> Tensor:
+        spare = torch.cat((old, old.new_zeros(old.shape[0], 1, *old.shape[2:])), dim=1)
+        at = place if old.dim() == 2 else place.unsqueeze(-1).expand(-1, -1, old.shape[2])
+        return spare.scatter(1, at, new)[:, :N]
+
+    head = tokens[:, :carried] if carried else base[:, :prefix]
+    y = torch.cat((head, replaced(base[:, prefix:], tokens[:, carried:])), dim=1)
+    return y if companions is None else (y, tuple(replaced(old, new) for old, new in companions))
 
 
 def attention_logits(

@@ -1,5 +1,7 @@
 """restore_tokens: processed tokens go back to their places among those that were left out."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,14 @@ from ._backends import choose
 from ._schemas import kernel, needs_grad
 
 
-def restore_tokens(base: Tensor, tokens: Tensor, index: Tensor, *, prefix: int = 1) -> Tensor:
+def restore_tokens(
+    base: Tensor,
+    tokens: Tensor,
+    index: Tensor,
+    *,
+    prefix: int = 1,
+    companions: tuple[tuple[Tensor, Tensor], ...] | None = None,
+) -> Any:
     r"""Put tokens back at their indices: a copy of ``base`` with the rows at ``index`` replaced.
 
     .. math:: y_{b,\,P + \mathrm{index}_{b,j}} = \mathrm{tokens}_{b,j}, \qquad y = \mathrm{base} \text{ elsewhere}
@@ -16,20 +25,23 @@ def restore_tokens(base: Tensor, tokens: Tensor, index: Tensor, *, prefix: int =
     Args:
         base: ``(B, P+N, C)``, fp16, bf16, fp32 or fp64, any strides. The result has its dtype.
         tokens: ``(B, k, C)`` in that dtype, any strides; or ``(B, P+k, C)``, whose first P rows replace the prefix.
-        index: ``(B, k)`` int64, the place of each token among the N behind the prefix, unique within an image.
+        index: ``(B, k)`` int64, the place of each token among the N behind the prefix, unique within an image; -1 for
+            a token that goes nowhere (as :func:`tokenops.select_tokens` marks what is beyond an image's count).
         prefix: P, how many leading tokens of ``base`` the indices do not count.
+        companions: up to 4 pairs of ``(B, N)`` and ``(B, k)``, of any dtype but one in a pair: what follows the tokens
+            (scores, sizes), put back in the same launch.
 
     Returns:
-        ``(B, P+N, C)``, contiguous.
+        ``(B, P+N, C)``, contiguous; where companions are given, this and a tuple of them, each ``(B, N)``.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit together.
-        IndexError: an index is not between 0 and N-1, or is there twice in an image (on a CPU; on a GPU, where
+        IndexError: an index is not between -1 and N-1, or is there twice in an image (on a CPU; on a GPU, where
             looking would synchronise, a token out of range is dropped, the last of several at one place wins, and
             nothing is read or written out of bounds).
 
-    Deterministic. Differentiable once in ``base`` and ``tokens``.
+    Deterministic. Differentiable once in ``base``, ``tokens`` and float companions.
 
     Source: slow-fast token updating of Xu et al., Evo-ViT (AAAI 2022), section 3.3; the way back to a dense grid.
 
@@ -54,28 +66,59 @@ def restore_tokens(base: Tensor, tokens: Tensor, index: Tensor, *, prefix: int =
             f"{op}: tokens has {tokens.shape[1]} rows, but index has {index.shape[1]} an image:"
             f" {index.shape[1]} rows are allowed, or {prefix + index.shape[1]} with the prefix"
         )
+    pairs = _pairs(op, companions, base, index, prefix)
     backend = choose(op, base.device.type, base.dtype)
     if backend == "reference":
-        return reference.restore_tokens(base, tokens, index, prefix=prefix)
-    if needs_grad(base, tokens):
-        return _RestoreTokens.apply(base, tokens, index, prefix, backend)
-    return kernel("restore_tokens_fwd", backend)(base, tokens, index, prefix)
+        return reference.restore_tokens(base, tokens, index, prefix=prefix, companions=companions)
+    if needs_grad(base, tokens, *(t for pair in pairs for t in pair)):
+        y, *found = _RestoreTokens.apply(base, tokens, index, prefix, backend, *(t for pair in pairs for t in pair))
+    else:
+        olds, news = [old for old, _ in pairs], [new for _, new in pairs]
+        y, found = kernel("restore_tokens_fwd", backend)(base, tokens, index, prefix, olds, news)
+    return y if companions is None else (y, tuple(found))
+
+
+def _pairs(op: str, companions: Any, base: Tensor, index: Tensor, prefix: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    if companions is None:
+        return ()
+    if not isinstance(companions, (tuple, list)) or not all(
+        isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in companions
+    ):
+        raise TypeError(f"{op}: companions must be a tuple of pairs (old, new), but got {type(companions).__name__}")
+    _checks.companions(op, len(companions))
+    sizes = (base.shape[0], base.shape[1] - prefix), (index.shape[0], index.shape[1])
+    for i, pair in enumerate(companions):
+        for j, (companion, (images, tokens), shape) in enumerate(zip(pair, sizes, ("B,N", "B,k"))):
+            _checks.companion(op, f"companions[{i}][{j}]", companion, shape, images, tokens, base)
+        if pair[0].dtype != pair[1].dtype:
+            raise TypeError(f"{op}: companions[{i}] must have one dtype, but got {pair[0].dtype} and {pair[1].dtype}")
+    return tuple((old, new) for old, new in companions)
 
 
 class _RestoreTokens(torch.autograd.Function):
     @staticmethod
-    def forward(base, tokens, index, prefix, backend):
-        return kernel("restore_tokens_fwd", backend)(base, tokens, index, prefix)
+    def forward(base, tokens, index, prefix, backend, *pairs):
+        y, found = kernel("restore_tokens_fwd", backend)(
+            base, tokens, index, prefix, list(pairs[::2]), list(pairs[1::2])
+        )
+        return y, *found
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        base, tokens, index, ctx.prefix, ctx.backend = inputs
+        base, tokens, index, ctx.prefix, ctx.backend, *pairs = inputs
         ctx.carried = tokens.shape[1] - index.shape[1]
+        ctx.floating = [old.dtype.is_floating_point for old in pairs[::2]]
+        ctx.mark_non_differentiable(*(y for y, floating in zip(output[1:], ctx.floating) if not floating))
         ctx.save_for_backward(index)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
+    def backward(ctx, dy, *dfound):
         (index,) = ctx.saved_tensors
-        dbase, dtokens = kernel("restore_tokens_bwd", ctx.backend)(dy, index, ctx.prefix, ctx.carried)
-        return dbase, dtokens, None, None, None
+        given = [d for d, floating in zip(dfound, ctx.floating) if floating]
+        dbase, dtokens, dolds, dnews = kernel("restore_tokens_bwd", ctx.backend)(
+            dy, index, ctx.prefix, ctx.carried, given
+        )
+        gradients = iter(zip(dolds, dnews))
+        dpairs = [d for floating in ctx.floating for d in (next(gradients) if floating else (None, None))]
+        return dbase, dtokens, None, None, None, *dpairs

@@ -1,29 +1,15 @@
 // The weights of soft_aggregate on a CPU, A = softmax over the tokens of scale * w, and their gradient: what torch's
 // softmax does in several passes (scale, mask, logits of -inf, conversion), in one, vectorised along memory.
 #include "../common.h"
+#include "rows.h"
 
-#include <algorithm>
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <vector>
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
-// The compiler vectorises each function for these machines; the loader takes the best one.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define CLONES
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
 namespace tokenops {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();  // the logit of a token that does not count
@@ -40,36 +26,6 @@ static_assert(sizeof(Floats) == 4 * LANES, "a vector has LANES elements");
 
 // scale * w, where -inf stays whatever the scale
 INLINE Floats scaled(Floats w, float scale) { return w == NONE ? w : w * scale; }
-
-CLONES void load(const float* in, float* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
-}
-CLONES void load(const BFloat16* in, float* out, int64_t n) {
-  const uint16_t* raw = reinterpret_cast<const uint16_t*>(in);
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(raw[i]) << 16;
-    std::memcpy(out + i, &bits, 4);
-  }
-}
-void load(const Half* in, float* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
-}
-
-CLONES void store(const float* in, float* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
-}
-CLONES void store(const float* in, BFloat16* out, int64_t n) {
-  uint16_t* raw = reinterpret_cast<uint16_t*>(out);
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, in + i, 4);
-    const uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    raw[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : even);
-  }
-}
-void store(const float* in, Half* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
-}
 
 template <typename F>
 INLINE Floats fold(Floats x, F f) {  // the same result in every lane

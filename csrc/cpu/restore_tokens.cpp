@@ -1,16 +1,13 @@
 // restore_tokens on a CPU: one pass that copies whole rows, in parallel over the rows of all images.
-#include "../common.h"
+#include "../companions.h"
+#include "rows.h"
 
-#include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 namespace tokenops {
 namespace {
-
-constexpr int64_t GRAIN_BYTES = 1 << 15;  // less than this is not worth a second thread
 
 // (B, rows): the row of tokens that replaces a row of base, or -1. torch makes std::out_of_range Python's IndexError
 // (and, from 2.15 on, every other standard exception a RuntimeError).
@@ -23,13 +20,14 @@ std::vector<int64_t> owners(const Tensor& index, int64_t rows, int64_t prefix, i
     for (int64_t n = 0; n < carried; ++n) image[n] = n;
     for (int64_t j = 0; j < k; ++j) {
       const int64_t n = data[b * stride_b + j * stride_k];
+      if (n == -1) continue;
       const auto place = [&] {
         return "restore_tokens: index[" + std::to_string(b) + ", " + std::to_string(j) + "]=" + std::to_string(n);
       };
       if (n < 0 || n >= rows - prefix) {
         throw std::out_of_range(place() + ", but base has " + std::to_string(rows - prefix) +
                                 " tokens after a prefix of " + std::to_string(prefix) + ": 0 to " +
-                                std::to_string(rows - prefix - 1) + " is allowed");
+                                std::to_string(rows - prefix - 1) + " is allowed (and -1, which goes nowhere)");
       }
       int64_t& slot = image[prefix + n];
       if (slot >= 0) throw std::out_of_range(place() + " is there twice, but the indices of an image must be unique");
@@ -39,41 +37,28 @@ std::vector<int64_t> owners(const Tensor& index, int64_t rows, int64_t prefix, i
   return owner;
 }
 
-template <typename Unit>
-void copy_strided(char* out, const char* in, int64_t C, int64_t out_stride, int64_t in_stride) {
-  for (int64_t c = 0; c < C; ++c) std::memcpy(out + c * out_stride, in + c * in_stride, sizeof(Unit));
-}
-
-// What a row of C elements needs to be copied into a contiguous one.
-struct Row {
-  int64_t C, bytes;
-  void copy(char* out, const char* in, int64_t in_stride) const {
-    if (in_stride == bytes || C == 1) std::memcpy(out, in, C * bytes);
-    else if (bytes == 2) copy_strided<int16_t>(out, in, C, bytes, in_stride);
-    else if (bytes == 4) copy_strided<int32_t>(out, in, C, bytes, in_stride);
-    else copy_strided<int64_t>(out, in, C, bytes, in_stride);
-  }
-};
-
-template <typename F>
-void for_rows(int64_t B, int64_t rows, int64_t row_bytes, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, GRAIN_BYTES / std::max<int64_t>(1, row_bytes));
-  torch::stable::parallel_for(0, B * rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin, b = begin / rows, n = begin % rows; r < end; ++r) {
-      f(r, b, n);
-      if (++n == rows) n = 0, ++b;
-    }
-  });
-}
-
-Tensor restore_tokens_fwd(const Tensor& base, const Tensor& tokens, const Tensor& index, int64_t prefix) {
+std::tuple<Tensor, std::vector<Tensor>> restore_tokens_fwd(Tensor base, Tensor tokens, Tensor index, int64_t prefix,
+                                                           std::vector<Tensor> olds, std::vector<Tensor> news) {
   check_rows("tokens", tokens, base);
   check_index("index", index, base);
   const int64_t B = base.size(0), rows = base.size(1), C = base.size(2), carried = tokens.size(1) - index.size(1);
   check_carried(carried, prefix, rows);
+  const int64_t N = rows - prefix;
+  check_pairs(olds, news, base, N, index.size(1));
   const auto owner = owners(index, rows, prefix, carried);
   Tensor y = torch::stable::new_empty(base, {B, rows, C});
-  if (y.numel() == 0) return y;
+  std::vector<Tensor> made;
+  for (size_t c = 0; c < olds.size(); ++c) {
+    made.push_back(torch::stable::new_empty(olds[c], {B, N}));
+    const Matrix old(olds[c]), fresh(news[c]), out(made[c]);
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t n = 0; n < N; ++n) {
+        const int64_t j = owner[b * rows + prefix + n] - carried;
+        std::memcpy(out.at(b, n), j >= 0 ? fresh.at(b, j) : old.at(b, n), out.bytes);
+      }
+    }
+  }
+  if (y.numel() == 0) return {y, made};
 
   const Row row{C, static_cast<int64_t>(base.element_size())};
   const Strided from_base = strided(base), from_tokens = strided(tokens);
@@ -83,21 +68,46 @@ Tensor restore_tokens_fwd(const Tensor& base, const Tensor& tokens, const Tensor
     const int64_t source = owner[r] < 0 ? n : owner[r];
     row.copy(out + r * C * row.bytes, from.data + b * from.stride_b + source * from.stride_n, from.stride_c);
   });
-  return y;
+  return {y, made};
 }
 
-std::tuple<Tensor, Tensor> restore_tokens_bwd(const Tensor& dy, const Tensor& index, int64_t prefix, int64_t carried) {
+std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> restore_tokens_bwd(
+    Tensor dy, Tensor index, int64_t prefix, int64_t carried, std::vector<Tensor> dcompanions) {
   check_rows("dy", dy, dy);
   check_index("index", index, dy);
-  const int64_t B = dy.size(0), rows = dy.size(1), C = dy.size(2), given = carried + index.size(1);
+  const int64_t B = dy.size(0), rows = dy.size(1), C = dy.size(2), k = index.size(1), given = carried + k;
   check_carried(carried, prefix, rows);
+  const int64_t N = rows - prefix;
+  check_companions("dcompanions", dcompanions, dy, N);
   const auto owner = owners(index, rows, prefix, carried);
   Tensor dbase = torch::stable::new_empty(dy, {B, rows, C}), dtokens = torch::stable::new_empty(dy, {B, given, C});
-  if (dbase.numel() == 0) return {dbase, dtokens};  // then dtokens is empty too: every index has its row
+  std::vector<Tensor> dolds, dnews;
+  for (size_t c = 0; c < dcompanions.size(); ++c) {
+    dolds.push_back(torch::stable::new_empty(dcompanions[c], {B, N}));
+    dnews.push_back(torch::stable::new_empty(dcompanions[c], {B, k}));
+    const Matrix from(dcompanions[c]), old(dolds[c]), fresh(dnews[c]);
+    if (B * k) std::memset(fresh.at(0, 0), 0, B * k * fresh.bytes);
+    for (int64_t b = 0; b < B; ++b) {
+      for (int64_t n = 0; n < N; ++n) {
+        const int64_t j = owner[b * rows + prefix + n] - carried;
+        if (j >= 0) std::memset(old.at(b, n), 0, old.bytes);
+        std::memcpy(j >= 0 ? fresh.at(b, j) : old.at(b, n), from.at(b, n), from.bytes);
+      }
+    }
+  }
 
   const Row row{C, static_cast<int64_t>(dy.element_size())};
   const Strided from = strided(dy);
   char *to_base = static_cast<char*>(dbase.data_ptr()), *to_tokens = static_cast<char*>(dtokens.data_ptr());
+  // tokens that go nowhere
+  const int64_t* places = static_cast<const int64_t*>(index.data_ptr());
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t j = 0; j < k; ++j) {
+      if (places[b * index.stride(0) + j * index.stride(1)] != -1) continue;
+      std::memset(to_tokens + (b * given + carried + j) * C * row.bytes, 0, C * row.bytes);
+    }
+  }
+  if (dbase.numel() == 0) return {dbase, dtokens, dolds, dnews};
   for_rows(B, rows, C * row.bytes, [&](int64_t r, int64_t b, int64_t n) {
     char* target = to_base + r * C * row.bytes;
     if (owner[r] >= 0) {
@@ -106,7 +116,7 @@ std::tuple<Tensor, Tensor> restore_tokens_bwd(const Tensor& dy, const Tensor& in
     }
     row.copy(target, from.data + b * from.stride_b + n * from.stride_n, from.stride_c);
   });
-  return {dbase, dtokens};
+  return {dbase, dtokens, dolds, dnews};
 }
 
 }  // namespace

@@ -17,16 +17,23 @@ void launch(const RestoreTokens& p, const Plan& plan, bool backward, cudaStream_
   else restore_tokens_fwd_kernel<Unit><<<grid, block, 0, stream>>>(p);
 }
 
+using Tensors = std::vector<Tensor>;
+
 void run(const Tensor& base, const Tensor& tokens, const Tensor& y, const Tensor& index, int64_t prefix,
-         bool backward) {
+         const Tensors& olds, const Tensors& news, const Tensors& results, bool backward) {
   const int64_t B = base.size(0), rows = base.size(1), C = base.size(2), k = index.size(1);
   const int64_t element = static_cast<int64_t>(base.element_size());
   STD_TORCH_CHECK(tokens.size(1) <= INT_MAX / 2 && C * element <= INT_MAX / 2, "tokens or channels exceed 2^30");
-  if (base.numel() == 0 && tokens.numel() == 0) return;
+  if (B == 0 || (rows == 0 && tokens.size(1) == 0)) return;
   const OnDevice on(OP, base);
   RestoreTokens p{};
   p.base = strided(base), p.tokens = strided(tokens), p.y = strided(y);
   p.index = static_cast<const int64_t*>(index.data_ptr()), p.stride_ib = index.stride(0), p.stride_ik = index.stride(1);
+  p.companions_given = static_cast<int>(olds.size());
+  for (size_t c = 0; c < olds.size(); ++c) {
+    const int bytes = static_cast<int>(olds[c].element_size());
+    p.companions[c] = {companion(olds[c]), companion(news[c]), companion(results[c]), bytes};
+  }
   p.B = B, p.rows = rows, p.C = C, p.prefix = prefix;
   p.k = static_cast<int>(k), p.carried = static_cast<int>(tokens.size(1) - k);
   const Plan chosen = plan(p, element, on.multiprocessors);
@@ -36,23 +43,34 @@ void run(const Tensor& base, const Tensor& tokens, const Tensor& y, const Tensor
   check_cuda(OP, cudaGetLastError());
 }
 
-Tensor restore_tokens_fwd(const Tensor& base, const Tensor& tokens, const Tensor& index, int64_t prefix) {
+std::tuple<Tensor, Tensors> restore_tokens_fwd(Tensor base, Tensor tokens, Tensor index, int64_t prefix, Tensors olds,
+                                               Tensors news) {
   check_rows("tokens", tokens, base);
   check_index("index", index, base);
   check_carried(tokens.size(1) - index.size(1), prefix, base.size(1));
+  check_pairs(olds, news, base, base.size(1) - prefix, index.size(1));
   Tensor y = torch::stable::new_empty(base, {base.size(0), base.size(1), base.size(2)});
-  if (y.numel() != 0) run(base, tokens, y, index, prefix, false);
-  return y;
+  Tensors made;
+  for (const Tensor& old : olds) made.push_back(torch::stable::new_empty(old, {old.size(0), old.size(1)}));
+  run(base, tokens, y, index, prefix, olds, news, made, false);
+  return {y, made};
 }
 
-std::tuple<Tensor, Tensor> restore_tokens_bwd(const Tensor& dy, const Tensor& index, int64_t prefix, int64_t carried) {
+std::tuple<Tensor, Tensor, Tensors, Tensors> restore_tokens_bwd(Tensor dy, Tensor index, int64_t prefix,
+                                                                int64_t carried, Tensors dcompanions) {
   check_rows("dy", dy, dy);
   check_index("index", index, dy);
   check_carried(carried, prefix, dy.size(1));
+  check_companions("dcompanions", dcompanions, dy, dy.size(1) - prefix);
   Tensor dbase = torch::stable::new_empty(dy, {dy.size(0), dy.size(1), dy.size(2)});
   Tensor dtokens = torch::stable::new_empty(dy, {dy.size(0), carried + index.size(1), dy.size(2)});
-  run(dbase, dtokens, dy, index, prefix, true);
-  return {dbase, dtokens};
+  Tensors dolds, dnews;
+  for (const Tensor& d : dcompanions) {
+    dolds.push_back(torch::stable::new_empty(d, {d.size(0), d.size(1)}));
+    dnews.push_back(torch::stable::new_empty(d, {d.size(0), index.size(1)}));
+  }
+  run(dbase, dtokens, dy, index, prefix, dolds, dnews, dcompanions, true);
+  return {dbase, dtokens, dolds, dnews};
 }
 
 }  // namespace

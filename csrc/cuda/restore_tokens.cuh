@@ -4,17 +4,25 @@
 // last token wins; the others, and those whose index is out of range, replace nothing and get a gradient of zero.
 #pragma once
 
-#include "../cuda_common.cuh"
+#include "companions.cuh"
 #include "../strided.h"
 
 #include <algorithm>
 
 namespace tokenops {
 
+// What of a companion is kept, what replaces it, and the result; or their gradients.
+struct Replaced {
+  Companion old, fresh, y;
+  int bytes;
+};
+
 struct RestoreTokens {
   Strided base, tokens, y;  // or their gradients; stride_c is that of one unit, the bytes a thread moves at a time
   const int64_t* index;
   int64_t stride_ib, stride_ik;  // in elements
+  Replaced companions[MAX_COMPANIONS];
+  int companions_given;
   int64_t B, rows, C, prefix;
   int k, carried;
   int units, chunk, chunks;  // units in a row, rows in a chunk, chunks in an image
@@ -64,9 +72,25 @@ __device__ void find_owners(const RestoreTokens& p, const Chunk& chunk, int* own
     if (LOST && lost >= 0) {
 #pragma unroll 1
       for (int c = 0; c < p.units; ++c) *reinterpret_cast<Unit*>(at(p.tokens, chunk.b, lost, c)) = Unit{};
+      for (int c = 0; c < p.companions_given; ++c) {
+        const Replaced& r = p.companions[c];
+        move(r.bytes, r.fresh.at(chunk.b, lost - p.carried), nullptr);
+      }
     }
   }
   __syncthreads();
+}
+
+// f(companion, place of a token among the N, the one that replaces it or below 0) for the tokens of the chunk
+template <typename F>
+__device__ void for_companions(const RestoreTokens& p, const Chunk& chunk, const int* owner, const F& f) {
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  for (int c = 0; c < p.companions_given; ++c) {
+    for (int i = thread; i < chunk.count; i += threads) {
+      const int64_t n = chunk.first + i - p.prefix;
+      if (n >= 0) f(p.companions[c], n, owner[i] < 0 ? -1 : owner[i] - p.carried);
+    }
+  }
 }
 
 template <typename Unit>
@@ -74,6 +98,9 @@ __global__ void __launch_bounds__(MAX_THREADS) restore_tokens_fwd_kernel(const _
   SHARED(Owners, owner);
   const Chunk chunk(p);
   find_owners<Unit, false>(p, chunk, owner);
+  for_companions(p, chunk, owner, [&](const Replaced& r, int64_t n, int j) {
+    move(r.bytes, r.y.at(chunk.b, n), j >= 0 ? r.fresh.at(chunk.b, j) : r.old.at(chunk.b, n));
+  });
 
   for (int c = threadIdx.x; c < p.units; c += blockDim.x) {
     const char *base = at(p.base, chunk.b, chunk.first, c), *tokens = at(p.tokens, chunk.b, 0, c);
@@ -102,6 +129,10 @@ __global__ void __launch_bounds__(MAX_THREADS) restore_tokens_bwd_kernel(const _
   SHARED(Owners, owner);
   const Chunk chunk(p);
   find_owners<Unit, true>(p, chunk, owner);
+  for_companions(p, chunk, owner, [&](const Replaced& r, int64_t n, int j) {
+    move(r.bytes, r.old.at(chunk.b, n), j >= 0 ? nullptr : r.y.at(chunk.b, n));
+    if (j >= 0) move(r.bytes, r.fresh.at(chunk.b, j), r.y.at(chunk.b, n));
+  });
 
   for (int c = threadIdx.x; c < p.units; c += blockDim.x) {
     const char* dy = at(p.y, chunk.b, chunk.first, c);

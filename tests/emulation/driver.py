@@ -1,6 +1,6 @@
 """Runs the emulated kernels in a process of its own, which has the sanitizers preloaded; see test_emulation.py.
 
-python driver.py FOLDER_OF_THE_MODULE restore_tokens IN.npz OUT.npz | planted BUG
+python driver.py FOLDER_OF_THE_MODULE restore_tokens|select_tokens IN.npz OUT.npz | planted BUG
 """
 
 import json
@@ -25,7 +25,8 @@ def lay(array, layout):
 
 
 def poison(shape, dtype):
-    return np.full(shape, np.nan, dtype)
+    """NaN, or where these are the bits of bfloat16, its NaN."""
+    return np.full(shape, np.nan if np.dtype(dtype).kind == "f" else 0x7FC0, dtype)
 
 
 def restore_tokens(source, target):
@@ -33,12 +34,60 @@ def restore_tokens(source, target):
     for number, (carried, prefix, layout, multiprocessors, seed) in enumerate(json.loads(str(data["runs"]))):
         base, tokens, dy, index = (data[f"{name}{number}"] for name in ("base", "tokens", "dy", "index"))
         y = lay(poison(base.shape, base.dtype), layout if layout.isdigit() else "0")
-        arguments = prefix, False, multiprocessors, seed
+        old, new = data[f"old{number}"], data[f"new{number}"]
+        made = poison(old.shape, old.dtype)
+        arguments = [(old, new, made)], prefix, False, multiprocessors, seed
         width, *_ = emulated.restore_tokens(lay(base, layout), lay(tokens, layout), y, index, *arguments)
         given = (base.shape[0], carried + index.shape[1], base.shape[2])
         dbase, dtokens = poison(base.shape, base.dtype), poison(given, base.dtype)
-        emulated.restore_tokens(dbase, dtokens, lay(dy, layout), index, prefix, True, multiprocessors, seed)
-        made = {"y": y, "dbase": dbase, "dtokens": dtokens, "width": width}
+        dold, dnew = poison(old.shape, old.dtype), poison(new.shape, new.dtype)
+        arguments = [(dold, dnew, old)], prefix, True, multiprocessors, seed
+        emulated.restore_tokens(dbase, dtokens, lay(dy, layout), index, *arguments)
+        made = {"y": y, "dbase": dbase, "dtokens": dtokens, "width": width, "companion": made}
+        made |= {"dold": dold, "dnew": dnew}
+        results |= {f"{name}{number}": value for name, value in made.items()}
+    np.savez(target, **results)
+
+
+def select_tokens(source, target):
+    """Forward and backward of every run; `companion` stands for its own gradient."""
+    data, results = np.load(source), {}
+    for number, run in enumerate(json.loads(str(data["runs"]))):
+        prefix, k, rest, best_first, norm, dtype, score_dtype, layout, multiprocessors, seed, eps = run
+        x, scores, dtokens = (data[f"{name}{number}"] for name in ("x", "scores", "dtokens"))
+        B, _, C = x.shape
+        wide = np.float64 if dtype == "float64" else np.float32
+        rows = prefix + k + (rest != 0)
+        made = {
+            "tokens": lay(poison((B, rows, C), x.dtype), layout if layout.isdigit() else "0"),
+            "index": np.full((B, k), 2**40),
+        }
+        if norm:
+            made |= {
+                "normed": poison((B, rows, C), x.dtype),
+                "mean": poison((B, rows), wide),
+                "deviation": poison((B, rows), wide),
+            }
+        if rest == 2:
+            made["fused"] = poison((B, 1 + C), wide)
+        given = {name: data[f"{name}{number}"] for name in ("weight", "bias", "counts") if f"{name}{number}" in data}
+        companion = data[f"companion{number}"]
+        followed = np.full((B, k), 77, companion.dtype)
+        arguments = dtype, score_dtype, rest, best_first, prefix, eps
+        forward = {"x": lay(x, layout), "scores": scores, **made, **given, "from": [companion], "to": [followed]}
+        width, slices = emulated.select_tokens(forward, *arguments, False, multiprocessors, seed)
+        gradients = {"dx": poison(x.shape, x.dtype), "dscores": poison(scores.shape, scores.dtype)}
+        returned = np.full(companion.shape, 77, companion.dtype)
+        backward = {"tokens": lay(dtokens, layout), "scores": scores, "index": made["index"], "dx": gradients["dx"]}
+        if rest in (1, 2):
+            backward |= {"x": lay(x, layout), "dscores": gradients["dscores"]}
+        if rest == 2:
+            backward["fused"] = made["fused"]
+        if "counts" in given:
+            backward["counts"] = given["counts"]
+        backward |= {"from": [followed], "to": [returned]}
+        emulated.select_tokens(backward, *arguments, True, multiprocessors, seed)
+        made |= {**gradients, "companion": followed, "dcompanion": returned, "width": width, "slices": slices}
         results |= {f"{name}{number}": value for name, value in made.items()}
     np.savez(target, **results)
 
@@ -54,4 +103,4 @@ if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
     import emulated
 
-    {"restore_tokens": restore_tokens, "planted": planted}[sys.argv[2]](*sys.argv[3:])
+    {"restore_tokens": restore_tokens, "select_tokens": select_tokens, "planted": planted}[sys.argv[2]](*sys.argv[3:])

@@ -27,6 +27,8 @@
 #define __launch_bounds__(...)
 #define SHARED(type, name) \
   type& name = *static_cast<type*>(emulation::shared([] { static char key; return &key; }(), sizeof(type)))
+#define DYNAMIC_SHARED(type, name, count) \
+  type* const name = static_cast<type*>(emulation::shared([] { static char key; return &key; }(), sizeof(type) * (count)))
 
 struct alignas(8) uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };

@@ -2,11 +2,16 @@
 #include "emulation.h"
 
 #include "../../csrc/cuda/restore_tokens.cuh"
+#include "../../csrc/cuda/select_tokens.cuh"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <map>
 #include <string>
+#include <utility>
 
 namespace py = pybind11;
 using namespace tokenops;
@@ -17,6 +22,10 @@ Strided strided(const py::array& x) {
   return {static_cast<char*>(const_cast<void*>(x.data())), x.strides(0), x.strides(1), x.strides(2)};
 }
 
+Companion companion(const py::array& x) {
+  return {static_cast<char*>(const_cast<void*>(x.data())), x.strides(0), x.strides(1)};
+}
+
 template <typename Unit>
 void launch_restore_tokens(const RestoreTokens& p, const Plan& plan, bool backward, unsigned seed) {
   const dim3 grid{static_cast<unsigned>(plan.blocks)}, threads{plan.x, plan.y};
@@ -25,18 +34,78 @@ void launch_restore_tokens(const RestoreTokens& p, const Plan& plan, bool backwa
 }
 
 // y, or dbase and dtokens where backward, are written in place. Returns (unit's bytes, blocks, threads x, threads y).
-auto restore_tokens(py::array base, py::array tokens, py::array y, py::array index, int64_t prefix, bool backward,
-                    int multiprocessors, unsigned seed) {
+auto restore_tokens(py::array base, py::array tokens, py::array y, py::array index, py::list companions,
+                    int64_t prefix, bool backward, int multiprocessors, unsigned seed) {
   RestoreTokens p{};
   p.base = strided(base), p.tokens = strided(tokens), p.y = strided(y);
   p.index = static_cast<const int64_t*>(index.data());
   p.stride_ib = index.strides(0) / 8, p.stride_ik = index.strides(1) / 8;
+  for (const auto& item : companions) {  // (old, new, result)
+    const auto arrays = py::cast<std::array<py::array, 3>>(item);
+    p.companions[p.companions_given++] = {companion(arrays[0]), companion(arrays[1]), companion(arrays[2]),
+                                          static_cast<int>(arrays[0].itemsize())};
+  }
   p.B = base.shape(0), p.rows = base.shape(1), p.C = base.shape(2), p.prefix = prefix;
   p.k = static_cast<int>(index.shape(1)), p.carried = static_cast<int>(tokens.shape(1) - index.shape(1));
   const Plan chosen = plan(p, base.itemsize(), multiprocessors);
   if (!chosen.width) throw std::invalid_argument("not aligned to its elements");
   with_unit(chosen.width, [&](auto unit) { launch_restore_tokens<decltype(unit)>(p, chosen, backward, seed); });
   return py::make_tuple(chosen.width, chosen.blocks, chosen.x, chosen.y);
+}
+
+// (B, N) to (B, k) or, of the gradients, back
+void set_companions(SelectTokens& p, const py::list& from, const py::list& to) {
+  for (const auto& item : from) {
+    const auto in = py::cast<py::array>(item), out = py::cast<py::array>(to[p.companions_given]);
+    p.companions[p.companions_given++] = {companion(in), companion(out), static_cast<int>(in.itemsize())};
+  }
+}
+
+template <typename T, int V>
+void launch_select_tokens(const SelectTokens& p, const SelectPlan& plan, bool backward, unsigned seed) {
+  const dim3 grid{static_cast<unsigned>(plan.blocks)}, threads{THREADS};
+  const auto forward = p.normed ? select_tokens_fwd_kernel<T, V, true> : select_tokens_fwd_kernel<T, V, false>;
+  emulation::launch(grid, threads, seed, backward ? select_tokens_bwd_kernel<T, V> : forward, p);
+}
+
+template <typename T>
+void launch_select_tokens(SelectTokens& p, bool backward, int multiprocessors, unsigned seed) {
+  const SelectPlan chosen = plan(p, sizeof(T), multiprocessors, backward);
+  if (!chosen.width) throw std::invalid_argument("not aligned to its elements");
+  if (chosen.width == 16) launch_select_tokens<T, MOST_IN_PACK<T>>(p, chosen, backward, seed);
+  else launch_select_tokens<T, 1>(p, chosen, backward, seed);
+}
+
+// Arrays by name, written in place; `type` is the tokens' (numpy has no bfloat16). Returns the bytes of an access, and
+// how many blocks an image has.
+auto select_tokens(py::dict a, std::string type, std::string score_type, int rest, bool best_first, int64_t prefix,
+                   double eps, bool backward, int multiprocessors, unsigned seed) {
+  const auto array = [&](const char* name) { return py::cast<py::array>(a[name]); };
+  const auto data = [&](const char* name) {
+    return a.contains(name) ? static_cast<char*>(const_cast<void*>(array(name).data())) : nullptr;
+  };
+  SelectTokens p{};
+  for (auto [name, target] : {std::pair("x", &p.x), {"tokens", &p.tokens}, {"dx", &p.dx}}) {
+    if (a.contains(name)) *target = strided(array(name));
+  }
+  const py::array scores = array("scores"), index = array("index"), tokens = array("tokens");
+  const std::map<std::string, Float> types{
+      {"float32", Float::F32}, {"bfloat16", Float::BF16}, {"float16", Float::F16}, {"float64", Float::F64}};
+  p.scores = static_cast<const char*>(scores.data()), p.score_type = types.at(score_type);
+  p.stride_sb = scores.strides(0) / scores.itemsize(), p.stride_sn = scores.strides(1) / scores.itemsize();
+  p.normed = data("normed"), p.fused = data("fused"), p.dscores = data("dscores");
+  p.mean = data("mean"), p.deviation = data("deviation"), p.weight = data("weight"), p.bias = data("bias"), p.eps = eps;
+  p.index = static_cast<int64_t*>(const_cast<void*>(index.data()));
+  p.stride_ib = index.strides(0) / 8, p.stride_ik = index.strides(1) / 8;
+  p.counts = reinterpret_cast<const int64_t*>(data("counts"));
+  set_companions(p, a["from"], a["to"]);
+  p.B = scores.shape(0), p.N = static_cast<int>(scores.shape(1)), p.C = tokens.shape(2), p.prefix = prefix;
+  p.k = static_cast<int>(index.shape(1)), p.rest = static_cast<Rest>(rest), p.best_first = best_first;
+  if (type == "float32") launch_select_tokens<float>(p, backward, multiprocessors, seed);
+  else if (type == "bfloat16") launch_select_tokens<BFloat16>(p, backward, multiprocessors, seed);
+  else if (type == "float16") launch_select_tokens<Half>(p, backward, multiprocessors, seed);
+  else launch_select_tokens<double>(p, backward, multiprocessors, seed);
+  return py::make_tuple(p.C ? p.C * tokens.itemsize() / std::max(p.units, 1) : 0, p.slices);
 }
 
 // What the sanitizers and the scheduler must catch, each in the last thread of a block.
@@ -63,6 +132,7 @@ void planted_kernel(int* out, int n, int bug) {
 
 PYBIND11_MODULE(emulated, m) {
   m.def("restore_tokens", &restore_tokens);
+  m.def("select_tokens", &select_tokens);
   m.def("planted", [](py::array_t<int> out, int bug, unsigned seed) {
     const int n = static_cast<int>(out.size());
     emulation::launch({1}, {static_cast<unsigned>(n)}, seed, planted_kernel, out.mutable_data(), n, bug);

@@ -20,6 +20,28 @@ _TYPES = {
 }
 
 
+#: how many companions the kernels have arguments for
+MOST_COMPANIONS = 4
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def integers(x: torch.Tensor) -> torch.Tensor:
+    """The same bits as integers: what only moves needs to know no dtypes."""
+    return x.view(_INTEGERS[x.element_size()])
+
+
+def companions(spare: torch.Tensor, *groups: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[list[int]]]:
+    """Pointers and, a group, strides of companions as the kernels take them: always four, `spare` where none is."""
+    pointers: list[torch.Tensor] = []
+    strides = []
+    for group in groups:
+        missing = MOST_COMPANIONS - len(group)
+        pointers += [*map(integers, group), *[spare] * missing]
+        strides.append([stride for t in group for stride in t.stride()] + [0, 0] * missing)
+    return pointers, strides
+
+
 def dot_options(*dtypes: torch.dtype) -> dict:
     """ACC, DOT and PRECISION for tensors of these dtypes (the first is the tokens').
 

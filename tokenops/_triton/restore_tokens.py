@@ -4,13 +4,10 @@ Copies move integers of the dtype's size, so the kernels know no dtypes. Where i
 others, and those whose index is out of range, replace nothing and get a gradient of zero.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from .common import FUSION, tile
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+from .common import FUSION, companions, integers, tile
 
 
 @triton.jit
@@ -33,17 +30,52 @@ def _owner(index_ptr, n, k, N, P, carried, stride_ik, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def _replace(old_ptr, new_ptr, y_ptr, b, n, j, N, stride_ob, stride_on, stride_nb, stride_nn):
+    """Of a companion what is at places n: the old value, or that of token j where it is not below 0."""
+    there, new = (n >= 0) & (n < N), j >= 0
+    at = tl.where(there, n, 0).to(tl.int64)
+    old = tl.load(old_ptr + b * stride_ob + at * stride_on, mask=there & (new == 0), other=0)
+    fresh = tl.load(new_ptr + b * stride_nb + tl.where(new, j, 0).to(tl.int64) * stride_nn, mask=there & new, other=0)
+    tl.store(y_ptr + b * N + n, tl.where(new, fresh, old), mask=there)
+
+
+@triton.jit
+def _return(dy_ptr, old_ptr, new_ptr, b, n, replaced, j, place, wins, N, k, stride_b, stride_n):
+    """The gradient of a companion, for places n, and for tokens j whose places are given."""
+    there = (n >= 0) & (n < N)
+    at = tl.where(there, n, 0).to(tl.int64)
+    kept = tl.load(dy_ptr + b * stride_b + at * stride_n, mask=there & (replaced == 0), other=0)
+    tl.store(old_ptr + b * N + n, kept, mask=there)
+    mine = (j >= 0) & (j < k)
+    new = tl.load(dy_ptr + b * stride_b + place.to(tl.int64) * stride_n, mask=mine & wins, other=0)
+    tl.store(new_ptr + b * k + j, new, mask=mine)
+
+
+@triton.jit
 def restore_tokens_fwd_kernel(
     base_ptr, tokens_ptr, index_ptr, y_ptr,
+    old0_ptr, old1_ptr, old2_ptr, old3_ptr, new0_ptr, new1_ptr, new2_ptr, new3_ptr, y0_ptr, y1_ptr, y2_ptr, y3_ptr,
     N, k, C, P, carried,
     stride_bb, stride_bn, stride_bc, stride_tb, stride_tn, stride_tc, stride_ib, stride_ik,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    stride_ob0, stride_on0, stride_ob1, stride_on1, stride_ob2, stride_on2, stride_ob3, stride_on3,
+    stride_nb0, stride_nn0, stride_nb1, stride_nn1, stride_nb2, stride_nn2, stride_nb3, stride_nn3,
+    COMPANIONS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     rows = P + N
     blocks = tl.cdiv(rows, BLOCK_N)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     owner = _owner(index_ptr + b * stride_ib, n, k, N, P, carried, stride_ik, BLOCK_K)
+
+    j = owner - carried
+    if COMPANIONS > 0:
+        _replace(old0_ptr, new0_ptr, y0_ptr, b, n - P, j, N, stride_ob0, stride_on0, stride_nb0, stride_nn0)
+    if COMPANIONS > 1:
+        _replace(old1_ptr, new1_ptr, y1_ptr, b, n - P, j, N, stride_ob1, stride_on1, stride_nb1, stride_nn1)
+    if COMPANIONS > 2:
+        _replace(old2_ptr, new2_ptr, y2_ptr, b, n - P, j, N, stride_ob2, stride_on2, stride_nb2, stride_nn2)
+    if COMPANIONS > 3:
+        _replace(old3_ptr, new3_ptr, y3_ptr, b, n - P, j, N, stride_ob3, stride_on3, stride_nb3, stride_nn3)
 
     inside, replaced = n < rows, owner >= 0
     base_ptr += b * stride_bb + n.to(tl.int64)[:, None] * stride_bn
@@ -59,9 +91,11 @@ def restore_tokens_fwd_kernel(
 @triton.jit
 def restore_tokens_bwd_kernel(
     dy_ptr, index_ptr, dbase_ptr, dtokens_ptr,
+    y0_ptr, y1_ptr, y2_ptr, y3_ptr, old0_ptr, old1_ptr, old2_ptr, old3_ptr, new0_ptr, new1_ptr, new2_ptr, new3_ptr,
     N, k, C, P, carried, blocks,
     stride_yb, stride_yn, stride_yc, stride_ib, stride_ik,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    stride_b0, stride_n0, stride_b1, stride_n1, stride_b2, stride_n2, stride_b3, stride_n3,
+    COMPANIONS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_N rows of dbase and BLOCK_N rows of dtokens."""
     rows, given = P + N, carried + k
@@ -80,6 +114,16 @@ def restore_tokens_bwd_kernel(
         later = (j[None, :] > (n - carried)[:, None]) & (j < k)[None, :]
         same = later & (_place(index_ptr, j, k, N, stride_ik)[None, :] == place[:, None]) & (n >= carried)[:, None]
         wins = wins & (tl.max(same.to(tl.int32), axis=1) == 0)
+
+    j = n - carried
+    if COMPANIONS > 0:
+        _return(y0_ptr, old0_ptr, new0_ptr, b, n - P, replaced, j, place, wins, N, k, stride_b0, stride_n0)
+    if COMPANIONS > 1:
+        _return(y1_ptr, old1_ptr, new1_ptr, b, n - P, replaced, j, place, wins, N, k, stride_b1, stride_n1)
+    if COMPANIONS > 2:
+        _return(y2_ptr, old2_ptr, new2_ptr, b, n - P, replaced, j, place, wins, N, k, stride_b2, stride_n2)
+    if COMPANIONS > 3:
+        _return(y3_ptr, old3_ptr, new3_ptr, b, n - P, replaced, j, place, wins, N, k, stride_b3, stride_n3)
 
     dbase_ptr += (b * rows + n)[:, None] * C
     dtokens_ptr += (b * given + n)[:, None] * C
@@ -101,34 +145,33 @@ def _blocks(C: int, k: int) -> dict:
     return {**blocks, "num_warps": 4, **FUSION}
 
 
-def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.view(_INTEGERS[x.element_size()])
-
-
-def restore_tokens_fwd(base, tokens, index, prefix):
+def restore_tokens_fwd(base, tokens, index, prefix, olds, news):
     B, rows, C = base.shape
-    y = base.new_empty((B, rows, C))
-    if y.numel() == 0:
-        return y
+    y, made = base.new_empty((B, rows, C)), [old.new_empty(old.shape) for old in olds]
+    if B * rows == 0:
+        return y, made
     k, blocks = index.shape[1], _blocks(C, index.shape[1])
+    pointers, (of_olds, of_news, _) = companions(index, olds, news, made)
     restore_tokens_fwd_kernel[B * triton.cdiv(rows, blocks["BLOCK_N"]),](
-        _bits(base), _bits(tokens), index, _bits(y),
+        integers(base), integers(tokens), index, integers(y), *pointers,
         rows - prefix, k, C, prefix, tokens.shape[1] - k,
-        *base.stride(), *tokens.stride(), *index.stride(), **blocks,
+        *base.stride(), *tokens.stride(), *index.stride(), *of_olds, *of_news, COMPANIONS=len(olds), **blocks,
     )  # fmt: skip
-    return y
+    return y, made
 
 
-def restore_tokens_bwd(dy, index, prefix, carried):
+def restore_tokens_bwd(dy, index, prefix, carried, dcompanions):
     B, rows, C = dy.shape
     k, blocks = index.shape[1], _blocks(C, index.shape[1])
     dbase, dtokens = dy.new_empty((B, rows, C)), dy.new_empty((B, carried + k, C))
-    if dbase.numel() == 0 and dtokens.numel() == 0:
-        return dbase, dtokens
+    dolds, dnews = [d.new_empty(d.shape) for d in dcompanions], [d.new_empty((B, k)) for d in dcompanions]
+    if B * max(rows, carried + k) == 0:
+        return dbase, dtokens, dolds, dnews
     programs = triton.cdiv(max(rows, carried + k), blocks["BLOCK_N"])
+    pointers, (strides, *_) = companions(index, dcompanions, dolds, dnews)
     restore_tokens_bwd_kernel[B * programs,](
-        _bits(dy), index, _bits(dbase), _bits(dtokens),
+        integers(dy), index, integers(dbase), integers(dtokens), *pointers,
         rows - prefix, k, C, prefix, carried, programs,
-        *dy.stride(), *index.stride(), **blocks,
+        *dy.stride(), *index.stride(), *strides, COMPANIONS=len(dcompanions), **blocks,
     )  # fmt: skip
-    return dbase, dtokens
+    return dbase, dtokens, dolds, dnews

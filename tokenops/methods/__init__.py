@@ -12,8 +12,23 @@ except ImportError as error:
     raise ImportError("tokenops.methods needs timm: pip install 'tokenops[models]'") from error
 
 from .. import _flops  # noqa: F401
+from . import patch_slimming
 from .checkpoint import init_from_teacher, load_checkpoint
+from .evit import EViT
+from .evo_levit import EvoLeViT, evo_levit_loss
+from .evo_vit import EvoViT, evo_vit_loss
 from .lvvit import LVViT
 from .sit import SiT
 
-__all__ = ["LVViT", "SiT", "init_from_teacher", "load_checkpoint"]
+__all__ = [
+    "EViT",
+    "EvoLeViT",
+    "EvoViT",
+    "LVViT",
+    "SiT",
+    "evo_levit_loss",
+    "evo_vit_loss",
+    "init_from_teacher",
+    "load_checkpoint",
+    "patch_slimming",
+]

@@ -1,0 +1,89 @@
+// Rows of channels on a CPU: copied as they are, or converted to floats and back; and loops over them in parallel.
+#pragma once
+
+#include "../strided.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstring>
+
+// The compiler vectorises each function for these machines; the loader takes the best one.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+namespace tokenops {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+constexpr int64_t GRAIN_BYTES = 1 << 15;  // less than this is not worth a second thread
+
+template <typename Unit>
+void copy_strided(char* out, const char* in, int64_t C, int64_t out_stride, int64_t in_stride) {
+  for (int64_t c = 0; c < C; ++c) std::memcpy(out + c * out_stride, in + c * in_stride, sizeof(Unit));
+}
+
+// What a row of C elements needs to be copied into a contiguous one.
+struct Row {
+  int64_t C, bytes;
+  void copy(char* out, const char* in, int64_t in_stride) const {
+    if (in_stride == bytes || C == 1) std::memcpy(out, in, C * bytes);
+    else if (bytes == 2) copy_strided<int16_t>(out, in, C, bytes, in_stride);
+    else if (bytes == 4) copy_strided<int32_t>(out, in, C, bytes, in_stride);
+    else copy_strided<int64_t>(out, in, C, bytes, in_stride);
+  }
+};
+
+template <typename F>
+void for_rows(int64_t B, int64_t rows, int64_t row_bytes, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, GRAIN_BYTES / std::max<int64_t>(1, row_bytes));
+  torch::stable::parallel_for(0, B * rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin, b = begin / rows, n = begin % rows; r < end; ++r) {
+      f(r, b, n);
+      if (++n == rows) n = 0, ++b;
+    }
+  });
+}
+
+[[maybe_unused]] CLONES void load(const float* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+}
+[[maybe_unused]] CLONES void load(const BFloat16* in, float* out, int64_t n) {
+  const uint16_t* raw = reinterpret_cast<const uint16_t*>(in);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(raw[i]) << 16;
+    std::memcpy(out + i, &bits, 4);
+  }
+}
+[[maybe_unused]] void load(const Half* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+}
+
+[[maybe_unused]] CLONES void store(const float* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+}
+[[maybe_unused]] CLONES void store(const float* in, BFloat16* out, int64_t n) {
+  uint16_t* raw = reinterpret_cast<uint16_t*>(out);
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, in + i, 4);
+    const uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    raw[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : even);
+  }
+}
+[[maybe_unused]] void store(const float* in, Half* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+}
+[[maybe_unused]] void load(const double* in, double* out, int64_t n) { std::copy_n(in, n, out); }
+[[maybe_unused]] void store(const double* in, double* out, int64_t n) { std::copy_n(in, n, out); }
+
+}  // namespace
+}  // namespace tokenops

@@ -1,0 +1,358 @@
+// select_tokens on a CPU: the choice image by image, then one pass over the rows of the result, each of which is copied,
+// or summed from the tokens that were left out, and normalised while it is at hand.
+#include "../select_tokens.h"
+#include "rows.h"
+
+#include <cmath>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+
+namespace tokenops {
+namespace {
+
+constexpr int64_t LANES = 16;            // partial sums of a row
+constexpr int64_t CHOOSING_NS = 10;      // a token's part in a choice, about
+constexpr int64_t GRAIN_NS = 10'000;     // less than this is not worth a second thread
+constexpr int32_t ZEROS = -1, REST = -2;  // rows of the result that are no row of x
+
+// Calls f with a null pointer to the type of a float dtype.
+template <typename F>
+void with_float(ScalarType type, const F& f) {
+  if (type == ScalarType::Float) f(static_cast<float*>(nullptr));
+  else if (type == ScalarType::BFloat16) f(static_cast<BFloat16*>(nullptr));
+  else if (type == ScalarType::Half) f(static_cast<Half*>(nullptr));
+  else if (type == ScalarType::Double) f(static_cast<double*>(nullptr));
+  else STD_TORCH_CHECK(false, "select_tokens takes float16, bfloat16, float32 and float64");
+}
+
+// Integers in the order of the scores: NaN the least of all, -0 and 0 alike.
+template <typename Bits, typename Score>
+Bits ordered(Score score) {
+  constexpr Bits sign = Bits{1} << (8 * sizeof(Bits) - 1);
+  if (std::isnan(score)) return 0;
+  score += Score{0};
+  Bits bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  return bits & sign ? ~bits : bits | sign;
+}
+
+// A token's rank among the others: its score, then its place. Greater is better, no two are equal.
+uint64_t key(float score, int64_t n) { return static_cast<uint64_t>(ordered<uint32_t>(score)) << 32 | (UINT32_MAX - n); }
+std::pair<uint64_t, int64_t> key(double score, int64_t n) { return {ordered<uint64_t>(score), -n}; }
+int64_t place(uint64_t key) { return UINT32_MAX - static_cast<uint32_t>(key); }
+int64_t place(const std::pair<uint64_t, int64_t>& key) { return -key.second; }
+
+// The places of the best `count` of N scores.
+template <typename T, typename Wide>
+void choose(const T* scores, int64_t stride, int64_t N, int64_t count, bool best_first, int64_t* places) {
+  using Key = decltype(key(Wide{}, 0));
+  std::vector<Key> keys(N), ranked;
+  for (int64_t n = 0; n < N; ++n) keys[n] = key(static_cast<Wide>(scores[n * stride]), n);
+  if (count == 0) return;
+  ranked = keys;
+  std::nth_element(ranked.begin(), ranked.begin() + (count - 1), ranked.end(), std::greater<Key>());
+  if (best_first) {
+    std::sort(ranked.begin(), ranked.begin() + count, std::greater<Key>());
+    for (int64_t j = 0; j < count; ++j) places[j] = place(ranked[j]);
+    return;
+  }
+  const Key last = ranked[count - 1];
+  for (int64_t n = 0, j = 0; n < N; ++n) {  // count of them pass; the store behind the last is not made
+    if (keys[n] >= last) places[j++] = n;
+  }
+}
+
+CLONES void add_scaled(float* sum, const float* row, float weight, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += weight * row[i];
+}
+void add_scaled(double* sum, const double* row, double weight, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += weight * row[i];
+}
+CLONES void scale(float* out, const float* row, float weight, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = weight * row[i];
+}
+void scale(double* out, const double* row, double weight, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = weight * row[i];
+}
+
+// Sum over i of f(i), in LANES parts that the compiler works on at once.
+template <typename Wide, typename F>
+INLINE Wide sum_of(int64_t n, const F& f) {
+  Wide part[LANES] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    for (int64_t l = 0; l < LANES; ++l) part[l] += f(i + l);
+  }
+  for (; i < n; ++i) part[i % LANES] += f(i);
+  for (int64_t half = LANES / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) part[l] += part[l + half];
+  }
+  total = part[0];
+  return total;
+}
+CLONES float dot(const float* a, const float* b, int64_t n) {
+  return sum_of<float>(n, [=](int64_t i) { return a[i] * b[i]; });
+}
+double dot(const double* a, const double* b, int64_t n) {
+  return sum_of<double>(n, [=](int64_t i) { return a[i] * b[i]; });
+}
+
+template <typename Wide>
+struct Norm {
+  const Wide *weight, *bias;  // (C,), or null
+  double eps;
+};
+
+template <typename Wide>
+INLINE void normalize_row(const Wide* in, Wide* out, int64_t n, const Norm<Wide>& norm, Wide* mean, Wide* deviation) {
+  const Wide m = sum_of<Wide>(n, [=](int64_t i) { return in[i]; }) / n;
+  const Wide variance = sum_of<Wide>(n, [=](int64_t i) { return (in[i] - m) * (in[i] - m); }) / n;
+  const Wide d = 1 / std::sqrt(variance + static_cast<Wide>(norm.eps));
+  *mean = m, *deviation = d;
+  for (int64_t i = 0; i < n; ++i) out[i] = (in[i] - m) * d;
+  if (norm.weight) {
+    for (int64_t i = 0; i < n; ++i) out[i] *= norm.weight[i];
+  }
+  if (norm.bias) {
+    for (int64_t i = 0; i < n; ++i) out[i] += norm.bias[i];
+  }
+}
+CLONES void normalize(const float* in, float* out, int64_t n, const Norm<float>& norm, float* mean, float* deviation) {
+  normalize_row(in, out, n, norm, mean, deviation);
+}
+void normalize(const double* in, double* out, int64_t n, const Norm<double>& norm, double* mean, double* deviation) {
+  normalize_row(in, out, n, norm, mean, deviation);
+}
+
+// A row of x as Wide: where it lies if it can be used as it is, else in `room`.
+template <typename T, typename Wide>
+const Wide* widened(const char* row, int64_t stride, int64_t C, Wide* room) {
+  const T* values = reinterpret_cast<const T*>(row);
+  if (stride == static_cast<int64_t>(sizeof(T))) {
+    if constexpr (std::is_same_v<T, Wide>) return values;
+    else load(values, room, C);
+  } else {
+    for (int64_t c = 0; c < C; ++c) room[c] = static_cast<Wide>(*reinterpret_cast<const T*>(row + c * stride));
+  }
+  return room;
+}
+
+int64_t count_of(const int64_t* counts, int64_t b, int64_t k) {
+  if (!counts) return k;
+  if (counts[b] < 0 || counts[b] > k) {  // Python's IndexError
+    throw std::out_of_range("select_tokens: counts[" + std::to_string(b) + "]=" + std::to_string(counts[b]) +
+                            ", but it must be between 0 and k=" + std::to_string(k));
+  }
+  return counts[b];
+}
+
+// A companion's values at the places of an image, or (`back`) the gradients of these values among zeros.
+void follow(const Matrix& from, const Tensor& made, int64_t b, const int64_t* places, int64_t k, bool back) {
+  const Matrix to(made);
+  if (made.size(1)) std::memset(to.at(b, 0), 0, made.size(1) * to.bytes);
+  for (int64_t j = 0; j < k; ++j) {
+    if (places[j] >= 0) std::memcpy(to.at(b, back ? places[j] : j), from.at(b, back ? j : places[j]), to.bytes);
+  }
+}
+
+// The weights of an image's tokens in its rest token, in double: 0 for those that are kept. Returns their sum.
+double weigh(const Tensor& scores, int64_t b, Rest rest, const int64_t* places, int64_t count, double* weights) {
+  const int64_t N = scores.size(1);
+  std::fill_n(weights, N, 1.0 / std::max<int64_t>(1, N - count));
+  if (rest != Rest::Mean) {
+    with_float(scores.scalar_type(), [&](auto* type) {
+      using S = std::remove_pointer_t<decltype(type)>;
+      const S* from = static_cast<const S*>(scores.data_ptr()) + b * scores.stride(0);
+      for (int64_t n = 0; n < N; ++n) weights[n] = static_cast<double>(from[n * scores.stride(1)]);
+    });
+  }
+  for (int64_t j = 0; j < count; ++j) weights[places[j]] = 0;
+  double total = 0;
+  for (int64_t n = 0; n < N; ++n) total += weights[n];
+  return total;
+}
+
+// Which tokens are kept, (N,)
+std::vector<char> kept_flags(const int64_t* places, int64_t k, int64_t N) {
+  std::vector<char> kept(N, 0);
+  for (int64_t j = 0; j < k; ++j) {
+    if (places[j] >= 0) kept[places[j]] = 1;
+  }
+  return kept;
+}
+
+template <typename F>
+void for_images(int64_t B, int64_t N, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, GRAIN_NS / (CHOOSING_NS * std::max<int64_t>(1, N)));
+  torch::stable::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) f(b);
+  });
+}
+
+template <typename T, typename Wide>
+void fill(const Tensor& x, const Tensor& scores, int64_t k, const int64_t* counts, int64_t prefix, Rest rest, bool norm,
+          const Norm<Wide>& affine, Selected& out) {
+  const int64_t B = x.size(0), N = scores.size(1), C = x.size(2), rows = out.tokens.size(1);
+  const int64_t* index = static_cast<const int64_t*>(out.index.data_ptr());
+  const Strided from = strided(x);
+  const Row row{C, sizeof(T)};
+  T *tokens = static_cast<T*>(out.tokens.data_ptr()), *normed = static_cast<T*>(out.normed.data_ptr());
+  Wide *mean = static_cast<Wide*>(out.statistics.data_ptr()), *deviation = mean + B * rows;
+  Wide* fused = static_cast<Wide*>(out.fused.data_ptr());
+
+  for_rows(B, rows, C * row.bytes, [&](int64_t r, int64_t b, int64_t n) {
+    const int64_t *places = index + b * k, count = counts ? counts[b] : k;
+    const char* image = from.data + b * from.stride_b;
+    int64_t source = n < prefix ? n : ZEROS;
+    if (n >= prefix && n - prefix < count) source = prefix + places[n - prefix];
+    else if (rest != Rest::None && n - prefix == count) source = REST;
+
+    T* const target = tokens + r * C;
+    if (source >= 0) row.copy(reinterpret_cast<char*>(target), image + source * from.stride_n, from.stride_c);
+    else std::memset(static_cast<void*>(target), 0, C * row.bytes);
+    if (source != REST && !norm) return;
+
+    std::vector<Wide> memory(2 * C);
+    Wide *sum = memory.data(), *room = sum + C;
+    if (source == REST) {
+      std::vector<double> weights(N);
+      const double total = weigh(scores, b, rest, places, count, weights.data());
+      const double by = rest == Rest::Normalized && total != 0 ? 1 / total : 1;
+      const auto kept = kept_flags(places, count, N);
+      for (int64_t j = 0; j < N; ++j) {
+        if (kept[j]) continue;
+        const char* other = image + (prefix + j) * from.stride_n;
+        add_scaled(sum, widened<T>(other, from.stride_c, C, room), static_cast<Wide>(weights[j] * by), C);
+      }
+      store(sum, target, C);
+      if (rest == Rest::Normalized) {
+        fused[b * (1 + C)] = static_cast<Wide>(total);
+        std::copy_n(sum, C, fused + b * (1 + C) + 1);
+      }
+    }
+    if (norm) {
+      const Wide* values = widened<T>(reinterpret_cast<const char*>(target), row.bytes, C, room);
+      normalize(values, sum, C, affine, mean + r, deviation + r);
+      store(sum, normed + r * C, C);
+    }
+  });
+}
+
+SelectedTuple select_tokens_fwd(Tensor x, Tensor scores, int64_t k, std::optional<Tensor> counts,
+                                std::vector<Tensor> companions, std::optional<Tensor> weight,
+                                std::optional<Tensor> bias, int64_t prefix, std::string rest_name, bool best_first,
+                                bool norm, double eps) {
+  const Rest rest = rest_named(rest_name);
+  Selected out(x, scores, k, prefix, rest, norm, companions);
+  const int64_t* counted = checked_counts(counts, x);
+  const int64_t B = x.size(0), N = scores.size(1);
+  for (int64_t b = 0; b < B; ++b) count_of(counted, b, k);
+  int64_t* index = static_cast<int64_t*>(out.index.data_ptr());
+  with_float(scores.scalar_type(), [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    using Wide = std::conditional_t<std::is_same_v<S, double>, double, float>;
+    for_images(B, N, [&](int64_t b) {
+      const S* from = static_cast<const S*>(scores.data_ptr()) + b * scores.stride(0);
+      const int64_t count = count_of(counted, b, k);
+      int64_t* places = index + b * k;
+      std::fill(places + count, places + k, -1);
+      choose<S, Wide>(from, scores.stride(1), N, count, best_first, places);
+      for (size_t c = 0; c < companions.size(); ++c) follow(Matrix(companions[c]), out.companions[c], b, places, k, false);
+    });
+  });
+  if (out.tokens.numel() == 0 && out.statistics.numel() == 0 && out.fused.numel() == 0) return out.tuple();
+  with_float(x.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    const Norm<Wide> affine{static_cast<const Wide*>(checked_channels("weight", weight, x)),
+                            static_cast<const Wide*>(checked_channels("bias", bias, x)), eps};
+    fill<T, Wide>(x, scores, k, counted, prefix, rest, norm, affine, out);
+  });
+  return out.tuple();
+}
+
+template <typename T, typename Wide>
+void fill_gradients(const Tensor& dtokens, const Tensor& index, const Tensor& scores, const int64_t* counts,
+                    const std::optional<Tensor>& x, const std::optional<Tensor>& fused, int64_t prefix, Rest rest,
+                    const SelectedGradients& out, const std::vector<int32_t>& slots) {
+  const int64_t B = dtokens.size(0), N = scores.size(1), C = dtokens.size(2), k = index.size(1), rows = prefix + N;
+  const bool weighted = SelectedGradients::weighted(rest);
+  const Strided from = strided(dtokens), tokens = x ? strided(*x) : Strided{};
+  const Row row{C, sizeof(T)};
+  T* const dx = static_cast<T*>(out.dx.data_ptr());
+
+  for_rows(B, rows, C * row.bytes, [&](int64_t r, int64_t b, int64_t n) {
+    const int64_t slot = n < prefix ? n : slots[b * N + n - prefix];
+    const char* image = from.data + b * from.stride_b;
+    char* const target = reinterpret_cast<char*>(dx + r * C);
+    if (slot >= 0) row.copy(target, image + slot * from.stride_n, from.stride_c);
+    else if (rest == Rest::None) std::memset(target, 0, C * row.bytes);
+    if (n < prefix || rest == Rest::None) return;
+
+    const int64_t count = counts ? counts[b] : k;
+    double weight = 1.0 / std::max<int64_t>(1, N - count), by = 1, dscore = 0;
+    if (slot < 0) {
+      std::vector<Wide> memory(2 * C);
+      Wide *room = memory.data(), *other = room + C;
+      const Wide* drest = widened<T>(image + (prefix + count) * from.stride_n, from.stride_c, C, room);
+      if (weighted) {
+        with_float(scores.scalar_type(), [&](auto* type) {
+          using S = std::remove_pointer_t<decltype(type)>;
+          const int64_t at = b * scores.stride(0) + (n - prefix) * scores.stride(1);
+          weight = static_cast<double>(static_cast<const S*>(scores.data_ptr())[at]);
+        });
+        const char* token = tokens.data + b * tokens.stride_b + n * tokens.stride_n;
+        dscore = dot(drest, widened<T>(token, tokens.stride_c, C, other), C);
+        if (rest == Rest::Normalized) {
+          const Wide* sums = static_cast<const Wide*>(fused->data_ptr()) + b * (1 + C);
+          if (sums[0] != 0) by = 1.0 / sums[0], dscore = (dscore - dot(drest, sums + 1, C)) * by;
+        }
+      }
+      scale(other, drest, static_cast<Wide>(weight * by), C);
+      store(other, reinterpret_cast<T*>(target), C);
+    }
+    if (weighted) {
+      with_float(scores.scalar_type(), [&](auto* type) {
+        using S = std::remove_pointer_t<decltype(type)>;
+        static_cast<S*>(out.dscores.data_ptr())[b * N + n - prefix] = static_cast<S>(dscore);
+      });
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>> select_tokens_bwd(
+    Tensor dtokens, std::vector<Tensor> dcompanions, Tensor index, Tensor scores, std::optional<Tensor> counts,
+    std::optional<Tensor> x, std::optional<Tensor> fused, int64_t prefix, std::string rest_name) {
+  const Rest rest = rest_named(rest_name);
+  check_rows("dtokens", dtokens, dtokens);
+  SelectedGradients out(dtokens, dcompanions, index, scores, x, fused, prefix, rest);
+  const int64_t* counted = checked_counts(counts, dtokens);
+  const int64_t B = scores.size(0), N = scores.size(1), k = index.size(1);
+  std::vector<int32_t> slots(B * N, -1);  // the row of dtokens that a token became
+  for_images(B, k, [&](int64_t b) {
+    count_of(counted, b, k);
+    std::vector<int64_t> places(k);
+    for (int64_t j = 0; j < k; ++j) {
+      const int64_t n = static_cast<const int64_t*>(index.data_ptr())[b * index.stride(0) + j * index.stride(1)];
+      places[j] = n < N ? n : -1;
+      if (n >= 0 && n < N) slots[b * N + n] = static_cast<int32_t>(prefix + j);
+    }
+    for (size_t c = 0; c < dcompanions.size(); ++c) follow(Matrix(dcompanions[c]), out.dcompanions[c], b, places.data(), k, true);
+  });
+  if (out.dx.numel() == 0 && out.dscores.numel() == 0) return out.tuple();
+  with_float(dtokens.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    fill_gradients<T, Wide>(dtokens, index, scores, counted, x, fused, prefix, rest, out, slots);
+  });
+  return out.tuple();
+}
+
+}  // namespace
+}  // namespace tokenops
+
+STABLE_TORCH_LIBRARY_IMPL(tokenops, CPU, m) {
+  m.impl("select_tokens_fwd.native", TORCH_BOX(&tokenops::select_tokens_fwd));
+  m.impl("select_tokens_bwd.native", TORCH_BOX(&tokenops::select_tokens_bwd));
+}

@@ -1,0 +1,93 @@
+// Floats of every dtype, alone and in packs that one access moves. The tests compile the same source for the host.
+#pragma once
+
+#include "../cuda_common.cuh"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+namespace tokenops {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// the dtype of sums
+template <typename T>
+struct Wide {
+  using type = float;
+};
+template <>
+struct Wide<double> {
+  using type = double;
+};
+
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T of[V];
+};
+template <typename T>
+constexpr int MOST_IN_PACK = 16 / sizeof(T);
+
+__device__ inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+__device__ inline uint64_t bits_of(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, 8);
+  return bits;
+}
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+#ifdef __CUDACC__
+__device__ inline float widen(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ inline uint16_t half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
+__device__ inline uint16_t bfloat16_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+__device__ inline float inverse_root(float x) { return rsqrtf(x); }
+__device__ inline double inverse_root(double x) { return rsqrt(x); }
+#else
+inline float widen(Half x) {
+  _Float16 value;
+  std::memcpy(&value, &x.bits, 2);
+  return static_cast<float>(value);
+}
+inline uint16_t half_bits(float x) {
+  const _Float16 value = static_cast<_Float16>(x);
+  uint16_t bits;
+  std::memcpy(&bits, &value, 2);
+  return bits;
+}
+inline uint16_t bfloat16_bits(float x) {  // to nearest even
+  const uint32_t bits = bits_of(x);
+  return static_cast<uint16_t>(x != x ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+inline float inverse_root(float x) { return 1 / std::sqrt(x); }
+inline double inverse_root(double x) { return 1 / std::sqrt(x); }
+#endif
+
+template <typename T, typename W>
+__device__ inline T narrow(W x) {
+  if constexpr (std::is_same_v<T, BFloat16>) return {bfloat16_bits(static_cast<float>(x))};
+  else if constexpr (std::is_same_v<T, Half>) return {half_bits(static_cast<float>(x))};
+  else return static_cast<T>(x);
+}
+
+}  // namespace tokenops

@@ -1,0 +1,352 @@
+"""select_tokens on Triton: a program makes its image's choice by bisection and moves the rows where they belong.
+
+The k-th best score is found bit by bit, from counts of the scores that reach a candidate. A token's place in the result
+is then a prefix sum (order "index") or its rank (order "score"), so rows are read as they lie and stored where they go.
+Without a norm a program has a range of channels, with one the whole rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference import accumulation_dtype
+from .common import FUSION, tile
+from .common import companions as companion_arguments
+
+_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@triton.jit
+def _keys(scores_ptr, n, N, stride_sn, BITS: tl.constexpr):
+    """Scores as signed integers in their order: NaN the least of all, -0 and 0 alike."""
+    scores = tl.load(scores_ptr + n.to(tl.int64) * stride_sn, mask=n < N, other=0.0)
+    if BITS == 64:
+        wide = scores.to(tl.float64) + 0.0
+        bits = wide.to(tl.int64, bitcast=True)
+        keys = tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
+        least = tl.full(n.shape, -0x8000000000000000, tl.int64)
+        return tl.where(wide != wide, least, keys)
+    single = scores.to(tl.float32) + 0.0
+    bits32 = single.to(tl.int32, bitcast=True)
+    keys32 = tl.where(bits32 < 0, bits32 ^ 0x7FFFFFFF, bits32)
+    return tl.where(single != single, tl.full(n.shape, -0x80000000, tl.int32), keys32)
+
+
+@triton.jit
+def _count(keys, inside, bound, scores_ptr, N, stride_sn, EQUAL: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.constexpr):
+    """How many scores are at least `bound`, or equal to it. `keys` are the first ones, all if WHOLE."""
+    BLOCK: tl.constexpr = keys.shape[0]
+    found = ((keys == bound) if EQUAL else (keys >= bound)) & inside
+    counts = found.to(tl.int32)
+    if not WHOLE:
+        for start in range(BLOCK, N, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            others = _keys(scores_ptr, n, N, stride_sn, BITS)
+            counts += (((others == bound) if EQUAL else (others >= bound)) & (n < N)).to(tl.int32)
+    return tl.sum(counts)
+
+
+@triton.jit
+def _threshold(scores_ptr, count, N, stride_sn, BITS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """The count-th best score, and how many of those that equal it are kept."""
+    KEY: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
+    n = tl.arange(0, BLOCK)
+    keys, inside = _keys(scores_ptr, n, N, stride_sn, BITS), n < N
+    least = tl.full((), -0x8000000000000000 if BITS == 64 else -0x80000000, KEY)
+    zero = tl.full((), 0, KEY)
+    if _count(keys, inside, zero, scores_ptr, N, stride_sn, False, BITS, WHOLE) >= count:
+        least = zero
+    for i in range(1, BITS):
+        candidate = least + (tl.full((), 1, KEY) << (BITS - 1 - i))
+        if _count(keys, inside, candidate, scores_ptr, N, stride_sn, False, BITS, WHOLE) >= count:
+            least = candidate
+    reached = _count(keys, inside, least, scores_ptr, N, stride_sn, False, BITS, WHOLE)
+    return least, count - (reached - _count(keys, inside, least, scores_ptr, N, stride_sn, True, BITS, WHOLE))
+
+
+@triton.jit
+def _rank(scores_ptr, n, keys, N, stride_sn, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many tokens are better than tokens n."""
+    rank = tl.zeros(n.shape, tl.int32)
+    for start in range(0, N, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        others = _keys(scores_ptr, j, N, stride_sn, BITS)
+        better = (others[None, :] > keys[:, None]) | ((others[None, :] == keys[:, None]) & (j[None, :] < n[:, None]))
+        rank += tl.sum((better & (j < N)[None, :]).to(tl.int32), axis=1)
+    return rank
+
+
+@triton.jit
+def _write(
+    values, row, there, c, b, C, rows, eps, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr, weight_ptr, bias_ptr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Store rows of the result, and their layer norm (c are all channels then)."""
+    at = (b * rows + row.to(tl.int64))[:, None] * C + c[None, :]
+    mask = there[:, None] & (c < C)[None, :]
+    tl.store(tokens_ptr + at, values, mask=mask)
+    if NORM:
+        wide = values.to(ACC)
+        mean = tl.sum(wide, axis=1) / C
+        off = tl.where((c < C)[None, :], wide - mean[:, None], 0.0)
+        deviation = 1 / tl.sqrt(tl.sum(off * off, axis=1) / C + eps)
+        wide = off * deviation[:, None]
+        if WEIGHT:
+            wide *= tl.load(weight_ptr + c, mask=c < C, other=0.0)[None, :]
+        if BIAS:
+            wide += tl.load(bias_ptr + c, mask=c < C, other=0.0)[None, :]
+        tl.store(normed_ptr + at, wide.to(normed_ptr.dtype.element_ty), mask=mask)
+        tl.store(mean_ptr + b * rows + row, mean, mask=there)
+        tl.store(deviation_ptr + b * rows + row, deviation, mask=there)
+
+
+@triton.jit
+def _follow(from_ptr, to_ptr, b, n, slot, there, k, stride_b, stride_n):
+    """A companion's values of tokens n go to their slots."""
+    values = tl.load(from_ptr + b * stride_b + n.to(tl.int64) * stride_n, mask=there, other=0)
+    tl.store(to_ptr + b * k + slot, values, mask=there)
+
+
+@triton.jit
+def select_tokens_fwd_kernel(
+    x_ptr, scores_ptr, counts_ptr, weight_ptr, bias_ptr, tokens_ptr, index_ptr, normed_ptr, mean_ptr, deviation_ptr,
+    fused_ptr, from0_ptr, from1_ptr, from2_ptr, from3_ptr, to0_ptr, to1_ptr, to2_ptr, to3_ptr,
+    N, k, C, P, eps, slices, stride_xb, stride_xn, stride_xc, stride_sb, stride_sn,
+    stride_b0, stride_n0, stride_b1, stride_n1, stride_b2, stride_n2, stride_b3, stride_n3,
+    REST: tl.constexpr, BEST_FIRST: tl.constexpr, COUNTS: tl.constexpr, COMPANIONS: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BITS: tl.constexpr, ACC: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(0) // slices).to(tl.int64)
+    slice = tl.program_id(0) % slices
+    c = (slice * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    FUSES: tl.constexpr = REST != "none"
+    rows = P + k + FUSES
+    count = k
+    if COUNTS:
+        count = tl.minimum(tl.maximum(tl.load(counts_ptr + b), 0), k).to(tl.int32)
+    scores_ptr += b * stride_sb
+    x_ptr += b * stride_xb
+    threshold, wanted = _threshold(scores_ptr, count, N, stride_sn, BITS, WHOLE, BLOCK)
+
+    total = tl.zeros((), ACC)
+    rest = tl.zeros((BLOCK_C,), ACC)
+    greater_before = 0
+    level_before = 0
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        keys = _keys(scores_ptr, n, N, stride_sn, BITS)
+        greater = ((keys > threshold) & (n < N)).to(tl.int32)
+        level = ((keys == threshold) & (n < N)).to(tl.int32)
+        levels = level_before + tl.cumsum(level, axis=0) - level
+        kept = (greater > 0) | ((level > 0) & (levels < wanted))
+        slot = greater_before + tl.cumsum(greater, axis=0) - greater + tl.minimum(levels, wanted)
+        if BEST_FIRST:
+            slot = _rank(scores_ptr, n, keys, N, stride_sn, BITS, BLOCK_N)
+        greater_before += tl.sum(greater)
+        level_before += tl.sum(level)
+
+        if slice == 0:
+            tl.store(index_ptr + b * k + slot, n.to(tl.int64), mask=kept)
+            if COMPANIONS > 0:
+                _follow(from0_ptr, to0_ptr, b, n, slot, kept, k, stride_b0, stride_n0)
+            if COMPANIONS > 1:
+                _follow(from1_ptr, to1_ptr, b, n, slot, kept, k, stride_b1, stride_n1)
+            if COMPANIONS > 2:
+                _follow(from2_ptr, to2_ptr, b, n, slot, kept, k, stride_b2, stride_n2)
+            if COMPANIONS > 3:
+                _follow(from3_ptr, to3_ptr, b, n, slot, kept, k, stride_b3, stride_n3)
+        read = (n < N) if FUSES else kept
+        offsets = (P + n).to(tl.int64)[:, None] * stride_xn + c[None, :] * stride_xc
+        values = tl.load(x_ptr + offsets, mask=read[:, None] & (c < C)[None, :], other=0.0)
+        _write(
+            values, P + slot, kept, c, b, C, rows, eps, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr, weight_ptr,
+            bias_ptr, NORM, WEIGHT, BIAS, ACC,
+        )  # fmt: skip
+        if FUSES:
+            others = (n < N) & (kept == 0)
+            share = tl.where(others, 1.0, 0.0).to(ACC)
+            if REST != "mean":
+                scores = tl.load(scores_ptr + n.to(tl.int64) * stride_sn, mask=others, other=0.0)
+                share = scores.to(ACC)
+                total += tl.sum(share)
+            rest += tl.sum(tl.where(others[:, None], values.to(ACC) * share[:, None], 0.0), axis=0)
+
+    one = tl.arange(0, 1)
+    if FUSES:
+        if REST == "mean":
+            rest = rest / tl.maximum(N - count, 1).to(ACC)
+        if REST == "normalized":
+            rest = rest / tl.where(total == 0, 1.0, total).to(ACC)
+            tl.store(fused_ptr + b * (1 + C) + 1 + c, rest, mask=c < C)
+            if slice == 0:
+                tl.store(fused_ptr + b * (1 + C), total)
+        _write(
+            rest.to(tokens_ptr.dtype.element_ty)[None, :], P + count + one, one == 0, c, b, C, rows, eps, tokens_ptr,
+            normed_ptr, mean_ptr, deviation_ptr, weight_ptr, bias_ptr, NORM, WEIGHT, BIAS, ACC,
+        )  # fmt: skip
+    for start in range(0, P, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        offsets = n.to(tl.int64)[:, None] * stride_xn + c[None, :] * stride_xc
+        values = tl.load(x_ptr + offsets, mask=(n < P)[:, None] & (c < C)[None, :], other=0.0)
+        _write(
+            values, n, n < P, c, b, C, rows, eps, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr, weight_ptr,
+            bias_ptr, NORM, WEIGHT, BIAS, ACC,
+        )  # fmt: skip
+    if COUNTS:
+        zeros = tl.zeros((BLOCK_N, BLOCK_C), tokens_ptr.dtype.element_ty)
+        for start in range(count, k, BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)
+            beyond = j < k
+            _write(
+                zeros, P + FUSES + j, beyond, c, b, C, rows, eps, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr,
+                weight_ptr, bias_ptr, NORM, WEIGHT, BIAS, ACC,
+            )  # fmt: skip
+            if slice == 0:
+                tl.store(index_ptr + b * k + j, tl.full((BLOCK_N,), -1, tl.int64), mask=beyond)
+                nothing = tl.zeros((BLOCK_N,), tl.int8)
+                if COMPANIONS > 0:
+                    tl.store(to0_ptr + b * k + j, nothing.to(to0_ptr.dtype.element_ty), mask=beyond)
+                if COMPANIONS > 1:
+                    tl.store(to1_ptr + b * k + j, nothing.to(to1_ptr.dtype.element_ty), mask=beyond)
+                if COMPANIONS > 2:
+                    tl.store(to2_ptr + b * k + j, nothing.to(to2_ptr.dtype.element_ty), mask=beyond)
+                if COMPANIONS > 3:
+                    tl.store(to3_ptr + b * k + j, nothing.to(to3_ptr.dtype.element_ty), mask=beyond)
+
+
+@triton.jit
+def _return(from_ptr, to_ptr, b, n, slot, N, stride_b, stride_n):
+    """The gradient of a companion's values, zero where a token was not kept."""
+    values = tl.load(from_ptr + b * stride_b + slot.to(tl.int64) * stride_n, mask=(n < N) & (slot >= 0), other=0)
+    tl.store(to_ptr + b * N + n, values, mask=(n >= 0) & (n < N))
+
+
+@triton.jit
+def select_tokens_bwd_kernel(
+    dtokens_ptr, index_ptr, scores_ptr, counts_ptr, x_ptr, fused_ptr, dx_ptr, dscores_ptr,
+    from0_ptr, from1_ptr, from2_ptr, from3_ptr, to0_ptr, to1_ptr, to2_ptr, to3_ptr,
+    N, k, C, P, blocks, stride_yb, stride_yn, stride_yc, stride_xb, stride_xn, stride_xc, stride_sb, stride_sn,
+    stride_ib, stride_ik, stride_b0, stride_n0, stride_b1, stride_n1, stride_b2, stride_n2, stride_b3, stride_n3,
+    REST: tl.constexpr, COUNTS: tl.constexpr, COMPANIONS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_N rows of dx."""
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = row - P
+    count = k
+    if COUNTS:
+        count = tl.minimum(tl.maximum(tl.load(counts_ptr + b), 0), k).to(tl.int32)
+    slot = tl.full((BLOCK_N,), -1, tl.int32)  # of the kept tokens
+    for start in range(0, k, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        place = tl.load(index_ptr + b * stride_ib + j.to(tl.int64) * stride_ik, mask=j < k, other=-1)
+        hit = (place[None, :] == n.to(tl.int64)[:, None]) & (place >= 0)[None, :]
+        slot = tl.maximum(slot, tl.max(tl.where(hit, j[None, :], -1), axis=1))
+
+    WEIGHTED: tl.constexpr = (REST == "weighted") or (REST == "normalized")
+    others = (n >= 0) & (n < N) & (slot < 0)
+    source = tl.where(n < 0, row, P + slot)  # the row of the result that this one became
+    copied = (n < N) & (others == 0)
+    dtokens_ptr += b * stride_yb
+    rest_ptr = dtokens_ptr + (P + count).to(tl.int64) * stride_yn
+    fused_ptr += b * (1 + C)
+    share = tl.zeros((BLOCK_N,), ACC) + 1.0
+    by = tl.zeros((), ACC) + 1.0
+    through_sum = tl.zeros((), ACC)
+    if REST == "mean":
+        by = by / tl.maximum(N - count, 1).to(ACC)
+    if WEIGHTED:
+        token = tl.where(others, n, 0).to(tl.int64)
+        share = tl.load(scores_ptr + b * stride_sb + token * stride_sn, mask=others, other=0.0).to(ACC)
+    if REST == "normalized":
+        total = tl.load(fused_ptr)
+        if total != 0:
+            by = by / total
+            for start in range(0, C, BLOCK_C):
+                c = (start + tl.arange(0, BLOCK_C)).to(tl.int64)
+                drest = tl.load(rest_ptr + c * stride_yc, mask=c < C, other=0.0).to(ACC)
+                through_sum += tl.sum(drest * tl.load(fused_ptr + 1 + c, mask=c < C, other=0.0))
+
+    dot = tl.zeros((BLOCK_N,), ACC)
+    at = (b * (P + N) + row)[:, None] * C
+    source_ptr = dtokens_ptr + source.to(tl.int64)[:, None] * stride_yn
+    x_ptr += b * stride_xb
+    for start in range(0, C, BLOCK_C):
+        c = (start + tl.arange(0, BLOCK_C)).to(tl.int64)
+        inside = (c < C)[None, :]
+        values = tl.load(source_ptr + c[None, :] * stride_yc, mask=copied[:, None] & inside, other=0.0)
+        if REST != "none":
+            drest = tl.load(rest_ptr + c * stride_yc, mask=c < C, other=0.0).to(ACC)
+            if WEIGHTED:
+                offsets = (P + token)[:, None] * stride_xn + c[None, :] * stride_xc
+                x = tl.load(x_ptr + offsets, mask=others[:, None] & inside, other=0.0).to(ACC)
+                dot += tl.sum(x * drest[None, :], axis=1)
+            part = (share * by)[:, None] * drest[None, :]
+            values = tl.where(others[:, None], part.to(dx_ptr.dtype.element_ty), values)
+        tl.store(dx_ptr + at + c[None, :], values, mask=(n < N)[:, None] & inside)
+    if WEIGHTED:
+        dscores = tl.where(others, (dot - through_sum) * by, 0.0).to(dscores_ptr.dtype.element_ty)
+        tl.store(dscores_ptr + b * N + n, dscores, mask=(n >= 0) & (n < N))
+    if COMPANIONS > 0:
+        _return(from0_ptr, to0_ptr, b, n, slot, N, stride_b0, stride_n0)
+    if COMPANIONS > 1:
+        _return(from1_ptr, to1_ptr, b, n, slot, N, stride_b1, stride_n1)
+    if COMPANIONS > 2:
+        _return(from2_ptr, to2_ptr, b, n, slot, N, stride_b2, stride_n2)
+    if COMPANIONS > 3:
+        _return(from3_ptr, to3_ptr, b, n, slot, N, stride_b3, stride_n3)
+
+
+def select_tokens_fwd(x, scores, k, counts, companions, weight, bias, prefix, rest, best_first, norm, eps):
+    (B, _, C), N = x.shape, scores.shape[1]
+    wide = accumulation_dtype(x.dtype)
+    size = (B, prefix + k + (rest != "none"), C)
+    tokens = x.new_empty(size)
+    index = scores.new_empty((B, k), dtype=torch.int64)
+    normed = x.new_empty(size if norm else (0,))
+    statistics = x.new_empty((2, *size[:2]) if norm else (0,), dtype=wide)
+    fused = x.new_empty((B, 1 + C) if rest == "normalized" else (0,), dtype=wide)
+    made = [c.new_empty((B, k)) for c in companions]
+    if B == 0:
+        return tokens, index, normed, statistics, fused, made
+    block_c = triton.next_power_of_2(max(C, 16)) if norm else tile(C, 16, 128)
+    block = tile(N, 32, 4096)
+    slices = 1 if norm else max(1, triton.cdiv(C, block_c))
+    mean, deviation = statistics if norm else (statistics, statistics)
+    pointers, (strides, _) = companion_arguments(index, companions, made)
+    select_tokens_fwd_kernel[B * slices,](
+        x, scores, index if counts is None else counts, *(x if t is None else t for t in (weight, bias)),
+        tokens, index, normed, mean, deviation, fused, *pointers,
+        N, k, C, prefix, eps, slices, *x.stride(), *scores.stride(), *strides,
+        REST=rest, BEST_FIRST=best_first, COUNTS=counts is not None, COMPANIONS=len(companions),
+        NORM=norm, WEIGHT=weight is not None, BIAS=bias is not None,
+        BITS=64 if scores.dtype == torch.float64 else 32, ACC=_TYPES[wide],
+        WHOLE=N <= block, BLOCK=block, BLOCK_N=max(1, min(tile(N, 16, 32), 8192 // block_c)), BLOCK_C=block_c,
+        num_warps=8 if norm and C > 256 else 4, **FUSION,
+    )  # fmt: skip
+    return tokens, index, normed, statistics, fused, made
+
+
+def select_tokens_bwd(dtokens, dcompanions, index, scores, counts, x, fused, prefix, rest):
+    (B, _, C), (_, N), k = dtokens.shape, scores.shape, index.shape[1]
+    weighted = rest in ("weighted", "normalized")
+    dx, dscores = dtokens.new_empty((B, prefix + N, C)), scores.new_empty((B, N) if weighted else (0,))
+    made = [d.new_empty((B, N)) for d in dcompanions]
+    if B == 0 or prefix + N == 0:
+        return dx, dscores, made
+    block_c = tile(C, 16, 128)
+    block_n = min(32, 4096 // block_c)
+    blocks = triton.cdiv(prefix + N, block_n)
+    pointers, (strides, _) = companion_arguments(index, dcompanions, made)
+    x = dtokens if x is None else x
+    select_tokens_bwd_kernel[B * blocks,](
+        dtokens, index, scores, index if counts is None else counts, x, dtokens if fused is None else fused,
+        dx, dscores, *pointers,
+        N, k, C, prefix, blocks, *dtokens.stride(), *x.stride(), *scores.stride(), *index.stride(), *strides,
+        REST=rest, COUNTS=counts is not None, COMPANIONS=len(dcompanions),
+        ACC=_TYPES[accumulation_dtype(dtokens.dtype)],
+        BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_K=tile(k, 16, 64), num_warps=4, **FUSION,
+    )  # fmt: skip
+    return dx, dscores, made

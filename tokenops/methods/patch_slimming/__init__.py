@@ -1,0 +1,42 @@
+"""Patch Slimming: PS-ViT, which drops the same patches of every image layer by layer, and DPS-ViT, dynamic.
+
+`search` finds a :class:`Schedule` for a trained model, `apply` runs a model by it; `apply_dynamic` lets each image
+choose (a reconstruction). Tang et al., Patch Slimming for Efficient Vision Transformers (CVPR 2022). No official code
+or weights were released. "PS-ViT" is also Progressive Sampling, another method.
+
+>>> import timm, torch
+>>> dense = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3)
+>>> found = search(dense, torch.randn(4, 3, 64, 64), tolerance=0.1, granularity=8, epochs=1, progress=False)
+>>> found.model(torch.randn(1, 3, 64, 64)).shape
+torch.Size([1, 1000])
+"""
+
+from . import models  # noqa: F401
+from .counts import LayerCost, counts_report, published_counts, published_gmacs, uniform_pyramid
+from .dynamic import DynamicSlimming, TokenScorer, apply_dynamic, ranking_loss, teacher_lifespans
+from .impact import impact_scores
+from .schedule import Schedule, centre_order
+from .search import Candidate, SearchResult, search
+from .slim import PatchSlimming, SlimOutput, apply
+
+__all__ = [
+    "Candidate",
+    "DynamicSlimming",
+    "LayerCost",
+    "PatchSlimming",
+    "Schedule",
+    "SearchResult",
+    "SlimOutput",
+    "TokenScorer",
+    "apply",
+    "apply_dynamic",
+    "centre_order",
+    "counts_report",
+    "impact_scores",
+    "published_counts",
+    "published_gmacs",
+    "ranking_loss",
+    "search",
+    "teacher_lifespans",
+    "uniform_pyramid",
+]

@@ -1,0 +1,246 @@
+"""select_tokens: from scores to compact tokens, and with them all that goes along, in one launch."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks, reference
+from ._backends import choose
+from ._schemas import kernel, needs_grad
+
+MOST_TOKENS = 16384
+RESTS = ("none", "weighted", "mean")
+ORDERS = ("score", "index")
+
+
+class Selection(NamedTuple):
+    """What :func:`select_tokens` returns."""
+
+    tokens: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple's own method of that name is not missed
+    companions: tuple[Tensor, ...]
+    normed: Tensor | None
+    lengths: Tensor | None
+
+
+def select_tokens(
+    x: Tensor,
+    scores: Tensor,
+    k: int,
+    *,
+    prefix: int = 1,
+    rest: str = "none",
+    normalize: bool = True,
+    order: str = "score",
+    counts: Tensor | None = None,
+    companions: tuple[Tensor, ...] = (),
+    norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+) -> Selection:
+    r"""Keep the k best tokens of each image, and fuse the others into one if asked.
+
+    .. math::
+        y = [x_{1..P},\; x_{P+i}\; (i \in K),\; \textstyle\sum_{j \notin K} a_j x_{P+j}], \qquad K = \mathrm{top}_k(s)
+
+    The choice is exact and the same on every backend: a larger score first, of equal scores the lower index, and NaN
+    behind every number (-0 equals 0).
+
+    Args:
+        x: ``(B, P+N, C)``, fp16, bf16, fp32 or fp64, any strides. N is at most 16384.
+        scores: ``(B, N)``, of any of these dtypes, any strides.
+        k: how many tokens to keep, 0 to N; an int, or a symbolic one under ``torch.compile``.
+        prefix: P, how many leading tokens (class, distillation) are copied and not counted.
+        rest: the last token: "none", or "weighted", the others' sum with their scores as weights :math:`a`, or "mean",
+            their mean. Zeros where nothing is left out.
+        normalize: for "weighted", whether the weights are divided by their sum (Evo-ViT) or not (EViT). A sum of
+            exactly 0 divides by 1.
+        order: of the kept tokens, "score" (best first) or "index" (as they were).
+        counts: ``(B,)`` int64, 0 to k, for methods that keep another number in each image: rows behind an image's
+            tokens are zeros. ``lengths`` then go to :func:`tokenops.masked_channel_attention` as ``key_lengths``.
+        companions: up to 4 tensors ``(B, N)`` of any dtype that follow the tokens (sizes, sources, scores).
+        norm: ``(weight, bias, eps)``: the layer norm of the result over C is returned as well; weight and bias are
+            ``(C,)`` or None.
+
+    Returns:
+        A NamedTuple: tokens ``(B, P+k, C)``, or ``(B, P+k+1, C)`` with a rest (it follows an image's last kept token);
+        index ``(B, k)`` int64, the places among the N, -1 beyond a count; companions, each ``(B, k)``, 0 beyond a
+        count; normed, like tokens, or None; lengths ``(B,)`` int64, how many rows of tokens count, or None without
+        counts.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or devices do not fit together; an option has no such value.
+        IndexError: a count is not between 0 and k (on a CPU; on a GPU, where looking would synchronise, it is taken
+            for the nearest that is).
+
+    Deterministic. Differentiable once in ``x``, float ``companions``, the norm's weight and bias, and, by way of a
+    "weighted" rest, in ``scores``; the choice itself is not differentiated.
+
+    Source: Xu et al., Evo-ViT (AAAI 2022), section 3.2 (representative token); Liang et al., EViT (ICLR 2022),
+    section 3 (fused token).
+
+    >>> x, scores = torch.arange(5.0).reshape(1, 5, 1), torch.tensor([[0.1, 0.4, 0.3, 0.2]])
+    >>> chosen = select_tokens(x, scores, 2, rest="mean")
+    >>> chosen.tokens.flatten().tolist(), chosen.index.tolist()
+    ([0.0, 2.0, 3.0, 2.5], [[1, 2]])
+    """
+    op = "select_tokens"
+    _checks.tensor(op, "x", x, "B,P+N,C")
+    _checks.tensor(op, "scores", scores, "B,N", like=x)
+    _checks.prefix(op, "prefix", prefix, x.shape[1])
+    N = x.shape[1] - prefix
+    _checks.same(op, "images", "scores", scores.shape[0], "x", x.shape[0])
+    if scores.shape[1] != N:
+        raise ValueError(
+            f"{op}: scores has {scores.shape[1]} tokens, but x has {x.shape[1]} tokens, {N} after a prefix of {prefix}"
+        )
+    if N > MOST_TOKENS:
+        raise ValueError(f"{op}: x has {N} tokens after a prefix of {prefix}, but at most {MOST_TOKENS} are allowed")
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"{op}: k must be an int, but got {k!r}")
+    if k < 0 or k > N:
+        raise ValueError(f"{op}: k={k}, but x has {N} tokens after a prefix of {prefix}: 0 to {N} is allowed")
+    for name, value, allowed in (("rest", rest, RESTS), ("order", order, ORDERS)):
+        if value not in allowed:
+            raise ValueError(f"{op}: {name}={value!r}, but it must be one of {', '.join(map(repr, allowed))}")
+    if not isinstance(normalize, bool):
+        raise TypeError(f"{op}: normalize must be True or False, but got {normalize!r}")
+    companions = _companions(op, companions, x, scores)
+    if counts is not None:
+        _counts(op, counts, k, x)
+    weight, bias, eps = _norm(op, norm, x)
+    backend = choose(op, x.device.type, x.dtype)
+    if backend == "reference":
+        return Selection(
+            *reference.select_tokens(
+                x,
+                scores,
+                k,
+                prefix=prefix,
+                rest=rest,
+                normalize=normalize,
+                order=order,
+                counts=counts,
+                companions=companions,
+                norm=norm,
+            )
+        )
+    kind = "normalized" if rest == "weighted" and normalize else rest
+    options = (prefix, kind, order == "score", norm is not None, eps)
+    if needs_grad(x, scores, weight, bias, *companions):
+        tokens, index, normed, _, _, *followers = _SelectTokens.apply(
+            x, scores, k, counts, weight, bias, options, backend, *companions
+        )
+    else:
+        tokens, index, normed, _, _, followers = _run(x, scores, k, counts, companions, weight, bias, options, backend)
+    return Selection(
+        tokens,
+        index,
+        tuple(followers),
+        None if norm is None else normed,
+        None if counts is None else counts + (prefix + (rest != "none")),
+    )
+
+
+def _companions(op: str, companions: Any, x: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
+    if isinstance(companions, Tensor) or not isinstance(companions, (tuple, list)):
+        raise TypeError(f"{op}: companions must be a tuple of tensors, but got {type(companions).__name__}")
+    _checks.companions(op, len(companions))
+    for i, companion in enumerate(companions):
+        _checks.companion(op, f"companions[{i}]", companion, "B,N", scores.shape[0], scores.shape[1], x)
+    # autograd.Function is given no tensor twice, which torch.compile refuses
+    before = [(scores, *companions[:i]) for i in range(len(companions))]
+    return tuple(c.view_as(c) if any(c is b for b in seen) else c for c, seen in zip(companions, before))
+
+
+def _counts(op: str, counts: Any, k: int, x: Tensor) -> None:
+    _checks.tensor(op, "counts", counts, "B", like=x, floating=False)
+    if counts.dtype != torch.int64:
+        raise TypeError(f"{op}: counts must be int64, but got {counts.dtype}")
+    _checks.same(op, "images", "counts", counts.shape[0], "x", x.shape[0])
+
+
+def _norm(op: str, norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float]:
+    if norm is None:
+        return None, None, 0.0
+    if not isinstance(norm, (tuple, list)) or len(norm) != 3:
+        raise TypeError(f"{op}: norm must be (weight, bias, eps), but got {norm!r}")
+    for name, value in zip(("weight", "bias"), norm[:2]):
+        if value is None:
+            continue
+        _checks.tensor(op, f"norm's {name}", value, "C", like=x)
+        _checks.same(op, "channels", f"norm's {name}", value.shape[0], "x", x.shape[2])
+    if isinstance(norm[2], bool) or not isinstance(norm[2], (int, float)) or not norm[2] >= 0:
+        raise ValueError(f"{op}: norm's eps must be a number of at least 0, but got {norm[2]!r}")
+    return norm[0], norm[1], float(norm[2])
+
+
+class _SelectTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(x, scores, k, counts, weight, bias, options, backend, *companions):
+        *results, followers = _run(x, scores, k, counts, companions, weight, bias, options, backend)
+        return *results, *followers
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, scores, _, counts, weight, bias, options, ctx.backend, *companions = inputs
+        tokens, index, _, statistics, fused, *followers = output
+        ctx.prefix, ctx.rest, _, norm, _ = options
+        ctx.floating = [c.dtype.is_floating_point for c in companions]
+        fixed = [f for f, floating in zip(followers, ctx.floating) if not floating]
+        ctx.mark_non_differentiable(index, statistics, fused, *fixed)
+        ctx.set_materialize_grads(False)
+        ctx.zeros = [(t.shape, t.dtype) for t in (tokens, *followers)]
+        ctx.save_for_backward(
+            index,
+            scores,
+            counts,
+            x if ctx.rest in ("weighted", "normalized") else None,
+            fused if ctx.rest == "normalized" else None,
+            *((tokens, statistics, weight, bias) if norm else ()),
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dtokens, dindex, dnormed, dstatistics, dfused, *dfollowers):
+        index, scores, counts, x, fused, *of_norm = ctx.saved_tensors
+        dweight = dbias = dscores = None
+        if dnormed is not None and of_norm:
+            through, dweight, dbias = _norm_backward(dnormed, *of_norm)
+            dtokens = through if dtokens is None else dtokens + through
+        given = [
+            index.new_zeros(shape, dtype=dtype) if d is None else d
+            for d, (shape, dtype) in zip((dtokens, *dfollowers), ctx.zeros)
+            if dtype.is_floating_point
+        ]
+        dx, dscores, found = kernel("select_tokens_bwd", ctx.backend)(
+            given[0], given[1:], index, scores, counts, x, fused, ctx.prefix, ctx.rest
+        )
+        found = iter(found)
+        dcompanions = [next(found) if floating else None for floating in ctx.floating]
+        return dx, None if x is None else dscores, None, None, dweight, dbias, None, None, *dcompanions
+
+
+def _run(x, scores, k, counts, companions, weight, bias, options, backend):
+    wide = reference.accumulation_dtype(x.dtype)
+    weight, bias = (None if t is None else t.detach().to(wide).contiguous() for t in (weight, bias))
+    counts = None if counts is None else counts.contiguous()
+    return kernel("select_tokens_fwd", backend)(x, scores, k, counts, list(companions), weight, bias, *options)
+
+
+def _norm_backward(
+    dnormed: Tensor, tokens: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """torch's own layer norm backward, in the accumulation dtype."""
+    wide = statistics.dtype
+    mean, deviation = statistics.unsqueeze(-1)
+    w, b = (None if t is None else t.to(wide) for t in (weight, bias))
+    mask = [True, weight is not None, bias is not None]
+    dtokens, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dnormed.to(wide), tokens.to(wide), tokens.shape[-1:], mean, deviation, w, b, mask
+    )
+    return (
+        dtokens.to(tokens.dtype),
+        None if weight is None else dweight.to(weight.dtype),
+        None if bias is None else dbias.to(bias.dtype),
+    )
