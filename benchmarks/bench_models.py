@@ -1,4 +1,4 @@
-"""Whole models: are the operations SiT saves saved in time? Against the dense model, and the published computation."""
+"""Whole models: are the operations a method saves saved in time? Against the dense model; SiT also as published."""
 
 import importlib
 import sys
@@ -9,6 +9,7 @@ import torch
 from measure import nbytes
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokenops.cli.comparison import dense_form, made
 from tokenops.nn import convert_attention
 
 timm = pytest.importorskip("timm")
@@ -80,6 +81,58 @@ def test_model(bench, compare, name, whole_batch, how):
         bytes=nbytes(*model.parameters(), x) + B * model.num_classes * x.element_size(),
         flops=flops,
         peer_flops={dense_name: dense_flops},
+        device_time=False,
+    )
+    assert row["kernels"] or how == "compiled"
+
+
+METHODS = (
+    "evit_deit_small_patch16_224",
+    "evo_deit_small_patch16_224",
+    "ps_deit_small_patch16_224",
+    "dps_deit_small_patch16_224",
+    "evo_levit_256",
+)
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("batch", [None, 8, 1], ids=["batch", "eight", "single"])
+@pytest.mark.parametrize("name", METHODS)
+def test_method(bench, compare, name, batch, how):
+    if how == "compiled" and bench.compiled != "all":
+        pytest.skip("compiled models only with --compile all")
+    if batch is None and bench.device == "cpu":
+        pytest.skip("eight images are a CPU's batch here")
+    B = bench.batch() if batch is None or bench.quick else batch
+    dense_name, arguments = dense_form(name)
+    sizes = (name.replace("small", "tiny").replace("256", "128s"), dense_name.replace("small", "tiny"))
+    name_of, dense_of = sizes if bench.quick else (name, dense_name)
+    if arguments:
+        dense_of, dense_name = name_of, f"{dense_name}, all tokens"
+    model, dense = (m.to(bench.device, bench.dtype) for m in (made(name_of), made(dense_of, **arguments)))
+
+    def inputs():
+        return (bench.random(B, 3, 224, 224),)
+
+    (x,) = inputs()
+    flops, dense_flops = flops_of(model, x), flops_of(dense, x)
+    ours, peers = model, {dense_name: dense}
+    if not arguments:  # the same as a user has it
+        peers["sdpa"] = timm.create_model(dense_of).to(bench.device, bench.dtype).eval()
+    if how == "compiled":
+        ours, peers = (
+            torch.compile(model, dynamic=False),
+            {n: torch.compile(p, dynamic=False) for n, p in peers.items()},
+        )
+    row = compare(
+        f"{name} {how}",
+        shape=dict(B=B),
+        inputs=inputs,
+        ours=ours,
+        peers=peers,
+        bytes=nbytes(*model.parameters(), x) + B * model.num_classes * x.element_size(),
+        flops=flops,
+        peer_flops=dict.fromkeys(peers, dense_flops),
         device_time=False,
     )
     assert row["kernels"] or how == "compiled"

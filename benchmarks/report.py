@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MARKED = re.compile(r"(<!-- results:(\S+)(?: (operators|models))? -->\n).*?(<!-- /results -->)", re.DOTALL)
 #: the order of columns; others come behind
-PEERS = ("reference", "published", "naive", "scatter", "eager", "sdpa flash", "sdpa + row", "compiled")
+PEERS = ("reference", "published", "naive", "topk", "scatter", "eager", "sdpa flash", "sdpa + row", "compiled")
 MARKERS = "osD^vP*Xhd<>"
 
 
@@ -95,15 +95,16 @@ def model_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
         "FLOP ratio",
         "realised",
         "x published",
+        "x dense with SDPA",
     ]
     lines = []
     for row in sorted(rows, key=order):
         batch = row["shape"]["B"]
         dense, figures = next((name, peer) for name, peer in row["peers"].items() if "realised" in peer)
-        published = ratio(row["peers"]["published"]) if "published" in row["peers"] else ""
+        others = [ratio(row["peers"][peer]) if peer in row["peers"] else "" for peer in ("published", "sdpa")]
         speed, macs = 1e6 * batch / row["us"][0], row["flops"] / 2e9 / batch
         start = [row["operator"], str(batch), row["dtype"], f"{speed:.4g}", f"{macs:.2f}", dense, ratio(figures)]
-        lines.append([*start, f"{figures['flop_ratio']:.2f}", f"{figures['realised']:.2f}", published])
+        lines.append([*start, f"{figures['flop_ratio']:.2f}", f"{figures['realised']:.2f}", *others])
     return header, lines
 
 

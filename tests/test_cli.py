@@ -106,7 +106,7 @@ def photographs(tmp_path_factory, demo_packages):
     return paths
 
 
-SMALL = ["--model", "sit_lvvit_tiny", "--dense", "lvvit_tiny", "--batch", "2", "--device", "cpu"]
+SMALL = ["--methods", "--model", "sit_lvvit_tiny", "--dense", "lvvit_tiny", "--batch", "2", "--device", "cpu"]
 
 
 def test_demo(photographs, tmp_path, capsys):
@@ -126,6 +126,26 @@ def test_demo(photographs, tmp_path, capsys):
     with Image.open(output) as picture:
         assert picture.size == (1512, 1122)
         assert len(picture.convert("RGB").getcolors(2**24)) > 1000
+
+
+def test_demo_compares_the_methods(photographs, tmp_path, capsys):
+    """A row a method beside its dense form, and a picture of what each keeps."""
+    from PIL import Image
+
+    names = ["sit_deit_tiny", "evit_deit_tiny_patch16_224", "evo_deit_tiny_patch16_224", "ps_deit_tiny_patch16_224"]
+    names += ["dps_deit_tiny_patch16_224", "evo_levit_128"]
+    output = tmp_path / "demo.png"
+    arguments = [*map(str, photographs), *SMALL, "--methods", *names, "--repeats", "1", "--output", str(output)]
+    assert main(["demo", *arguments]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in out.splitlines() if line.split()[:1] and line.split()[0] in names}
+    assert list(rows) == names
+    assert "98, 49, 24" in rows["sit_deit_tiny"] and "deit_tiny_patch16_224 1.25" in rows["sit_deit_tiny"]
+    assert "138, 97, 68" in rows["evit_deit_tiny_patch16_224"] and "98, 98" in rows["evo_deit_tiny_patch16_224"]
+    assert "98, 24, 8" in rows["evo_levit_128"] and "evo_levit_128, all tokens 0.41" in rows["evo_levit_128"]
+    assert "select_tokens on native" in out and "restore_tokens on native" in out
+    with Image.open(tmp_path / "demo-methods.png") as picture:
+        assert picture.size[0] > 800 and len(picture.convert("RGB").getcolors(2**24)) > 1000
 
 
 def test_demo_with_weights_predicts(photographs, tmp_path, capsys):
@@ -152,6 +172,8 @@ def test_demo_with_weights_predicts(photographs, tmp_path, capsys):
         (["--checkpoint", __file__], "does not hold weights of sit_lvvit_tiny"),
         (["--pretrained"], "no weights of lvvit_tiny or sit_lvvit_tiny can be downloaded"),
         (["--dense", "sit_lvvit_tiny"], "--model and --dense are both sit_lvvit_tiny"),
+        (["--methods", "evit_huge"], "--methods: there is no method's model 'evit_huge'; there are: dps_deit_small"),
+        (["--methods", "deit_tiny_patch16_224"], "there is no method's model 'deit_tiny_patch16_224'"),
         (["--batch", "0"], "--batch=0, but it must be at least 1"),
         (["--repeats", "-3"], "--repeats=-3, but it must be at least 1"),
         (["--output", "demo.bmp"], "the name must end in .png"),

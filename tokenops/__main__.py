@@ -7,6 +7,16 @@ from pathlib import Path
 from . import __version__
 from .cli import CommandError
 
+#: a model of every method, for the demo's second table
+METHODS = (
+    "sit_deit_small",
+    "evit_deit_small_patch16_224",
+    "evo_deit_small_patch16_224",
+    "ps_deit_small_patch16_224",
+    "dps_deit_small_patch16_224",
+    "evo_levit_256",
+)
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m tokenops", description="Token reduction for vision transformers.")
@@ -40,6 +50,14 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="pairs of timed runs (default: half a minute's, at least 5)",
+    )
+    add(
+        "--methods",
+        nargs="*",
+        default=METHODS,
+        metavar="NAME",
+        help="models of all methods to compare afterwards, each with its dense form; without a name: none"
+        " (default: %(default)s)",
     )
     add("--output", type=Path, default=Path("out/demo.png"), metavar="FILE", help="the picture (default: %(default)s)")
     return top

@@ -6,14 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
 from torch import Tensor
 
 from . import CommandError
 
+try:
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import GridSpec
+except ImportError as missing:
+    raise CommandError(f"it needs more packages ({missing}): pip install 'tokenops[demo]'") from missing
+
 if TYPE_CHECKING:
-    from .demo import Side
+    from .comparison import Row
+    from .models import Side
 
 DENSE, SLIM = "#8a8f98", "#d9480f"
 HOW_TO_READ = (
@@ -95,6 +100,65 @@ def charts(figure: Any, sides: Sequence["Side"]) -> None:
     tokens.set_ylim(0, 1.3 * max(max(side.tokens, default=1) for side in sides))
     for chart in (speed, macs, tokens):
         chart.spines[["top", "right"]].set_visible(False)
+
+
+def draw_methods(
+    path: Path,
+    subtitle: str,
+    overlays: Sequence[tuple[str, Sequence[np.ndarray], Sequence[Tensor]]],
+    rows: Sequence["Row"],
+    panels: int,
+) -> None:
+    """A row a method: the patches each photograph keeps after its stages; and below, speed-up against FLOP ratio.
+
+    Args: overlays of name, photographs and maps, (B, h, w) bool, or (B, K, h, w) of slim tokens.
+    """
+    photographs = len(overlays[0][1])
+    width = photographs * panels
+    figure = Figure(figsize=(1.75 * width + 2.2, 1.85 * len(overlays) + 5), dpi=110, layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.85 * len(overlays), 4.4])
+    top, bottom = parts
+    figure.suptitle(f"what each method keeps, and what it gains ({subtitle})", fontsize=13)
+    grid = top.subplots(len(overlays), width, squeeze=False)
+    for line, (name, shown, maps) in zip(grid, overlays, strict=True):
+        for axes in line:
+            axes.axis("off")
+        stages = spread_out(maps, panels)
+        for i, photograph in enumerate(shown):
+            for axes, stage in zip(line[i * panels :], stages):
+                picked = stage[i]
+                if stage.dtype == torch.bool:
+                    axes.imshow(dimmed(photograph, picked.numpy()))
+                    axes.set_title(f"{int(picked.sum())} kept", fontsize=9)
+                else:
+                    axes.imshow(over(photograph, region_colours(picked)))
+                    axes.set_title(f"{len(picked)} slim tokens", fontsize=9)
+        line[0].text(-0.08, 0.5, name.replace("_patch16_224", ""), transform=line[0].transAxes, ha="right", va="center")
+    axes = bottom.subplots()
+    for i, row in enumerate(rows):
+        middle, low, high = row.speedup
+        error = [[middle - low], [high - middle]]
+        label = f"{row.name}: realised {row.realised:.2f}"
+        axes.errorbar(row.dense_macs / row.macs, middle, yerr=error, fmt="osD^vP*X"[i % 8], capsize=3, label=label)
+    end = 1.1 * max(max(row.dense_macs / row.macs, row.speedup.high) for row in rows)
+    axes.plot([1, end], [1, end], color="black", lw=1, label="every operation saved is time saved")
+    axes.set(xlim=(1, end), xlabel="FLOPs of the dense form / FLOPs of the method", ylabel="speed-up")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def spread_out(maps: Sequence[Tensor], panels: int) -> list[Tensor]:
+    """At most so many of the stages, the first and the last that keeps a patch among them."""
+    there = [m for m in maps if m.dtype != torch.bool or m.any()]
+    places = np.linspace(0, len(there) - 1, min(panels, len(there))).round().astype(int)
+    return [there[i] for i in places]
+
+
+def dimmed(photograph: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """The photograph with the patches that are not kept washed out."""
+    mask = large(kept[..., None].astype(float), photograph)
+    return mask * photograph + (1 - mask) * (0.82 + 0.15 * photograph.mean(axis=2, keepdims=True))
 
 
 def region_colours(weights: Tensor) -> np.ndarray:

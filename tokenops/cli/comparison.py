@@ -1,0 +1,156 @@
+"""The demo's second part: every method beside its dense form, one row a method, and what each keeps of a photograph."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import use_backend
+from ..nn import convert_attention
+from . import CommandError, columns, picture
+from .models import Settings, backends, caller, counted, displayed, prepare, quartiles, timm
+from .timing import Spread, clock, interleaved, ratio, recorded_kernels
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BATCH = 8  # on a CPU, unless --batch is given; on a GPU the demo's
+SECONDS = 40  # of timing, when the number of repeats is not given
+PANELS = 3  # stages shown of a photograph, at most
+PICTURED = 2  # photographs
+
+
+class Row(NamedTuple):
+    """A method and what was found of it."""
+
+    name: str
+    dense: str
+    macs: float  # an image
+    dense_macs: float
+    kept: list[int]  # patch tokens of each stage that reduces them
+    ms: Spread  # an image
+    speedup: Spread
+
+    @property
+    def realised(self) -> float:
+        return self.speedup.median / (self.dense_macs / self.macs)
+
+
+def check(names: Sequence[str]) -> None:
+    known = [name for name in timm.list_models() if dense_form(name)]
+    for name in names:
+        if name not in known:
+            raise CommandError(f"--methods: there is no method's model {name!r}; there are: {', '.join(known)}")
+
+
+def dense_form(name: str) -> tuple[str, dict[str, Any]] | None:
+    """The dense model of a method's (a timm name and arguments), None for other models."""
+    if name.startswith("evo_levit_"):
+        return name, {"keeping_ratio": 1.0}
+    found = re.fullmatch(r"(sit|evit|evo|ps|dps)_((deit|lvvit)_\w+)", name)
+    if found is None:
+        return None
+    dense = found[2].replace("xsmall", "small")
+    return dense if "_patch" in dense or "lvvit" in dense else f"{dense}_patch16_224", {}
+
+
+def run(
+    names: Sequence[str],
+    photographs: Sequence["Image.Image"],
+    settings: Settings,
+    output: Path,
+    advance: Callable[[str, float], None],
+) -> str:
+    """The table and where the picture is; models have random weights, the same of each kind."""
+    if settings.device == "cpu" and settings.batch == 16:
+        settings = settings._replace(batch=BATCH)
+    path = output.with_name(f"{output.stem}-methods{output.suffix}")
+    rows, overlays = [], []
+    models: dict[str, nn.Module] = {}
+    partner = {}
+    for name in names:
+        dense, arguments = dense_form(name) or (name, {})
+        label = f"{dense}, all tokens" if arguments else dense
+        partner[name] = label
+        for key, model, extra in ((label, dense, arguments), (name, name, {})):
+            if key not in models:
+                advance(f"making {key}", 0.1 * len(models) / (2 * len(names)))
+                models[key] = made(model, **extra)
+    inputs = {name: prepare(model, photographs) for name, model in models.items()}
+    with use_backend("auto"):
+        for j, name in enumerate(names):
+            advance(f"what {name} keeps", 0.1 + 0.1 * j / len(names))
+            x = inputs[name][:PICTURED]
+            overlays.append((name, [displayed(models[name], image) for image in x], kept(models[name], x)))
+        macs = {name: counted(model, inputs[name][:1])[0] for name, model in models.items()}
+    try:
+        calls = {name: caller(model, inputs[name], settings) for name, model in models.items()}
+        seconds = clock(settings.device)
+        with recorded_kernels() as kernels:
+            for call in calls.values():
+                call()
+        one = sum(seconds(call) for call in calls.values())
+        repeats = settings.repeats or min(max(math.ceil(SECONDS / one), 5), 30)
+        done = iter(range(1, repeats + 1))
+        times = interleaved(
+            calls,
+            repeats,
+            seconds,
+            lambda: advance(f"{repeats} rounds of all models", 0.2 + 0.7 * next(done) / repeats),
+        )
+    except RuntimeError as error:
+        raise CommandError(str(error)) from None
+    for name, _, maps in overlays:
+        dense = partner[name]
+        ms = Spread.of([1e3 * t / settings.batch for t in times[name]])
+        numbers = [m.shape[1] if m.dtype != torch.bool else int(m[0].sum()) for m in maps]
+        rows.append(Row(name, dense, macs[name], macs[dense], numbers, ms, ratio(times[dense], times[name])))
+    advance("drawing", 0.95)
+    picture.draw_methods(path, f"{settings.dtype}, batches of {settings.batch}, random weights", overlays, rows, PANELS)
+    return (
+        f"Every method beside its dense form, batches of {settings.batch}, {repeats} interleaved rounds, the same"
+        f" attention everywhere:\n\n{columns(table(rows))}\n\nBackends: {', '.join(backends(kernels))}\n\n"
+        f"Picture: {path}"
+    )
+
+
+def made(name: str, **arguments: Any) -> nn.Module:
+    """A model for inference, seeded, its attention ours."""
+    torch.manual_seed(0)
+    model: Any = timm.create_model(name, **arguments)
+    if name.startswith(("deit_", "ps_deit_", "dps_deit_")):  # timm's own modules
+        convert_attention(model)
+    return model.for_inference() if hasattr(model, "for_inference") else model.eval()
+
+
+@torch.inference_mode()
+def kept(model: Any, x: Tensor) -> list[Tensor]:
+    """Of each stage (B, h, w) bool, which patches are kept; or of slim tokens (B, K, h, w), what they draw on."""
+    maps: Any = model.kept_maps if hasattr(model, "kept_maps") else deepcopy(model).double().aggregation_maps
+    stages = maps(x if hasattr(model, "kept_maps") else x.double())
+    return [m for m in stages if m.dtype != torch.bool or not m.all()]
+
+
+def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    header = ("method", "patch tokens", "GMACs", "dense", "ms an image", "speed-up", "FLOP ratio", "realised")
+    return [
+        header,
+        *(
+            (
+                row.name,
+                ", ".join(map(str, row.kept)),
+                f"{row.macs / 1e9:.2f}",
+                f"{row.dense} {row.dense_macs / 1e9:.2f}",
+                quartiles(row.ms),
+                quartiles(row.speedup),
+                f"{row.dense_macs / row.macs:.2f}",
+                f"{row.realised:.2f}",
+            )
+            for row in rows
+        ),
+    ]
