@@ -178,7 +178,8 @@ def select_tokens_cases(dtype):
         (576, 288, 193, "mean", True, False, True),
         (6000, 500, 64, "none", False, False, False),
     ):
-        x, scores = _meta(256, N + 1, C, dtype=dtype), _meta(256, N, dtype=dtype if extras else torch.float32)
+        kind = dtype if extras else torch.float64 if N == 6000 else torch.float32
+        x, scores = _meta(256, N + 1, C, dtype=dtype), _meta(256, N, dtype=kind)
         counts = _meta(256, dtype=torch.int64) if extras else None
         companions = [scores, _meta(256, N, dtype=torch.int64)] if extras else []
         channels = _meta(C, dtype=torch.float32) if norm else None

@@ -217,6 +217,21 @@ def test_compile(device, compiler):
             torch.testing.assert_close(ours, eager)
 
 
+def test_compile_with_a_tensor_given_twice(device):
+    def f(base, scores, index):
+        y, (first, second) = tokenops.restore_tokens(
+            base, base[:, 1:], index, companions=((scores, scores), (scores, scores * 2))
+        )
+        return y + first.sum() + second.sum()
+
+    torch._dynamo.reset()
+    base, scores = torch.randn(2, 4, 3, device=device), torch.rand(2, 3, device=device, requires_grad=True)
+    index = places(2, 3, 3, device)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    gradients_ = [torch.autograd.grad(g(base, scores, index).sum(), scores)[0] for g in (f, compiled)]
+    torch.testing.assert_close(*gradients_)
+
+
 def test_compiled_errors_are_the_same(device):
     if device == "cuda":
         pytest.skip("indices are not looked at on a GPU")

@@ -340,7 +340,7 @@ def test_errors_in_words(change, kind, words):
 
 def test_counts_out_of_range(backend, device):
     x, scores = torch.randn(2, 6, 3, device=device), torch.rand(2, 5, device=device)
-    counts = torch.tensor([-3, 9], device=device)
+    counts = torch.tensor([[-3, 9], [0, 0]], device=device).t()[:, 0]
     if device == "cpu" and backend == "native":
         with pytest.raises(IndexError, match=r"counts\[0\]=-3, but it must be between 0 and k=2"):
             select_tokens(x, scores, 2, counts=counts)
@@ -348,6 +348,58 @@ def test_counts_out_of_range(backend, device):
     chosen = select_tokens(x, scores, 2, counts=counts)  # not looked at: the nearest that is allowed
     nearest = select_tokens(x, scores, 2, counts=torch.tensor([0, 2], device=device))
     assert torch.equal(chosen.tokens, nearest.tokens) and torch.equal(chosen.index, nearest.index)
+    assert chosen.lengths.tolist() == [1, 3]
+
+
+def test_counts_of_any_stride(backend, device):
+    x, scores = torch.randn(3, 6, 2, device=device), torch.rand(3, 5, device=device)
+    for counts in (torch.tensor([2], device=device).expand(3), torch.tensor([3, 9, 1, 9, 2], device=device)[::2]):
+        results = []
+        for given in (counts, counts.clone()):
+            leaf = x.clone().requires_grad_()
+            y = select_tokens(leaf, scores, 3, counts=given, rest="mean").tokens
+            results.append((y, *torch.autograd.grad(y.square().sum(), leaf)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_very_small_and_very_unequal_weights(backend, device):
+    """Sums below the smallest normal number, and fp64 scores that fp32 does not reach (all zeros then: not divided)."""
+    x = torch.tensor([1.0, 2, 3, 4], device=device).reshape(1, 4, 1)
+    for small, expected in ((1e-40, 20 / 6), (1e-30, 20 / 6)):
+        scores = torch.tensor([[1.0, small, 2 * small, 3 * small]], device=device)
+        leaf = x.clone().requires_grad_()
+        y = select_tokens(leaf, scores, 1, prefix=0, rest="weighted").tokens
+        assert y[0, 1].item() == pytest.approx(expected, rel=1e-3)
+        (dx,) = torch.autograd.grad(y[0, 1], leaf)
+        assert dx.flatten().tolist() == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6], rel=1e-3)
+    scores = torch.tensor([[1.0, 1e-50, 2e-50, 3e-50]], dtype=torch.float64, device=device)
+    for function in (select_tokens, reference.select_tokens):
+        assert function(x, scores, 1, prefix=0, rest="weighted")[0].flatten().tolist() == [1, 0]
+
+
+def test_the_norm_of_a_constant_row_is_zero(device):
+    if device == "cuda":
+        pytest.skip("as exact as torch's there, within rounding")
+    x = torch.randn(2, 40, 1).expand(2, 40, 384)
+    normed = select_tokens(x, torch.rand(2, 39), 20, norm=(None, None, 1e-6)).normed
+    plain = torch.nn.functional.layer_norm(x.contiguous(), (384,))
+    assert normed.abs().max() <= max(2 * plain.abs().max(), 1e-6)
+
+
+def test_gradients_that_nobody_asked_for(backend, device):
+    """Results that depend on nothing that needs a gradient need none, and forward mode is refused, not ignored."""
+    x, scores, weight = (
+        torch.randn(2, 6, 4, device=device),
+        torch.rand(2, 5, device=device),
+        torch.ones(4, device=device),
+    )
+    size = torch.rand(2, 5, device=device, requires_grad=True)
+    chosen = select_tokens(x, scores, 2, companions=(size,), norm=(weight.requires_grad_(), weight, 1e-6))
+    assert not chosen.tokens.requires_grad and chosen.normed.requires_grad and chosen.companions[0].requires_grad
+    chosen = select_tokens(x, scores.requires_grad_(), 2)
+    assert not chosen.tokens.requires_grad
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(lambda x: select_tokens(x, scores.detach(), 2).tokens, (x,), (torch.ones_like(x),))
 
 
 def test_as_many_tokens_as_are_allowed(device):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._backends import COMPILED, TABLE
 from .reference import accumulation_dtype
@@ -119,7 +120,7 @@ def _masked_channel_attention_bwd(
 
 def _select_tokens_fwd(x, scores, k, counts, companions, weight, bias, prefix, rest, best_first, norm, eps):
     (B, _, C), wide = x.shape, accumulation_dtype(x.dtype)
-    rows = prefix + k + (rest != "none")
+    rows = prefix + k + int(rest != "none")
     return (
         x.new_empty((B, rows, C)),
         scores.new_empty((B, k), dtype=torch.int64),
@@ -226,8 +227,19 @@ _library.define(
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to know of a call: an autograd.Function costs more than a small kernel."""
+    """Whether autograd has to know of a call: an autograd.Function costs more than a small kernel.
+
+    Under forward-mode differentiation it always has to, and says that it cannot do that.
+    """
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def distinct(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The same tensors, those that came before as views: torch.compile gives autograd.Function no tensor twice."""
+    seen = [[t is other for other in tensors[:i]] for i, t in enumerate(tensors)]
+    return tuple(t.view_as(t) if t is not None and any(before) else t for t, before in zip(tensors, seen))
 
 
 def kernel(name: str, backend: str) -> Any:

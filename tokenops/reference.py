@@ -66,11 +66,10 @@ def selection_order(scores: Tensor) -> Tensor:
 
 
 def rest_weights(scores: Tensor, left_out: Tensor, rest: str, normalize: bool = True) -> Tensor:
-    """What each token brings to the rest token, (B,N) in the accumulation dtype: 0 for those that are kept."""
-    wide = accumulation_dtype(scores.dtype)
+    """What each token brings to the rest token, (B,N) in the scores' dtype: 0 for those that are kept."""
     if rest == "mean":
-        return left_out.to(wide) / left_out.sum(dim=1, keepdim=True).clamp(min=1)
-    weights = scores.to(wide).masked_fill(~left_out, 0.0)
+        return left_out.to(scores.dtype) / left_out.sum(dim=1, keepdim=True).clamp(min=1)
+    weights = scores.masked_fill(~left_out, 0.0)
     if not normalize:
         return weights
     total = weights.sum(dim=1, keepdim=True)
@@ -99,7 +98,7 @@ def select_tokens(
     N, dropped = rows - prefix, int(rest != "none")
     ranked = selection_order(scores)
     rank = torch.sort(ranked, dim=1, stable=True).indices
-    kept = torch.full((B,), k, device=x.device) if counts is None else counts
+    kept = torch.full((B,), k, device=x.device) if counts is None else counts.clamp(0, k)
     there = torch.arange(k, device=x.device) < kept.unsqueeze(1)
     index = ranked[:, :k].masked_fill(~there, N)
     if order == "index":
@@ -110,7 +109,7 @@ def select_tokens(
     wide = accumulation_dtype(x.dtype)
     if dropped:
         left_out = rank >= kept.unsqueeze(1)
-        weights = rest_weights(scores, left_out, rest, normalize).to(wide)
+        weights = rest_weights(scores.to(wide), left_out, rest, normalize)
         others = x[:, prefix:].to(wide).masked_fill(~left_out.unsqueeze(2), 0.0)
         parts.append(torch.bmm(weights.unsqueeze(1), others).to(x.dtype))
     source = torch.cat(parts, dim=1)
@@ -127,7 +126,7 @@ def select_tokens(
     if norm is not None:
         weight, bias = (None if t is None else t.to(wide) for t in norm[:2])
         normed = F.layer_norm(tokens.to(wide), (C,), weight, bias, norm[2]).to(x.dtype)
-    lengths = None if counts is None else counts + prefix + dropped
+    lengths = None if counts is None else kept + prefix + dropped
     return tokens, index.masked_fill(index == N, -1), followers, normed, lengths
 
 

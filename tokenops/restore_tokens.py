@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks, reference
 from ._backends import choose
-from ._schemas import kernel, needs_grad
+from ._schemas import distinct, kernel, needs_grad
 
 
 def restore_tokens(
@@ -71,7 +71,8 @@ def restore_tokens(
     if backend == "reference":
         return reference.restore_tokens(base, tokens, index, prefix=prefix, companions=companions)
     if needs_grad(base, tokens, *(t for pair in pairs for t in pair)):
-        y, *found = _RestoreTokens.apply(base, tokens, index, prefix, backend, *(t for pair in pairs for t in pair))
+        base, tokens, *flat = distinct(base, tokens, *(t for pair in pairs for t in pair))
+        y, *found = _RestoreTokens.apply(base, tokens, index, prefix, backend, *flat)
     else:
         olds, news = [old for old, _ in pairs], [new for _, new in pairs]
         y, found = kernel("restore_tokens_fwd", backend)(base, tokens, index, prefix, olds, news)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _checks, reference
 from ._backends import choose
-from ._schemas import kernel, needs_grad
+from ._schemas import distinct, kernel, needs_grad
 
 MOST_TOKENS = 16384
 RESTS = ("none", "weighted", "mean")
@@ -53,7 +53,7 @@ def select_tokens(
         rest: the last token: "none", or "weighted", the others' sum with their scores as weights :math:`a`, or "mean",
             their mean. Zeros where nothing is left out.
         normalize: for "weighted", whether the weights are divided by their sum (Evo-ViT) or not (EViT). A sum of
-            exactly 0 divides by 1.
+            exactly 0 divides by 1. Weights are fp32, unless x is fp64.
         order: of the kept tokens, "score" (best first) or "index" (as they were).
         counts: ``(B,)`` int64, 0 to k, for methods that keep another number in each image: rows behind an image's
             tokens are zeros. ``lengths`` then go to :func:`tokenops.masked_channel_attention` as ``key_lengths``.
@@ -70,8 +70,8 @@ def select_tokens(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit together; an option has no such value.
-        IndexError: a count is not between 0 and k (on a CPU; on a GPU, where looking would synchronise, it is taken
-            for the nearest that is).
+        IndexError: a count is not between 0 and k (from the compiled CPU code; elsewhere, where looking would
+            synchronise, it is taken for the nearest that is).
 
     Deterministic. Differentiable once in ``x``, float ``companions``, the norm's weight and bias, and, by way of a
     "weighted" rest, in ``scores``; the choice itself is not differentiated.
@@ -107,7 +107,7 @@ def select_tokens(
         raise TypeError(f"{op}: normalize must be True or False, but got {normalize!r}")
     companions = _companions(op, companions, x, scores)
     if counts is not None:
-        _counts(op, counts, k, x)
+        counts = _counts(op, counts, x)
     weight, bias, eps = _norm(op, norm, x)
     backend = choose(op, x.device.type, x.dtype)
     if backend == "reference":
@@ -128,8 +128,9 @@ def select_tokens(
     kind = "normalized" if rest == "weighted" and normalize else rest
     options = (prefix, kind, order == "score", norm is not None, eps)
     if needs_grad(x, scores, weight, bias, *companions):
+        scores, weight, bias, *others = distinct(scores, weight, bias, *companions)
         tokens, index, normed, _, _, *followers = _SelectTokens.apply(
-            x, scores, k, counts, weight, bias, options, backend, *companions
+            x, scores, k, counts, weight, bias, options, backend, *others
         )
     else:
         tokens, index, normed, _, _, followers = _run(x, scores, k, counts, companions, weight, bias, options, backend)
@@ -138,7 +139,7 @@ def select_tokens(
         index,
         tuple(followers),
         None if norm is None else normed,
-        None if counts is None else counts + (prefix + (rest != "none")),
+        None if counts is None else counts.clamp(0, k) + (prefix + int(rest != "none")),
     )
 
 
@@ -148,16 +149,15 @@ def _companions(op: str, companions: Any, x: Tensor, scores: Tensor) -> tuple[Te
     _checks.companions(op, len(companions))
     for i, companion in enumerate(companions):
         _checks.companion(op, f"companions[{i}]", companion, "B,N", scores.shape[0], scores.shape[1], x)
-    # autograd.Function is given no tensor twice, which torch.compile refuses
-    before = [(scores, *companions[:i]) for i in range(len(companions))]
-    return tuple(c.view_as(c) if any(c is b for b in seen) else c for c, seen in zip(companions, before))
+    return tuple(companions)
 
 
-def _counts(op: str, counts: Any, k: int, x: Tensor) -> None:
+def _counts(op: str, counts: Any, x: Tensor) -> Tensor:
     _checks.tensor(op, "counts", counts, "B", like=x, floating=False)
     if counts.dtype != torch.int64:
         raise TypeError(f"{op}: counts must be int64, but got {counts.dtype}")
     _checks.same(op, "images", "counts", counts.shape[0], "x", x.shape[0])
+    return counts.contiguous()
 
 
 def _norm(op: str, norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float]:
@@ -184,11 +184,14 @@ class _SelectTokens(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, scores, _, counts, weight, bias, options, ctx.backend, *companions = inputs
-        tokens, index, _, statistics, fused, *followers = output
+        tokens, index, normed, statistics, fused, *followers = output
         ctx.prefix, ctx.rest, _, norm, _ = options
         ctx.floating = [c.dtype.is_floating_point for c in companions]
-        fixed = [f for f, floating in zip(followers, ctx.floating) if not floating]
-        ctx.mark_non_differentiable(index, statistics, fused, *fixed)
+        # what depends on nothing that needs a gradient does not ask for one either
+        of_x = x.requires_grad or (scores.requires_grad and ctx.rest in ("weighted", "normalized"))
+        of_norm = of_x or any(t is not None and t.requires_grad for t in (weight, bias))
+        given = ((tokens, of_x), (normed, of_norm), *((f, c.requires_grad) for f, c in zip(followers, companions)))
+        ctx.mark_non_differentiable(index, statistics, fused, *(t for t, wanted in given if not wanted))
         ctx.set_materialize_grads(False)
         ctx.zeros = [(t.shape, t.dtype) for t in (tokens, *followers)]
         ctx.save_for_backward(
@@ -224,7 +227,6 @@ class _SelectTokens(torch.autograd.Function):
 def _run(x, scores, k, counts, companions, weight, bias, options, backend):
     wide = reference.accumulation_dtype(x.dtype)
     weight, bias = (None if t is None else t.detach().to(wide).contiguous() for t in (weight, bias))
-    counts = None if counts is None else counts.contiguous()
     return kernel("select_tokens_fwd", backend)(x, scores, k, counts, list(companions), weight, bias, *options)
 
 

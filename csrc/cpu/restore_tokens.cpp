@@ -104,14 +104,14 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> restore_tok
   for (int64_t b = 0; b < B; ++b) {
     for (int64_t j = 0; j < k; ++j) {
       if (places[b * index.stride(0) + j * index.stride(1)] != -1) continue;
-      std::memset(to_tokens + (b * given + carried + j) * C * row.bytes, 0, C * row.bytes);
+      row.zero(to_tokens + (b * given + carried + j) * C * row.bytes);
     }
   }
   if (dbase.numel() == 0) return {dbase, dtokens, dolds, dnews};
   for_rows(B, rows, C * row.bytes, [&](int64_t r, int64_t b, int64_t n) {
     char* target = to_base + r * C * row.bytes;
     if (owner[r] >= 0) {
-      std::memset(target, 0, C * row.bytes);
+      row.zero(target);
       target = to_tokens + (b * given + owner[r]) * C * row.bytes;
     }
     row.copy(target, from.data + b * from.stride_b + n * from.stride_n, from.stride_c);

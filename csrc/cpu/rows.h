@@ -35,10 +35,14 @@ void copy_strided(char* out, const char* in, int64_t C, int64_t out_stride, int6
 struct Row {
   int64_t C, bytes;
   void copy(char* out, const char* in, int64_t in_stride) const {
+    if (C == 0) return;  // memcpy takes no null pointers
     if (in_stride == bytes || C == 1) std::memcpy(out, in, C * bytes);
     else if (bytes == 2) copy_strided<int16_t>(out, in, C, bytes, in_stride);
     else if (bytes == 4) copy_strided<int32_t>(out, in, C, bytes, in_stride);
     else copy_strided<int64_t>(out, in, C, bytes, in_stride);
+  }
+  void zero(char* out) const {
+    if (C != 0) std::memset(out, 0, C * bytes);
   }
 };
 

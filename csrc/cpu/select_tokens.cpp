@@ -106,7 +106,8 @@ struct Norm {
 
 template <typename Wide>
 INLINE void normalize_row(const Wide* in, Wide* out, int64_t n, const Norm<Wide>& norm, Wide* mean, Wide* deviation) {
-  const Wide m = sum_of<Wide>(n, [=](int64_t i) { return in[i]; }) / n;
+  Wide m = sum_of<Wide>(n, [=](int64_t i) { return in[i]; }) / n;
+  m += sum_of<Wide>(n, [=](int64_t i) { return in[i] - m; }) / n;  // an ulp counts where a row is constant
   const Wide variance = sum_of<Wide>(n, [=](int64_t i) { return (in[i] - m) * (in[i] - m); }) / n;
   const Wide d = 1 / std::sqrt(variance + static_cast<Wide>(norm.eps));
   *mean = m, *deviation = d;
@@ -156,7 +157,8 @@ void follow(const Matrix& from, const Tensor& made, int64_t b, const int64_t* pl
   }
 }
 
-// The weights of an image's tokens in its rest token, in double: 0 for those that are kept. Returns their sum.
+// The weights of an image's tokens in its rest token: 0 for those that are kept. Returns their sum.
+template <typename Wide>
 double weigh(const Tensor& scores, int64_t b, Rest rest, const int64_t* places, int64_t count, double* weights) {
   const int64_t N = scores.size(1);
   std::fill_n(weights, N, 1.0 / std::max<int64_t>(1, N - count));
@@ -164,7 +166,7 @@ double weigh(const Tensor& scores, int64_t b, Rest rest, const int64_t* places, 
     with_float(scores.scalar_type(), [&](auto* type) {
       using S = std::remove_pointer_t<decltype(type)>;
       const S* from = static_cast<const S*>(scores.data_ptr()) + b * scores.stride(0);
-      for (int64_t n = 0; n < N; ++n) weights[n] = static_cast<double>(from[n * scores.stride(1)]);
+      for (int64_t n = 0; n < N; ++n) weights[n] = static_cast<Wide>(from[n * scores.stride(1)]);
     });
   }
   for (int64_t j = 0; j < count; ++j) weights[places[j]] = 0;
@@ -210,14 +212,14 @@ void fill(const Tensor& x, const Tensor& scores, int64_t k, const int64_t* count
 
     T* const target = tokens + r * C;
     if (source >= 0) row.copy(reinterpret_cast<char*>(target), image + source * from.stride_n, from.stride_c);
-    else std::memset(static_cast<void*>(target), 0, C * row.bytes);
+    else row.zero(reinterpret_cast<char*>(target));
     if (source != REST && !norm) return;
 
     std::vector<Wide> memory(2 * C);
     Wide *sum = memory.data(), *room = sum + C;
     if (source == REST) {
       std::vector<double> weights(N);
-      const double total = weigh(scores, b, rest, places, count, weights.data());
+      const double total = weigh<Wide>(scores, b, rest, places, count, weights.data());
       const double by = rest == Rest::Normalized && total != 0 ? 1 / total : 1;
       const auto kept = kept_flags(places, count, N);
       for (int64_t j = 0; j < N; ++j) {
@@ -287,7 +289,7 @@ void fill_gradients(const Tensor& dtokens, const Tensor& index, const Tensor& sc
     const char* image = from.data + b * from.stride_b;
     char* const target = reinterpret_cast<char*>(dx + r * C);
     if (slot >= 0) row.copy(target, image + slot * from.stride_n, from.stride_c);
-    else if (rest == Rest::None) std::memset(target, 0, C * row.bytes);
+    else if (rest == Rest::None) row.zero(target);
     if (n < prefix || rest == Rest::None) return;
 
     const int64_t count = counts ? counts[b] : k;
@@ -300,7 +302,7 @@ void fill_gradients(const Tensor& dtokens, const Tensor& index, const Tensor& sc
         with_float(scores.scalar_type(), [&](auto* type) {
           using S = std::remove_pointer_t<decltype(type)>;
           const int64_t at = b * scores.stride(0) + (n - prefix) * scores.stride(1);
-          weight = static_cast<double>(static_cast<const S*>(scores.data_ptr())[at]);
+          weight = static_cast<Wide>(static_cast<const S*>(scores.data_ptr())[at]);
         });
         const char* token = tokens.data + b * tokens.stride_b + n * tokens.stride_n;
         dscore = dot(drest, widened<T>(token, tokens.stride_c, C, other), C);
@@ -329,9 +331,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> select_tokens_bwd(
   SelectedGradients out(dtokens, dcompanions, index, scores, x, fused, prefix, rest);
   const int64_t* counted = checked_counts(counts, dtokens);
   const int64_t B = scores.size(0), N = scores.size(1), k = index.size(1);
+  for (int64_t b = 0; b < B; ++b) count_of(counted, b, k);
   std::vector<int32_t> slots(B * N, -1);  // the row of dtokens that a token became
   for_images(B, k, [&](int64_t b) {
-    count_of(counted, b, k);
     std::vector<int64_t> places(k);
     for (int64_t j = 0; j < k; ++j) {
       const int64_t n = static_cast<const int64_t*>(index.data_ptr())[b * index.stride(0) + j * index.stride(1)];

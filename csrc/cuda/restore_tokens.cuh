@@ -50,6 +50,16 @@ struct Chunk {
   }
 };
 
+// Token j's row and companions, by `step` threads of which this one is number c.
+template <typename Unit>
+__device__ void zero_token(const RestoreTokens& p, int64_t b, int j, int c, int step) {
+  for (int i = c; i < p.companions_given; i += step) {
+    move(p.companions[i].bytes, p.companions[i].fresh.at(b, j), nullptr);
+  }
+#pragma unroll 1
+  for (; c < p.units; c += step) *reinterpret_cast<Unit*>(at(p.tokens, b, p.carried + j, c)) = Unit{};
+}
+
 // owner[i]: the row of tokens that replaces row first + i, or -1. LOST zeroes the rows of tokens that replace none.
 template <typename Unit, bool LOST>
 __device__ void find_owners(const RestoreTokens& p, const Chunk& chunk, int* owner) {
@@ -62,20 +72,17 @@ __device__ void find_owners(const RestoreTokens& p, const Chunk& chunk, int* own
   for (int j = thread; j < p.k; j += threads) {
     const int64_t n = p.index[chunk.b * p.stride_ib + j * p.stride_ik];
     int lost = -1;
-    if (n < 0 || n >= p.rows - p.prefix) {
-      if (first == 0) lost = p.carried + j;
-    } else if (n + p.prefix >= first && n + p.prefix < first + chunk.count) {
+    if (n >= 0 && n < p.rows - p.prefix && n + p.prefix >= first && n + p.prefix < first + chunk.count) {
       // each exchange has one loser, so every loser is seen exactly once, in whatever order they come
       const int before = atomicMax(&owner[n + p.prefix - first], p.carried + j);
       if (before >= 0) lost = before < p.carried + j ? before : p.carried + j;
     }
-    if (LOST && lost >= 0) {
-#pragma unroll 1
-      for (int c = 0; c < p.units; ++c) *reinterpret_cast<Unit*>(at(p.tokens, chunk.b, lost, c)) = Unit{};
-      for (int c = 0; c < p.companions_given; ++c) {
-        const Replaced& r = p.companions[c];
-        move(r.bytes, r.fresh.at(chunk.b, lost - p.carried), nullptr);
-      }
+    if (LOST && lost >= 0) zero_token<Unit>(p, chunk.b, lost - p.carried, 0, 1);
+  }
+  if (LOST && first == 0) {  // the first chunk zeroes those that go nowhere
+    for (int j = threadIdx.y; j < p.k; j += blockDim.y) {
+      const int64_t n = p.index[chunk.b * p.stride_ib + j * p.stride_ik];
+      if (n < 0 || n >= p.rows - p.prefix) zero_token<Unit>(p, chunk.b, j, threadIdx.x, blockDim.x);
     }
   }
   __syncthreads();

@@ -215,7 +215,7 @@ __device__ void fuse_rest(const SelectTokens& p, int64_t b, int count, int first
     for (int j = count + thread; j < p.N; j += THREADS) total += score<W>(p, b, list[j]);
     total = sum_of_block(total, scratch.partial);
   }
-  const W by = p.rest == Rest::Mean ? W(1) / (p.N > count ? p.N - count : 1) : total != 0 ? 1 / total : W(1);
+  const W divisor = p.rest == Rest::Mean ? W(p.N > count ? p.N - count : 1) : total != 0 ? total : W(1);
   const int64_t rest_row = p.prefix + count;
   W* fused = reinterpret_cast<W*>(p.fused) + b * (1 + p.C);
   if (p.rest == Rest::Normalized && first == 0 && thread == 0) fused[0] = total;
@@ -242,7 +242,7 @@ __device__ void fuse_rest(const SelectTokens& p, int64_t b, int count, int first
       Pack<T, V> pack;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        sum[i] *= by;
+        sum[i] /= divisor;
         pack.of[i] = narrow<T>(sum[i]);
         if (p.rest == Rest::Normalized) fused[1 + u * V + i] = sum[i];
       }
@@ -380,9 +380,9 @@ __global__ void __launch_bounds__(THREADS, 1) select_tokens_bwd_kernel(const __g
   const int64_t rest_row = p.prefix + count;
   const bool fuses = p.rest != Rest::None, weighted = p.rest == Rest::Weighted || p.rest == Rest::Normalized;
   const W* fused = reinterpret_cast<const W*>(p.fused) + b * (1 + p.C);
-  W by = p.rest == Rest::Mean ? W(1) / (p.N > count ? p.N - count : 1) : W(1), through_sum = 0;
+  W divisor = p.rest == Rest::Mean ? W(p.N > count ? p.N - count : 1) : W(1), through_sum = 0;
   if (p.rest == Rest::Normalized && fused[0] != 0) {
-    by = 1 / fused[0];
+    divisor = fused[0];
     W dot = 0;
     for (int u = lane; u < p.units; u += 32) {
       const Pack<T, V> pack = *at<T, V>(p.tokens, b, rest_row, u);
@@ -396,7 +396,7 @@ __global__ void __launch_bounds__(THREADS, 1) select_tokens_bwd_kernel(const __g
     const int64_t n = first + row - p.prefix;  // below 0 in the prefix
     const int slot = slots[row];
     const bool other = slot < 0 && fuses;
-    const W weight = other && weighted ? score<W>(p, b, static_cast<int>(n)) * by : by;
+    const W weight = other && weighted ? score<W>(p, b, static_cast<int>(n)) / divisor : 1 / divisor;
     W dot = 0;
     for (int u = lane; u < p.units; u += 32) {
       Pack<T, V> pack{};
@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(THREADS, 1) select_tokens_bwd_kernel(const __g
     }
     if (n < 0) continue;
     if (weighted) {
-      const W sum = sum_of_warp(dot), value = other ? (sum - through_sum) * by : W(0);
+      const W sum = sum_of_warp(dot), value = other ? (sum - through_sum) / divisor : W(0);
       if (lane == 0) {
         const int64_t target = b * p.N + n;
         if (p.score_type == Float::F32) reinterpret_cast<float*>(p.dscores)[target] = static_cast<float>(value);
@@ -455,8 +455,8 @@ inline SelectPlan plan(SelectTokens& p, int64_t element, int64_t multiprocessors
   p.units = static_cast<int>(p.C * element / width);
   const bool by_rows = backward || p.normed;
   const int64_t work = by_rows ? (backward ? all : given) : p.units;
-  // Two blocks for every multiprocessor; a slice of channels is a line of the cache at least, one of rows a row a warp.
-  const int64_t smallest = by_rows ? WARPS : std::max<int64_t>(1, 128 / width);
+  // Two blocks for every multiprocessor; a slice of channels is what memory moves at least, one of rows a row a warp.
+  const int64_t smallest = by_rows ? WARPS : std::max<int64_t>(1, 32 / width);
   int64_t slices = std::max<int64_t>(1, ceil_div(2 * multiprocessors, std::max<int64_t>(1, p.B)));
   slices = std::max<int64_t>(1, std::min(slices, work / smallest));
   if (backward) slices = std::max(slices, ceil_div(work, 1024));  // what a block's table of slots holds

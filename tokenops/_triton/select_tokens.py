@@ -21,15 +21,19 @@ def _keys(scores_ptr, n, N, stride_sn, BITS: tl.constexpr):
     """Scores as signed integers in their order: NaN the least of all, -0 and 0 alike."""
     scores = tl.load(scores_ptr + n.to(tl.int64) * stride_sn, mask=n < N, other=0.0)
     if BITS == 64:
-        wide = scores.to(tl.float64) + 0.0
-        bits = wide.to(tl.int64, bitcast=True)
-        keys = tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
-        least = tl.full(n.shape, -0x8000000000000000, tl.int64)
-        return tl.where(wide != wide, least, keys)
-    single = scores.to(tl.float32) + 0.0
-    bits32 = single.to(tl.int32, bitcast=True)
-    keys32 = tl.where(bits32 < 0, bits32 ^ 0x7FFFFFFF, bits32)
-    return tl.where(single != single, tl.full(n.shape, -0x80000000, tl.int32), keys32)
+        value = scores.to(tl.float64) + 0.0
+        bits = value.to(tl.int64, bitcast=True)
+        return tl.where(value != value, -0x8000000000000000, tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits))
+    else:
+        value = scores.to(tl.float32) + 0.0
+        bits = value.to(tl.int32, bitcast=True)
+        return tl.where(value != value, -0x80000000, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+
+
+@triton.jit
+def _wide(scores, ACC: tl.constexpr, BITS: tl.constexpr):
+    """By way of fp32, which the interpreter knows how to make of bf16."""
+    return scores.to(ACC) if BITS == 64 else scores.to(tl.float32).to(ACC)
 
 
 @triton.jit
@@ -168,7 +172,7 @@ def select_tokens_fwd_kernel(
             share = tl.where(others, 1.0, 0.0).to(ACC)
             if REST != "mean":
                 scores = tl.load(scores_ptr + n.to(tl.int64) * stride_sn, mask=others, other=0.0)
-                share = scores.to(ACC)
+                share = _wide(scores, ACC, BITS)
                 total += tl.sum(share)
             rest += tl.sum(tl.where(others[:, None], values.to(ACC) * share[:, None], 0.0), axis=0)
 
@@ -228,7 +232,7 @@ def select_tokens_bwd_kernel(
     from0_ptr, from1_ptr, from2_ptr, from3_ptr, to0_ptr, to1_ptr, to2_ptr, to3_ptr,
     N, k, C, P, blocks, stride_yb, stride_yn, stride_yc, stride_xb, stride_xn, stride_xc, stride_sb, stride_sn,
     stride_ib, stride_ik, stride_b0, stride_n0, stride_b1, stride_n1, stride_b2, stride_n2, stride_b3, stride_n3,
-    REST: tl.constexpr, COUNTS: tl.constexpr, COMPANIONS: tl.constexpr, ACC: tl.constexpr,
+    REST: tl.constexpr, COUNTS: tl.constexpr, COMPANIONS: tl.constexpr, BITS: tl.constexpr, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_N rows of dx."""
@@ -253,17 +257,18 @@ def select_tokens_bwd_kernel(
     rest_ptr = dtokens_ptr + (P + count).to(tl.int64) * stride_yn
     fused_ptr += b * (1 + C)
     share = tl.zeros((BLOCK_N,), ACC) + 1.0
-    by = tl.zeros((), ACC) + 1.0
+    divisor = tl.zeros((), ACC) + 1.0
     through_sum = tl.zeros((), ACC)
     if REST == "mean":
-        by = by / tl.maximum(N - count, 1).to(ACC)
+        divisor = tl.maximum(N - count, 1).to(ACC)
     if WEIGHTED:
         token = tl.where(others, n, 0).to(tl.int64)
-        share = tl.load(scores_ptr + b * stride_sb + token * stride_sn, mask=others, other=0.0).to(ACC)
+        share = tl.load(scores_ptr + b * stride_sb + token * stride_sn, mask=others, other=0.0)
+        share = _wide(share, ACC, BITS)
     if REST == "normalized":
         total = tl.load(fused_ptr)
         if total != 0:
-            by = by / total
+            divisor = total
             for start in range(0, C, BLOCK_C):
                 c = (start + tl.arange(0, BLOCK_C)).to(tl.int64)
                 drest = tl.load(rest_ptr + c * stride_yc, mask=c < C, other=0.0).to(ACC)
@@ -283,12 +288,13 @@ def select_tokens_bwd_kernel(
                 offsets = (P + token)[:, None] * stride_xn + c[None, :] * stride_xc
                 x = tl.load(x_ptr + offsets, mask=others[:, None] & inside, other=0.0).to(ACC)
                 dot += tl.sum(x * drest[None, :], axis=1)
-            part = (share * by)[:, None] * drest[None, :]
+            part = (share / divisor)[:, None] * drest[None, :]
             values = tl.where(others[:, None], part.to(dx_ptr.dtype.element_ty), values)
         tl.store(dx_ptr + at + c[None, :], values, mask=(n < N)[:, None] & inside)
     if WEIGHTED:
-        dscores = tl.where(others, (dot - through_sum) * by, 0.0).to(dscores_ptr.dtype.element_ty)
-        tl.store(dscores_ptr + b * N + n, dscores, mask=(n >= 0) & (n < N))
+        dscores = tl.where(others, (dot - through_sum) / divisor, 0.0)
+        dscores = dscores if BITS == 64 else dscores.to(tl.float32)
+        tl.store(dscores_ptr + b * N + n, dscores.to(dscores_ptr.dtype.element_ty), mask=(n >= 0) & (n < N))
     if COMPANIONS > 0:
         _return(from0_ptr, to0_ptr, b, n, slot, N, stride_b0, stride_n0)
     if COMPANIONS > 1:
@@ -302,7 +308,7 @@ def select_tokens_bwd_kernel(
 def select_tokens_fwd(x, scores, k, counts, companions, weight, bias, prefix, rest, best_first, norm, eps):
     (B, _, C), N = x.shape, scores.shape[1]
     wide = accumulation_dtype(x.dtype)
-    size = (B, prefix + k + (rest != "none"), C)
+    size = (B, prefix + k + int(rest != "none"), C)
     tokens = x.new_empty(size)
     index = scores.new_empty((B, k), dtype=torch.int64)
     normed = x.new_empty(size if norm else (0,))
@@ -346,7 +352,7 @@ def select_tokens_bwd(dtokens, dcompanions, index, scores, counts, x, fused, pre
         dx, dscores, *pointers,
         N, k, C, prefix, blocks, *dtokens.stride(), *x.stride(), *scores.stride(), *index.stride(), *strides,
         REST=rest, COUNTS=counts is not None, COMPANIONS=len(dcompanions),
-        ACC=_TYPES[accumulation_dtype(dtokens.dtype)],
+        BITS=64 if scores.dtype == torch.float64 else 32, ACC=_TYPES[accumulation_dtype(dtokens.dtype)],
         BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_K=tile(k, 16, 64), num_warps=4, **FUSION,
     )  # fmt: skip
     return dx, dscores, made

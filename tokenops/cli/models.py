@@ -77,7 +77,8 @@ def make(name: str, checkpoint: Path | None, pretrained: bool, slimmed: bool) ->
     if slimmed and name not in known:
         raise CommandError(f"there is no slimmed model {name!r}; there are: {', '.join(known)}")
     if not timm.models.is_model(name):
-        close = timm.list_models(f"*{name.split('_')[0]}*")[:8]
+        first = name.split("_")[0]
+        close = (timm.list_models(f"{first}*") or timm.list_models(f"*{first}*"))[:8]
         raise CommandError(f"timm knows no model {name!r}" + (f"; near it are: {', '.join(close)}" if close else ""))
     download = pretrained and checkpoint is None and timm.models.is_model_pretrained(name)
     try:
