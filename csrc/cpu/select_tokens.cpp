@@ -4,15 +4,13 @@
 #include "rows.h"
 
 #include <cmath>
-#include <functional>
-#include <memory>
 #include <stdexcept>
 
 namespace tokenops {
 namespace {
 
-constexpr int64_t LANES = 16;            // partial sums of a row
-constexpr int64_t CHOOSING_NS = 10;      // a token's part in a choice, about
+constexpr int64_t LANES = 16;            // what is worked on at once
+constexpr int64_t CHOOSING_NS = 5;      // a token's part in a choice, about
 constexpr int64_t GRAIN_NS = 10'000;     // less than this is not worth a second thread
 constexpr int32_t ZEROS = -1, REST = -2;  // rows of the result that are no row of x
 
@@ -27,76 +25,122 @@ void with_float(ScalarType type, const F& f) {
 }
 
 // Integers in the order of the scores: NaN the least of all, -0 and 0 alike.
-template <typename Bits, typename Score>
-Bits ordered(Score score) {
+template <typename Score, typename Bits>
+INLINE void order(const Score* scores, Bits* keys, int64_t n) {
   constexpr Bits sign = Bits{1} << (8 * sizeof(Bits) - 1);
-  if (std::isnan(score)) return 0;
-  score += Score{0};
-  Bits bits;
-  std::memcpy(&bits, &score, sizeof bits);
-  return bits & sign ? ~bits : bits | sign;
+  for (int64_t i = 0; i < n; ++i) {
+    const Score score = scores[i] + Score{0};
+    Bits bits;
+    std::memcpy(&bits, &score, sizeof bits);
+    bits = bits & sign ? ~bits : bits | sign;
+    keys[i] = score != score ? 0 : bits;
+  }
 }
+template <typename Bits>
+INLINE int64_t count_reaching(const Bits* keys, int64_t n, Bits bound) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n;) {  // in parts whose counts fit in a key's bits
+    Bits part = 0;
+    const int64_t end = std::min<int64_t>(n, i + (int64_t{1} << 30));
+    for (; i < end; ++i) part += keys[i] >= bound;
+    count += static_cast<int64_t>(part);
+  }
+  return count;
+}
+CLONES void keys_of(const float* scores, uint32_t* keys, int64_t n) { order(scores, keys, n); }
+CLONES void keys_of(const double* scores, uint64_t* keys, int64_t n) { order(scores, keys, n); }
+CLONES int64_t reaching(const uint32_t* keys, int64_t n, uint32_t bound) { return count_reaching(keys, n, bound); }
+CLONES int64_t reaching(const uint64_t* keys, int64_t n, uint64_t bound) { return count_reaching(keys, n, bound); }
 
-// A token's rank among the others: its score, then its place. Greater is better, no two are equal.
-uint64_t key(float score, int64_t n) { return static_cast<uint64_t>(ordered<uint32_t>(score)) << 32 | (UINT32_MAX - n); }
-std::pair<uint64_t, int64_t> key(double score, int64_t n) { return {ordered<uint64_t>(score), -n}; }
-int64_t place(uint64_t key) { return UINT32_MAX - static_cast<uint32_t>(key); }
-int64_t place(const std::pair<uint64_t, int64_t>& key) { return -key.second; }
-
-// The places of the best `count` of N scores.
+// The places of the best `count` of N scores. The last of them is found bit by bit: counting is faster than sorting.
 template <typename T, typename Wide>
 void choose(const T* scores, int64_t stride, int64_t N, int64_t count, bool best_first, int64_t* places) {
-  using Key = decltype(key(Wide{}, 0));
-  std::vector<Key> keys(N), ranked;
-  for (int64_t n = 0; n < N; ++n) keys[n] = key(static_cast<Wide>(scores[n * stride]), n);
+  using Bits = std::conditional_t<std::is_same_v<Wide, double>, uint64_t, uint32_t>;
   if (count == 0) return;
-  ranked = keys;
-  std::nth_element(ranked.begin(), ranked.begin() + (count - 1), ranked.end(), std::greater<Key>());
+  thread_local std::vector<Wide> room;
+  thread_local std::vector<Bits> keys;
+  thread_local std::vector<int64_t> kept;
+  room.resize(N), keys.resize(N), kept.resize(N + 1);
+  const T* values = scores;
+  if (stride != 1) for (int64_t n = 0; n < N; ++n) room[n] = static_cast<Wide>(scores[n * stride]);
+  else if constexpr (!std::is_same_v<T, Wide>) load(values, room.data(), N);
+  if constexpr (std::is_same_v<T, Wide>) keys_of(stride == 1 ? values : room.data(), keys.data(), N);
+  else keys_of(room.data(), keys.data(), N);
+
+  Bits last = 0;
+  for (int bit = 8 * sizeof(Bits) - 1; bit >= 0; --bit) {
+    const Bits candidate = last | Bits{1} << bit;
+    if (reaching(keys.data(), N, candidate) >= count) last = candidate;
+  }
+  const int64_t above = last == ~Bits{0} ? 0 : reaching(keys.data(), N, last + 1);
+  int64_t found = 0, ties = count - above;
+  for (int64_t n = 0; n < N; ++n) {  // without a branch, which would be a coin's toss
+    const bool level = keys[n] == last && ties > 0;
+    kept[found] = n;
+    found += keys[n] > last || level;
+    ties -= level;
+  }
   if (best_first) {
-    std::sort(ranked.begin(), ranked.begin() + count, std::greater<Key>());
-    for (int64_t j = 0; j < count; ++j) places[j] = place(ranked[j]);
-    return;
+    std::sort(kept.begin(), kept.begin() + count,
+              [&](int64_t a, int64_t b) { return keys[a] != keys[b] ? keys[a] > keys[b] : a < b; });
   }
-  const Key last = ranked[count - 1];
-  for (int64_t n = 0, j = 0; n < N; ++n) {  // count of them pass; the store behind the last is not made
-    if (keys[n] >= last) places[j++] = n;
-  }
+  std::copy_n(kept.begin(), count, places);
 }
 
 CLONES void add_scaled(float* sum, const float* row, float weight, int64_t n) {
   for (int64_t i = 0; i < n; ++i) sum[i] += weight * row[i];
 }
-void add_scaled(double* sum, const double* row, double weight, int64_t n) {
+CLONES void add_scaled(double* sum, const double* row, double weight, int64_t n) {
   for (int64_t i = 0; i < n; ++i) sum[i] += weight * row[i];
 }
 CLONES void scale(float* out, const float* row, float weight, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = weight * row[i];
 }
-void scale(double* out, const double* row, double weight, int64_t n) {
+CLONES void scale(double* out, const double* row, double weight, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = weight * row[i];
 }
 
-// Sum over i of f(i), in LANES parts that the compiler works on at once.
-template <typename Wide, typename F>
-INLINE Wide sum_of(int64_t n, const F& f) {
-  Wide part[LANES] = {}, total = 0;
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    for (int64_t l = 0; l < LANES; ++l) part[l] += f(i + l);
-  }
-  for (; i < n; ++i) part[i % LANES] += f(i);
+// LANES values at once; the compiler makes of them what the machine has.
+template <typename Wide>
+struct Vector {
+  typedef Wide type __attribute__((vector_size(LANES * sizeof(Wide))));
+};
+#pragma GCC diagnostic ignored "-Wpsabi"  // they are passed between inlined functions only
+
+template <typename Wide>
+INLINE typename Vector<Wide>::type read(const Wide* from) {
+  typename Vector<Wide>::type values;
+  std::memcpy(&values, from, sizeof values);
+  return values;
+}
+
+// The last values of a row, filled up.
+template <typename Wide>
+INLINE typename Vector<Wide>::type tail(const Wide* in, int64_t n, Wide fill) {
+  Wide rest[LANES];
+  for (int64_t l = 0; l < LANES; ++l) rest[l] = l < n ? in[l] : fill;
+  return read(rest);
+}
+template <typename Wide>
+INLINE Wide sum(typename Vector<Wide>::type values) {
+  Wide part[LANES];
+  std::memcpy(part, &values, sizeof part);
   for (int64_t half = LANES / 2; half > 0; half /= 2) {
     for (int64_t l = 0; l < half; ++l) part[l] += part[l + half];
   }
-  total = part[0];
-  return total;
+  return part[0];
 }
-CLONES float dot(const float* a, const float* b, int64_t n) {
-  return sum_of<float>(n, [=](int64_t i) { return a[i] * b[i]; });
+
+template <typename Wide>
+INLINE Wide dot_of(const Wide* a, const Wide* b, int64_t n) {
+  typename Vector<Wide>::type total = {};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) total += read(a + i) * read(b + i);
+  if (i < n) total += tail<Wide>(a + i, n - i, 0) * tail<Wide>(b + i, n - i, 0);
+  return sum<Wide>(total);
 }
-double dot(const double* a, const double* b, int64_t n) {
-  return sum_of<double>(n, [=](int64_t i) { return a[i] * b[i]; });
-}
+CLONES float dot(const float* a, const float* b, int64_t n) { return dot_of(a, b, n); }
+CLONES double dot(const double* a, const double* b, int64_t n) { return dot_of(a, b, n); }
 
 template <typename Wide>
 struct Norm {
@@ -106,23 +150,34 @@ struct Norm {
 
 template <typename Wide>
 INLINE void normalize_row(const Wide* in, Wide* out, int64_t n, const Norm<Wide>& norm, Wide* mean, Wide* deviation) {
-  Wide m = sum_of<Wide>(n, [=](int64_t i) { return in[i]; }) / n;
-  m += sum_of<Wide>(n, [=](int64_t i) { return in[i] - m; }) / n;  // an ulp counts where a row is constant
-  const Wide variance = sum_of<Wide>(n, [=](int64_t i) { return (in[i] - m) * (in[i] - m); }) / n;
+  typename Vector<Wide>::type total = {}, off = {}, squares = {};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) total += read(in + i);
+  if (i < n) total += tail<Wide>(in + i, n - i, 0);
+  const Wide about = sum<Wide>(total) / n;
+  for (i = 0; i + LANES <= n; i += LANES) {
+    const auto x = read(in + i) - about;
+    off += x, squares += x * x;
+  }
+  if (i < n) {
+    const auto x = tail<Wide>(in + i, n - i, about) - about;
+    off += x, squares += x * x;
+  }
+  const Wide error = sum<Wide>(off) / n;  // of the mean: an ulp counts where a row is constant
+  const Wide m = about + error, variance = std::max<Wide>(0, sum<Wide>(squares) / n - error * error);
   const Wide d = 1 / std::sqrt(variance + static_cast<Wide>(norm.eps));
   *mean = m, *deviation = d;
-  for (int64_t i = 0; i < n; ++i) out[i] = (in[i] - m) * d;
-  if (norm.weight) {
-    for (int64_t i = 0; i < n; ++i) out[i] *= norm.weight[i];
-  }
-  if (norm.bias) {
-    for (int64_t i = 0; i < n; ++i) out[i] += norm.bias[i];
+  const Wide *weight = norm.weight, *bias = norm.bias;
+  if (weight && bias) {
+    for (i = 0; i < n; ++i) out[i] = (in[i] - m) * d * weight[i] + bias[i];
+  } else {
+    for (i = 0; i < n; ++i) out[i] = (in[i] - m) * d * (weight ? weight[i] : 1) + (bias ? bias[i] : 0);
   }
 }
 CLONES void normalize(const float* in, float* out, int64_t n, const Norm<float>& norm, float* mean, float* deviation) {
   normalize_row(in, out, n, norm, mean, deviation);
 }
-void normalize(const double* in, double* out, int64_t n, const Norm<double>& norm, double* mean, double* deviation) {
+CLONES void normalize(const double* in, double* out, int64_t n, const Norm<double>& norm, double* mean, double* deviation) {
   normalize_row(in, out, n, norm, mean, deviation);
 }
 
@@ -215,9 +270,11 @@ void fill(const Tensor& x, const Tensor& scores, int64_t k, const int64_t* count
     else row.zero(reinterpret_cast<char*>(target));
     if (source != REST && !norm) return;
 
-    std::vector<Wide> memory(2 * C);
+    thread_local std::vector<Wide> memory;
+    memory.resize(std::max<size_t>(memory.size(), 2 * C));
     Wide *sum = memory.data(), *room = sum + C;
     if (source == REST) {
+      std::fill_n(sum, C, Wide{0});
       std::vector<double> weights(N);
       const double total = weigh<Wide>(scores, b, rest, places, count, weights.data());
       const double by = rest == Rest::Normalized && total != 0 ? 1 / total : 1;
@@ -295,7 +352,8 @@ void fill_gradients(const Tensor& dtokens, const Tensor& index, const Tensor& sc
     const int64_t count = counts ? counts[b] : k;
     double weight = 1.0 / std::max<int64_t>(1, N - count), by = 1, dscore = 0;
     if (slot < 0) {
-      std::vector<Wide> memory(2 * C);
+      thread_local std::vector<Wide> memory;
+      memory.resize(std::max<size_t>(memory.size(), 2 * C));
       Wide *room = memory.data(), *other = room + C;
       const Wide* drest = widened<T>(image + (prefix + count) * from.stride_n, from.stride_c, C, room);
       if (weighted) {
