@@ -14,7 +14,8 @@ import tokenops
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_readme():
+def test_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it saves a schedule
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
     assert len(blocks) >= 3
     names = {}
@@ -38,6 +39,13 @@ def test_docstrings(name):
 
 def test_the_operators_are_shown():
     text = README.read_text()
-    for name in ("soft_aggregate", "soft_scatter", "token_mlp", "restore_tokens", "masked_channel_attention"):
+    for name in (
+        "soft_aggregate",
+        "soft_scatter",
+        "token_mlp",
+        "select_tokens",
+        "restore_tokens",
+        "masked_channel_attention",
+    ):
         assert f"`{name}(" in text
         assert ">>>" in getattr(tokenops, name).__doc__

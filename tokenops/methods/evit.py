@@ -159,6 +159,7 @@ class EViT(ReducingViT):
             prefix=prefix,
             rest="weighted" if self.fuse_token else "none",
             normalize=False,
+            order="index",  # the set alone matters: no sort
             companions=() if source is None else (source,),
             norm=fusable(block.norm2),
         )
