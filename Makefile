@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/python -m tokenops demo
 
 test: $(READY) check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -23,7 +23,9 @@ def commands(part: str, out: Path) -> list[tuple[str, ...]]:
     if part == "build":
         return [(sys.executable, "setup.py", "build_ext", "--inplace"), (sys.executable, "-m", "tokenops", "info")]
     if part == "test":
-        workers = ("-n", "6", "--dist", "loadfile") if importlib.util.find_spec("xdist") else ()
+        workers = (
+            ("-n", "6", "--dist", "loadfile", "--no-loadscope-reorder") if importlib.util.find_spec("xdist") else ()
+        )
         return [(*PYTEST, *workers, "--device", "cuda", f"--junitxml={out / 'tests.xml'}", "tests")]
     if part == "sanitize":
         sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
