@@ -73,7 +73,21 @@ def run(function, tensors, upstream=None, **options):
     return named | {f"d{n}": g for n, g in zip((n for n in leaves if n in FLOATS), grads)}, gradients
 
 
-def check(t, dtype, scores, heads):
+def check(case, dtype, device, scores, heads, everything=False, draws=4):
+    """Every result and gradient is as good as plain PyTorch's, over several draws of fp32 inputs together.
+
+    The largest of a few roundings is luck: of one draw alone ours were 0.5 to 5.6 times plain PyTorch's.
+    """
+    times = draws if dtype == torch.float32 else 1
+    found = [compared(case, dtype, device, scores, heads, everything) for _ in range(times)]
+    for what in found[0]:
+        ours, plain, truth, allowed = zip(*(draw[what] for draw in found), strict=True)
+        assert_as_good_as_plain(torch.stack(ours), torch.stack(plain), torch.stack(truth), what, max(allowed))
+
+
+def compared(case, dtype, device, scores, heads, everything):
+    """By name: ours, plain PyTorch's, the truth, and the size of what cancels."""
+    t, found = inputs(case, dtype, device, everything), {}
     truth, upstream = run(reference.masked_channel_attention, double(t), scores=scores, heads=heads, **EVERYTHING)
     ours, _ = run(attention, t, upstream, scores=scores, heads=heads, **EVERYTHING)
     plain, _ = run(reference.masked_channel_attention, t, upstream, scores=scores, heads=heads, **EVERYTHING)
@@ -85,7 +99,7 @@ def check(t, dtype, scores, heads):
             continue
         empty = right == -INF
         assert torch.equal(ours[what] == -INF, empty), what
-        a, b, c = (value.masked_fill(empty, 0.0) for value in (ours[what], plain[what], right))
         reach = t[size[what]].abs().max().item() if what in size and t[size[what]].numel() else 1.0
         allowed = cancels * reach if what in ("dq", "dk", "dqk_mask", "dkey_bias") and dtype != torch.float32 else 0.0
-        assert_as_good_as_plain(a, b, c, what, allowed)
+        found[what] = (*(value.masked_fill(empty, 0.0) for value in (ours[what], plain[what], right)), allowed)
+    return found

@@ -60,7 +60,7 @@ def undefined(library):
     """The symbols a library wants from others, without those of libc and libstdc++."""
     listing = subprocess.check_output(["nm", "-D", "--undefined-only", library], text=True)
     names = [line.split()[-1] for line in listing.splitlines()]
-    runtime = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_|^_ZN?St|^_ITM_\w+$|^__gmon_start__$")
+    runtime = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_|^_ZNSt|^_ZSt\d+__throw_\w+$|^_ITM_\w+$|^__gmon_start__$")
     return {name for name in names if not runtime.search(name)}
 
 

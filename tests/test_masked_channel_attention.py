@@ -94,7 +94,7 @@ def test_scores_add_up_to_one(backend, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ATTEND, ids=str)
 def test_as_good_as_plain(case, dtype, backend, device):
-    check(inputs(case, dtype, device), dtype, "class" if case.M else None, "each")
+    check(case, dtype, device, "class" if case.M else None, "each")
 
 
 FEW = [("class", "mean"), ("received", "each")]
@@ -105,7 +105,7 @@ EVERY += [(ATTEND[i], dtype, *kind) for i in (3, 4) for dtype in DTYPES[1:] for 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("case", "dtype", "scores", "heads"), EVERY, ids=str)
 def test_everything_as_good_as_plain(case, dtype, scores, heads, backend, device):
-    check(inputs(case, dtype, device, everything=True), dtype, scores, heads)
+    check(case, dtype, device, scores, heads, everything=True)
 
 
 TINY = Attend(2, 2, 2, 3, 2, 1, "few enough elements for numerical derivatives in the interpreter")

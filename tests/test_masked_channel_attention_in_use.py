@@ -171,7 +171,7 @@ def test_every_instruction_set(variant, dtype, monkeypatch, device):
     few = (2, 7) if dtype == torch.float32 else ()  # so few numbers that plain PyTorch may be right by luck
     for case in (*(ATTEND[i] for i in (*few, 3, 4, 8, 9, 10)), long):
         try:
-            check(inputs(case, dtype, device, everything=True), dtype, "received" if case.M else None, "each")
+            check(case, dtype, device, "received" if case.M else None, "each", everything=True, draws=8)
         except RuntimeError as error:
             if f"this machine has no attention variant {variant} for this dtype" in str(error):
                 assert variant != "baseline"
