@@ -180,3 +180,33 @@ def test_attention(bench, compare, case, passes):
         flops=flops + (again if passes != "forward" else 0),
         truth=partial(ours, case=case, given=given, attend=reference.masked_channel_attention),
     )
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name.startswith("compact")], ids=str)
+def test_compact_heads(bench, compare, case, passes):
+    """Heads of fewer channels against the whole ones: are the operations that pruning saves saved in time?"""
+    B, N = bench.batch(), 24 if bench.quick else case.N
+    whole = case._replace(DK=64, DV=64)
+
+    def inputs():
+        return tuple(bench.random(B, N, c.H * (2 * c.DK + c.DV)) for c in (case, whole))
+
+    qkv, _ = inputs()
+    out = qkv.new_empty(B, N, case.H * case.DV)
+
+    def flops(c):
+        again = 3 * c.DK + 2 * c.DV if passes != "forward" else 0
+        return 2 * B * c.H * N * N * (c.DK + c.DV + again)
+
+    compare(
+        "attention, compact heads",
+        passes=passes,
+        shape=dict(B=B, N=N, H=case.H, Dk=case.DK, Dv=case.DV),
+        inputs=inputs,
+        ours=lambda qkv, dense: joined(masked_channel_attention(*heads(qkv, case))),
+        peers={"heads of 64": lambda qkv, dense: joined(masked_channel_attention(*heads(dense, whole)))},
+        peer_flops={"heads of 64": flops(whole)},
+        bytes=nbytes(qkv, out) + (nbytes(qkv, qkv, out, out) if passes != "forward" else 0),
+        flops=flops(case),
+    )

@@ -54,15 +54,17 @@ def filled(text: str, results: dict) -> str:
 
 
 def rows_of(result: dict, kind: str) -> list[dict]:
-    """Models are the rows with a peer of other FLOPs."""
-    rows = result["rows"].values()
-    return [row for row in rows if any("realised" in peer for peer in row["peers"].values()) == (kind == "models")]
+    return [row for row in result["rows"].values() if is_model(row) == (kind == "models")]
+
+
+def is_model(row: dict) -> bool:
+    """Of a model nothing but the batch is told."""
+    return set(row["shape"]) == {"B"}
 
 
 def table(rows: list[dict], result: dict) -> str:
     """A Markdown table and, below it, where its figures come from."""
-    models = any("realised" in peer for row in rows for peer in row["peers"].values())
-    header, lines = (model_lines if models else operator_lines)(rows)
+    header, lines = (model_lines if is_model(rows[0]) else operator_lines)(rows)
     body = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
     return (
         "\n".join(body)

@@ -7,12 +7,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <tuple>
 
 #include "strided.h"
 
 namespace tokenops {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // (B, N, C) of any strides
@@ -35,6 +37,27 @@ inline void check_index(const char* name, const Tensor& index, const Tensor& lik
   STD_TORCH_CHECK(index.scalar_type() == torch::headeronly::ScalarType::Long, name, " must be int64");
   STD_TORCH_CHECK(index.get_device_index() == like.get_device_index() && index.is_cuda() == like.is_cuda(), name,
                   " must be on the other tensors' device");
+}
+
+inline ScalarType wide_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_float(const char* name, const Tensor& t) {
+  const auto type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+                      type == ScalarType::Double,
+                  name, " must be of a float dtype");
+}
+
+// A layer norm's weight or bias, in the accumulation dtype
+inline const void* checked_channels(const char* name, const std::optional<Tensor>& t, const Tensor& x) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(2) && t->is_contiguous() &&
+                      t->scalar_type() == wide_type(x) && t->is_cuda() == x.is_cuda() &&
+                      t->get_device_index() == x.get_device_index(),
+                  name, " must be (C,), contiguous, in the accumulation dtype");
+  return t->data_ptr();
 }
 
 // tokens has `carried` rows for the prefix ahead of its k others

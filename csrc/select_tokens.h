@@ -10,8 +10,6 @@
 
 namespace tokenops {
 
-using torch::headeronly::ScalarType;
-
 inline Rest rest_named(const std::string& name) {
   if (name == "none") return Rest::None;
   if (name == "weighted") return Rest::Weighted;
@@ -20,16 +18,9 @@ inline Rest rest_named(const std::string& name) {
   return Rest::Mean;
 }
 
-inline ScalarType wide_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 inline void check_scores(const Tensor& scores, const Tensor& x, int64_t N) {
   check_matrix("scores", scores, x, N);
-  const auto type = scores.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
-                      type == ScalarType::Double,
-                  "scores must be of a float dtype");
+  check_float("scores", scores);
 }
 
 // (B,), or none
@@ -40,16 +31,6 @@ inline const int64_t* checked_counts(const std::optional<Tensor>& counts, const 
                       counts->get_device_index() == like.get_device_index(),
                   "counts must be (B,), int64, contiguous");
   return static_cast<const int64_t*>(counts->data_ptr());
-}
-
-// of the norm, in the accumulation dtype
-inline const void* checked_channels(const char* name, const std::optional<Tensor>& t, const Tensor& x) {
-  if (!t) return nullptr;
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(2) && t->is_contiguous() &&
-                      t->scalar_type() == wide_type(x) && t->is_cuda() == x.is_cuda() &&
-                      t->get_device_index() == x.get_device_index(),
-                  name, " must be (C,), contiguous, in the accumulation dtype");
-  return t->data_ptr();
 }
 
 // Like the results of the schema, in its order. `fused`: of a normalized rest the sum of the weights and the token

@@ -208,12 +208,39 @@ def restore_tokens_cases(dtype):
         yield f"N{N}-k{k}-C{C}", run
 
 
+def merge_neighbours_cases(dtype):
+    from tokenops._triton.merge_neighbours import merge_neighbours_bwd, merge_neighbours_fwd
+
+    for H, W, C, vertical, kind, sized, norm in (
+        (14, 14, 384, False, "average", False, False),
+        (14, 7, 384, True, "channels", True, True),
+        (14, 14, 768, False, "logits", True, True),
+        (7, 7, 193, True, "scalars", False, False),
+        (32, 32, 1280, False, "channels", False, True),  # ViT-H
+    ):
+        x, logits = _meta(256, H * W + 1, C, dtype=dtype), _meta(256, H * W, dtype=dtype)
+        channels = _meta(C, dtype=torch.float32)
+        weight = {"channels": channels, "scalars": channels[:1]}.get(kind)
+        logits = logits if kind == "logits" else None
+        sizes = _meta(256, H * W, dtype=torch.float32) if sized else None
+        parameters = (channels, channels) if norm else (None, None)
+        options = (H, W, vertical, 1, 0.5, 0.5)
+
+        def run():
+            y, *_ = merge_neighbours_fwd(x, weight, weight, logits, sizes, *parameters, *options, norm, 1e-6)
+            given = None if kind == "average" else x
+            merge_neighbours_bwd(y, given, weight, weight, logits, sizes, *options)
+
+        yield f"H{H}-W{W}-C{C}-{kind}{'-sizes' * sized}{'-norm' * norm}", run
+
+
 CASES = {
     "soft_aggregate": soft_aggregate_cases,
     "token_mlp": token_mlp_cases,
     "masked_channel_attention": masked_channel_attention_cases,
     "select_tokens": select_tokens_cases,
     "restore_tokens": restore_tokens_cases,
+    "merge_neighbours": merge_neighbours_cases,
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

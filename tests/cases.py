@@ -105,6 +105,33 @@ SELECT_LARGE = (
 )
 
 
+class Merge(NamedTuple):
+    """Sizes of merge_neighbours."""
+
+    B: int
+    H: int
+    W: int
+    C: int
+    prefix: int
+    why: str
+
+    def __str__(self):
+        return f"B{self.B}-H{self.H}-W{self.W}-C{self.C}-P{self.prefix}"
+
+
+MERGE = (
+    Merge(2, 4, 6, 16, 1, "16-byte accesses in every dtype"),
+    Merge(1, 1, 1, 1, 0, "the smallest there is: a token alone"),
+    Merge(3, 5, 7, 37, 2, "odd everywhere: tokens that are alone, accesses of one element, two prefix tokens"),
+    Merge(1, 7, 2, 300, 1, "rows of more than one tile of channels"),
+    Merge(0, 4, 2, 8, 1, "no image"),
+    Merge(2, 0, 3, 8, 1, "no row: only a prefix"),
+    Merge(2, 2, 2, 0, 1, "no channel"),
+)
+#: what the interpreter is too slow for
+MERGE_LARGE = (Merge(2, 14, 14, 384, 1, "DeiT-S"),)
+
+
 class Attend(NamedTuple):
     """Sizes of masked_channel_attention."""
 

@@ -1,5 +1,6 @@
 """The CUDA kernels, compiled for the host and run under AddressSanitizer and UBSan, on any machine."""
 
+import itertools
 import json
 import os
 import shutil
@@ -8,10 +9,11 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import merging
 import numpy as np
 import pytest
 import torch
-from cases import RESTORE, SELECT, SELECT_LARGE, Restore
+from cases import MERGE, MERGE_LARGE, RESTORE, SELECT, SELECT_LARGE, Merge, Restore
 from selecting import EPS, OPTIONS, compare, double, inputs, terms
 from selecting import run as select
 
@@ -142,6 +144,10 @@ def bits(tensor):
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
+def tensor(array):
+    return torch.from_numpy(array).view(torch.bfloat16) if array.dtype == np.uint16 else torch.from_numpy(array)
+
+
 def test_select_tokens(emulate, tmp_path):
     """Every option in every dtype, accesses of 16 bytes and of one element, images in slices of both kinds."""
     arrays, runs, kept = {}, [], []
@@ -182,9 +188,7 @@ def test_select_tokens(emulate, tmp_path):
         dtype, made = tensors["x"].dtype, {}
         for name in ("tokens", "index", "normed", "mean", "deviation", "dx", "dscores", "companion", "dcompanion"):
             if f"{name}{n}" in results:
-                made[name] = torch.from_numpy(results[f"{name}{n}"])
-                if made[name].dtype == torch.uint16:
-                    made[name] = made[name].view(torch.bfloat16)
+                made[name] = tensor(results[f"{name}{n}"])
         *plain, _ = select(reference.select_tokens, tensors, case.k, case.prefix, option, upstream)
         *truth, _ = select(reference.select_tokens, double(tensors), case.k, case.prefix, option, upstream)
         results_of = {name: made[name] for name in ("tokens", "normed", "index") if name in made}
@@ -208,3 +212,83 @@ def test_select_tokens(emulate, tmp_path):
             torch.testing.assert_close(made["deviation"].double(), deviation, rtol=2e-2, atol=1e-2)
     assert {int(results[f"width{n}"]) for n in range(len(runs))} >= {2, 4, 8, 16}
     assert max(int(results[f"slices{n}"]) for n in range(len(runs))) > 4
+
+
+LONG = (
+    Merge(1, 66, 66, 1, 0, "blocks whose rows fill their table"),
+    Merge(1, 2, 3, 2104, 1, "more channels than shared memory keeps factors"),
+)
+
+
+def with_a_number(x, grid, axis, weights, **options):
+    return reference.merge_neighbours(x, grid, axis, (weights[0], 0.75), **options)
+
+
+def test_merge_neighbours(emulate, tmp_path):
+    """Every kind of weights in every dtype, along both axes, with accesses of 16 bytes and of one element."""
+    torch.manual_seed(0)
+    arrays, runs, kept = {}, [], []
+    for case in (*MERGE, *MERGE_LARGE, *LONG):
+        for option, axis in itertools.product(merging.OPTIONS, merging.AXES):
+            (kind, sized, norm), n = option, len(runs)
+            dtype = list(NUMPY)[(n + n // 16) % 4]
+            other = (torch.float32, dtype, torch.float64)[n % 3]  # of what comes along
+            tensors = merging.inputs(case, dtype, "cpu", option)
+            for name in ("logits", "sizes"):  # some count nothing, now and then both of a pair
+                if name in tensors:
+                    tensors[name][torch.rand_like(tensors[name]) < 0.3] = 0 if name == "sizes" else -np.inf
+            tensors |= {name: t.to(other) for name, t in tensors.items() if name not in ("x", "weight", "bias")}
+            function = with_a_number if kind in ("scalars", "channels") and n % 3 == 0 else reference.merge_neighbours
+            plain = merging.run(function, tensors, case, axis, option)
+            upstream = plain[2] | ({"normed": torch.zeros_like(plain[2]["normed"])} if norm else {})  # torch's own
+            kept.append((function, tensors, case, axis, option, upstream))
+            wide = reference.accumulation_dtype(dtype)
+            given = {name: t.to(wide) if name in ("weight", "bias") else t for name, t in tensors.items()}
+            numbers = {"numbers": (0.25, 0.5), "scalars": (1, 1), "channels": (1, 1)}.get(kind, (0.5, 0.5))
+            if function is with_a_number:
+                numbers = (1, 0.75)
+                del given["second"]
+            arrays |= {f"{name}{n}": bits(t.contiguous()) for name, t in given.items()}
+            arrays[f"dy{n}"] = bits(upstream["y"])
+            learned = kind in ("scalars", "channels", "logits") and n % 5 != 0
+            layout = ("0", "channels first", "8", "rows apart")[n // 2 % 4]
+            grid = case.H, case.W, axis == "vertical", case.prefix
+            runs.append((*grid, *numbers, norm, merging.EPS, learned, layout, (1, 2, 8, 132)[n // 3 % 4], n % 3))
+    np.savez(tmp_path / "in.npz", runs=json.dumps(runs), **arrays)
+    done = emulate("merge_neighbours", tmp_path / "in.npz", tmp_path / "out.npz")
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    results = np.load(tmp_path / "out.npz")
+    for n, (function, tensors, case, axis, option, upstream) in enumerate(kept):
+        dtype, (kind, sized, norm), learned = tensors["x"].dtype, option, runs[n][8]
+        plain = merging.run(function, tensors, case, axis, option, upstream)
+        truth = merging.run(function, merging.double(tensors), case, axis, option, upstream)
+        ours = {"y": tensor(results[f"y{n}"])}
+        if sized:
+            ours["sizes"] = tensor(results[f"merged{n}"])
+        if norm:
+            ours["normed"] = tensor(results[f"normed{n}"])
+        gradients = plain[1] | {"dx": tensor(results[f"dx{n}"])}
+        cancels = 0.0
+        if learned and kind == "logits":
+            gradients["dlogits"] = tensor(results[f"dlogits{n}"])
+        elif learned:
+            sums = tensor(results[f"sums{n}"]).sum(dim=0)
+            for name, mine in zip(("first", "second"), sums if function is reference.merge_neighbours else sums[:1]):
+                mine = mine if tensors[name].shape == mine.shape else mine.sum().reshape(1)
+                gradients[f"d{name}"] = mine.to(tensors[name].dtype)
+        if learned:  # rounded as sums are
+            small = gradients["dlogits" if kind == "logits" else "dfirst"].dtype
+            cancels = merging.cancelling(tensors, {"y": upstream["y"]})
+            cancels *= torch.finfo(reference.accumulation_dtype(dtype)).eps / torch.finfo(small).eps
+            if kind != "logits":  # and as often as there are pairs
+                cancels *= upstream["y"].shape[:2].numel() ** 0.5 / (case.C if kind == "channels" and case.C else 1)
+        merging.compare((ours, gradients), plain, truth, cancels)
+        if norm and case.C:
+            wide = truth[0]["y"]
+            mean, deviation = (torch.from_numpy(results[f"{name}{n}"]).double() for name in ("mean", "deviation"))
+            torch.testing.assert_close(mean, wide.mean(dim=2), rtol=1e-2, atol=1e-2)
+            expected = ((wide - wide.mean(dim=2, keepdim=True)).square().mean(dim=2) + merging.EPS).rsqrt()
+            torch.testing.assert_close(deviation, expected, rtol=2e-2, atol=1e-2)
+    assert {int(results[f"width{n}"]) for n in range(len(runs))} >= {2, 4, 8, 16}
+    assert {int(results[f"threads{n}"]) for n, run in enumerate(runs) if run[6]} >= {8, 16, 32}

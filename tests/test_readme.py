@@ -44,6 +44,7 @@ def test_the_operators_are_shown():
         "soft_scatter",
         "token_mlp",
         "select_tokens",
+        "merge_neighbours",
         "restore_tokens",
         "masked_channel_attention",
     ):

@@ -7,6 +7,7 @@ The whole public surface: operators, backend choice, and the packages `tokenops.
 from . import reference
 from ._backends import use_backend
 from .masked_channel_attention import masked_channel_attention
+from .merge_neighbours import merge_neighbours, unmerge_neighbours
 from .restore_tokens import restore_tokens
 from .select_tokens import Selection, select_tokens
 from .soft_aggregate import soft_aggregate
@@ -17,11 +18,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Selection",
     "masked_channel_attention",
+    "merge_neighbours",
     "reference",
     "restore_tokens",
     "select_tokens",
     "soft_aggregate",
     "soft_scatter",
     "token_mlp",
+    "unmerge_neighbours",
     "use_backend",
 ]

@@ -22,10 +22,11 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "masked_channel_attention": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "select_tokens": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
     "restore_tokens": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
+    "merge_neighbours": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
 }
 
 #: operators whose native path is compiled code (the others compose torch's own kernels, which are always there)
-COMPILED = frozenset({"select_tokens", "restore_tokens"})
+COMPILED = frozenset({"select_tokens", "restore_tokens", "merge_neighbours"})
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

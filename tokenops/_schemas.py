@@ -38,6 +38,12 @@ _SCHEMAS = {
     " -> (Tensor y, Tensor[] companions)",
     "restore_tokens_bwd": "(Tensor dy, Tensor index, SymInt prefix, SymInt carried, Tensor[] dcompanions)"
     " -> (Tensor dbase, Tensor dtokens, Tensor[] dolds, Tensor[] dnews)",
+    "merge_neighbours_fwd": "(Tensor x, Tensor? first, Tensor? second, Tensor? logits, Tensor? sizes, Tensor? weight,"
+    " Tensor? bias, SymInt height, SymInt width, bool vertical, SymInt prefix, float alpha, float beta, bool norm,"
+    " float eps) -> (Tensor y, Tensor sizes, Tensor normed, Tensor statistics)",
+    "merge_neighbours_bwd": "(Tensor dy, Tensor? x, Tensor? first, Tensor? second, Tensor? logits, Tensor? sizes,"
+    " SymInt height, SymInt width, bool vertical, SymInt prefix, float alpha, float beta)"
+    " -> (Tensor dx, Tensor dfirst, Tensor dsecond, Tensor dlogits)",
 }
 
 
@@ -154,6 +160,32 @@ def _restore_tokens_bwd(dy, index, prefix, carried, dcompanions):
         [d.new_empty(d.shape) for d in dcompanions],
         [d.new_empty((B, k)) for d in dcompanions],
     )
+
+
+def merged_tokens(height, width, vertical):
+    """M, how many tokens of a grid are left."""
+    return (height + 1) // 2 * width if vertical else height * ((width + 1) // 2)
+
+
+def _merge_neighbours_fwd(
+    x, first, second, logits, sizes, weight, bias, height, width, vertical, prefix, alpha, beta, norm, eps
+):
+    (B, _, C), M = x.shape, merged_tokens(height, width, vertical)
+    return (
+        x.new_empty((B, prefix + M, C)),
+        x.new_empty((0,)) if sizes is None else sizes.new_empty((B, M)),
+        x.new_empty((B, prefix + M, C) if norm else (0,)),
+        # mean and inverse standard deviation
+        x.new_empty((2, B, prefix + M) if norm else (0,), dtype=accumulation_dtype(x.dtype)),
+    )
+
+
+def _merge_neighbours_bwd(dy, x, first, second, logits, sizes, height, width, vertical, prefix, alpha, beta):
+    def gradient(t):
+        return dy.new_empty((0,)) if x is None or t is None else t.new_empty(t.shape)
+
+    dx = dy.new_empty((dy.shape[0], prefix + height * width, dy.shape[2]))
+    return dx, gradient(first), gradient(second), gradient(logits)
 
 
 #: where an implementation is not in the file of its operator's name

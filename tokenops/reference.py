@@ -157,6 +157,77 @@ def restore_tokens(
     return y if companions is None else (y, tuple(replaced(old, new) for old, new in companions))
 
 
+def neighbour_pairs(tokens: Tensor, grid: tuple[int, int], axis: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,N,...) on a grid to the first and the second of each pair, (B,M,...) both, and which pairs have two, (M,).
+
+    Where the axis is odd, the last row or column is alone: zeros stand for its second.
+    """
+    dim = 2 if axis == "horizontal" else 1
+    tokens = tokens.unflatten(1, grid)
+    there = torch.ones((1, *grid), dtype=torch.bool, device=tokens.device)
+    if grid[dim - 1] % 2:
+        tokens = torch.cat((tokens, torch.zeros_like(tokens.narrow(dim, 0, 1))), dim)
+        there = torch.cat((there, torch.zeros_like(there.narrow(dim, 0, 1))), dim)
+    first, second = (t.flatten(1, 2) for t in tokens.unflatten(dim, (-1, 2)).unbind(dim + 1))
+    return first, second, there.unflatten(dim, (-1, 2)).unbind(dim + 1)[1].flatten()
+
+
+def merge_weights(
+    grid: tuple[int, int], axis: str, weights: Tensor | tuple | None, sizes: Tensor | None, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the first and the second of each pair count, broadcasting to (B,M,C), in the accumulation dtype."""
+    wide = accumulation_dtype(like.dtype)
+    there = neighbour_pairs(like, grid, axis)[2].unsqueeze(-1)
+    half = torch.full((), 0.5, dtype=wide, device=like.device)
+    share_a, share_b = half, half
+    if sizes is not None:
+        a, b = (t.unsqueeze(-1) for t in neighbour_pairs(sizes.detach().to(wide), grid, axis)[:2])
+        total = (a + b).masked_fill(a + b == 0, 1.0)
+        share_a, share_b = (torch.where(a + b == 0, half, t / total) for t in (a, b))
+    if isinstance(weights, Tensor):
+        a, b = (t.unsqueeze(-1) for t in neighbour_pairs(weights.to(wide), grid, axis)[:2])
+        counts_a, counts_b = a != float("-inf"), there & (b != float("-inf"))
+        a, b = a.masked_fill(~counts_a, 0.0), b.masked_fill(~counts_b, 0.0)
+        largest = torch.where(counts_a & counts_b, torch.maximum(a, b), torch.where(counts_a, a, b)).detach()
+        a = (share_a * torch.exp(a - largest)).masked_fill(~counts_a, 0.0)
+        b = (share_b * torch.exp(b - largest)).masked_fill(~counts_b, 0.0)
+        total = (a + b).masked_fill(a + b == 0, 1.0)
+        a, b = a / total, b / total
+    else:
+        first, second = (0.5, 0.5) if weights is None else weights
+        a, b = (w.to(wide) if isinstance(w, Tensor) else w for w in (first, second))
+        a, b = 2 * share_a * a, 2 * share_b * b
+    return torch.where(there, a, 1.0), torch.where(there, b, 0.0)
+
+
+def merge_neighbours(
+    x: Tensor,
+    grid: tuple[int, int],
+    axis: str,
+    weights: Tensor | tuple | None = None,
+    *,
+    prefix: int = 1,
+    sizes: Tensor | None = None,
+    norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """y = [x[:, :P], w_a a + w_b b] of the neighbours a and b along an axis of the grid, (B,P+M,C).
+
+    Behind y come, as asked for: the sizes (those of a pair added up), and the layer norm of y.
+    """
+    wide = accumulation_dtype(x.dtype)
+    tokens = x[:, prefix:]
+    first, second, _ = neighbour_pairs(tokens.to(wide), grid, axis)
+    a, b = merge_weights(grid, axis, weights, sizes, tokens)
+    results = [torch.cat((x[:, :prefix], (a * first + b * second).to(x.dtype)), dim=1)]
+    if sizes is not None:
+        one, other, _ = neighbour_pairs(sizes.detach().to(wide), grid, axis)
+        results.append((one + other).to(sizes.dtype))
+    if norm is not None:
+        weight, bias = (None if t is None else t.to(wide) for t in norm[:2])
+        results.append(F.layer_norm(results[0].to(wide), x.shape[-1:], weight, bias, norm[2]).to(x.dtype))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
 def attention_logits(
     q: Tensor,
     k: Tensor,

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _checks, _layer_norm, reference
 from ._backends import choose
 from ._schemas import distinct, kernel, needs_grad
 
@@ -108,7 +108,7 @@ def select_tokens(
     companions = _companions(op, companions, x, scores)
     if counts is not None:
         counts = _counts(op, counts, x)
-    weight, bias, eps = _norm(op, norm, x)
+    weight, bias, eps = _layer_norm.arguments(op, norm, x)
     backend = choose(op, x.device.type, x.dtype)
     if backend == "reference":
         return Selection(
@@ -160,21 +160,6 @@ def _counts(op: str, counts: Any, x: Tensor) -> Tensor:
     return counts.contiguous()
 
 
-def _norm(op: str, norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float]:
-    if norm is None:
-        return None, None, 0.0
-    if not isinstance(norm, (tuple, list)) or len(norm) != 3:
-        raise TypeError(f"{op}: norm must be (weight, bias, eps), but got {norm!r}")
-    for name, value in zip(("weight", "bias"), norm[:2]):
-        if value is None:
-            continue
-        _checks.tensor(op, f"norm's {name}", value, "C", like=x)
-        _checks.same(op, "channels", f"norm's {name}", value.shape[0], "x", x.shape[2])
-    if isinstance(norm[2], bool) or not isinstance(norm[2], (int, float)) or not norm[2] >= 0:
-        raise ValueError(f"{op}: norm's eps must be a number of at least 0, but got {norm[2]!r}")
-    return norm[0], norm[1], float(norm[2])
-
-
 class _SelectTokens(torch.autograd.Function):
     @staticmethod
     def forward(x, scores, k, counts, weight, bias, options, backend, *companions):
@@ -209,7 +194,7 @@ class _SelectTokens(torch.autograd.Function):
         index, scores, counts, x, fused, *of_norm = ctx.saved_tensors
         dweight = dbias = dscores = None
         if dnormed is not None and of_norm:
-            through, dweight, dbias = _norm_backward(dnormed, *of_norm)
+            through, dweight, dbias = _layer_norm.backward(dnormed, *of_norm)
             dtokens = through if dtokens is None else dtokens + through
         given = [
             index.new_zeros(shape, dtype=dtype) if d is None else d
@@ -228,21 +213,3 @@ def _run(x, scores, k, counts, companions, weight, bias, options, backend):
     wide = reference.accumulation_dtype(x.dtype)
     weight, bias = (None if t is None else t.detach().to(wide).contiguous() for t in (weight, bias))
     return kernel("select_tokens_fwd", backend)(x, scores, k, counts, list(companions), weight, bias, *options)
-
-
-def _norm_backward(
-    dnormed: Tensor, tokens: Tensor, statistics: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """torch's own layer norm backward, in the accumulation dtype."""
-    wide = statistics.dtype
-    mean, deviation = statistics.unsqueeze(-1)
-    w, b = (None if t is None else t.to(wide) for t in (weight, bias))
-    mask = [True, weight is not None, bias is not None]
-    dtokens, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dnormed.to(wide), tokens.to(wide), tokens.shape[-1:], mean, deviation, w, b, mask
-    )
-    return (
-        dtokens.to(tokens.dtype),
-        None if weight is None else dweight.to(weight.dtype),
-        None if bias is None else dbias.to(bias.dtype),
-    )

@@ -1,28 +1,16 @@
 // select_tokens on a CPU: the choice image by image, then one pass over the rows of the result, each of which is copied,
 // or summed from the tokens that were left out, and normalised while it is at hand.
 #include "../select_tokens.h"
-#include "rows.h"
+#include "vector_rows.h"
 
-#include <cmath>
 #include <stdexcept>
 
 namespace tokenops {
 namespace {
 
-constexpr int64_t LANES = 16;            // what is worked on at once
 constexpr int64_t CHOOSING_NS = 5;      // a token's part in a choice, about
 constexpr int64_t GRAIN_NS = 10'000;     // less than this is not worth a second thread
 constexpr int32_t ZEROS = -1, REST = -2;  // rows of the result that are no row of x
-
-// Calls f with a null pointer to the type of a float dtype.
-template <typename F>
-void with_float(ScalarType type, const F& f) {
-  if (type == ScalarType::Float) f(static_cast<float*>(nullptr));
-  else if (type == ScalarType::BFloat16) f(static_cast<BFloat16*>(nullptr));
-  else if (type == ScalarType::Half) f(static_cast<Half*>(nullptr));
-  else if (type == ScalarType::Double) f(static_cast<double*>(nullptr));
-  else STD_TORCH_CHECK(false, "select_tokens takes float16, bfloat16, float32 and float64");
-}
 
 // Integers in the order of the scores: NaN the least of all, -0 and 0 alike.
 template <typename Score, typename Bits>
@@ -85,113 +73,6 @@ void choose(const T* scores, int64_t stride, int64_t N, int64_t count, bool best
               [&](int64_t a, int64_t b) { return keys[a] != keys[b] ? keys[a] > keys[b] : a < b; });
   }
   std::copy_n(kept.begin(), count, places);
-}
-
-CLONES void add_scaled(float* sum, const float* row, float weight, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) sum[i] += weight * row[i];
-}
-CLONES void add_scaled(double* sum, const double* row, double weight, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) sum[i] += weight * row[i];
-}
-CLONES void scale(float* out, const float* row, float weight, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = weight * row[i];
-}
-CLONES void scale(double* out, const double* row, double weight, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = weight * row[i];
-}
-
-// LANES values at once; the compiler makes of them what the machine has.
-template <typename Wide>
-struct Vector {
-  typedef Wide type __attribute__((vector_size(LANES * sizeof(Wide))));
-};
-#pragma GCC diagnostic ignored "-Wpsabi"  // they are passed between inlined functions only
-
-template <typename Wide>
-INLINE typename Vector<Wide>::type read(const Wide* from) {
-  typename Vector<Wide>::type values;
-  std::memcpy(&values, from, sizeof values);
-  return values;
-}
-
-// The last values of a row, filled up.
-template <typename Wide>
-INLINE typename Vector<Wide>::type tail(const Wide* in, int64_t n, Wide fill) {
-  Wide rest[LANES];
-  for (int64_t l = 0; l < LANES; ++l) rest[l] = l < n ? in[l] : fill;
-  return read(rest);
-}
-template <typename Wide>
-INLINE Wide sum(typename Vector<Wide>::type values) {
-  Wide part[LANES];
-  std::memcpy(part, &values, sizeof part);
-  for (int64_t half = LANES / 2; half > 0; half /= 2) {
-    for (int64_t l = 0; l < half; ++l) part[l] += part[l + half];
-  }
-  return part[0];
-}
-
-template <typename Wide>
-INLINE Wide dot_of(const Wide* a, const Wide* b, int64_t n) {
-  typename Vector<Wide>::type total = {};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) total += read(a + i) * read(b + i);
-  if (i < n) total += tail<Wide>(a + i, n - i, 0) * tail<Wide>(b + i, n - i, 0);
-  return sum<Wide>(total);
-}
-CLONES float dot(const float* a, const float* b, int64_t n) { return dot_of(a, b, n); }
-CLONES double dot(const double* a, const double* b, int64_t n) { return dot_of(a, b, n); }
-
-template <typename Wide>
-struct Norm {
-  const Wide *weight, *bias;  // (C,), or null
-  double eps;
-};
-
-template <typename Wide>
-INLINE void normalize_row(const Wide* in, Wide* out, int64_t n, const Norm<Wide>& norm, Wide* mean, Wide* deviation) {
-  typename Vector<Wide>::type total = {}, off = {}, squares = {};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) total += read(in + i);
-  if (i < n) total += tail<Wide>(in + i, n - i, 0);
-  const Wide about = sum<Wide>(total) / n;
-  for (i = 0; i + LANES <= n; i += LANES) {
-    const auto x = read(in + i) - about;
-    off += x, squares += x * x;
-  }
-  if (i < n) {
-    const auto x = tail<Wide>(in + i, n - i, about) - about;
-    off += x, squares += x * x;
-  }
-  const Wide error = sum<Wide>(off) / n;  // of the mean: an ulp counts where a row is constant
-  const Wide m = about + error, variance = std::max<Wide>(0, sum<Wide>(squares) / n - error * error);
-  const Wide d = 1 / std::sqrt(variance + static_cast<Wide>(norm.eps));
-  *mean = m, *deviation = d;
-  const Wide *weight = norm.weight, *bias = norm.bias;
-  if (weight && bias) {
-    for (i = 0; i < n; ++i) out[i] = (in[i] - m) * d * weight[i] + bias[i];
-  } else {
-    for (i = 0; i < n; ++i) out[i] = (in[i] - m) * d * (weight ? weight[i] : 1) + (bias ? bias[i] : 0);
-  }
-}
-CLONES void normalize(const float* in, float* out, int64_t n, const Norm<float>& norm, float* mean, float* deviation) {
-  normalize_row(in, out, n, norm, mean, deviation);
-}
-CLONES void normalize(const double* in, double* out, int64_t n, const Norm<double>& norm, double* mean, double* deviation) {
-  normalize_row(in, out, n, norm, mean, deviation);
-}
-
-// A row of x as Wide: where it lies if it can be used as it is, else in `room`.
-template <typename T, typename Wide>
-const Wide* widened(const char* row, int64_t stride, int64_t C, Wide* room) {
-  const T* values = reinterpret_cast<const T*>(row);
-  if (stride == static_cast<int64_t>(sizeof(T))) {
-    if constexpr (std::is_same_v<T, Wide>) return values;
-    else load(values, room, C);
-  } else {
-    for (int64_t c = 0; c < C; ++c) room[c] = static_cast<Wide>(*reinterpret_cast<const T*>(row + c * stride));
-  }
-  return room;
 }
 
 int64_t count_of(const int64_t* counts, int64_t b, int64_t k) {

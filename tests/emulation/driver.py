@@ -1,6 +1,6 @@
 """Runs the emulated kernels in a process of its own, which has the sanitizers preloaded; see test_emulation.py.
 
-python driver.py FOLDER_OF_THE_MODULE restore_tokens|select_tokens IN.npz OUT.npz | planted BUG
+python driver.py FOLDER_OF_THE_MODULE restore_tokens|select_tokens|merge_neighbours IN.npz OUT.npz | planted BUG
 """
 
 import json
@@ -22,6 +22,13 @@ def lay(array, layout):
     placed = np.ndarray(array.shape, array.dtype, buffer=room) if array.nbytes else array.copy()
     placed[...] = array
     return placed
+
+
+def apart(array):
+    """The same values, every other element of their memory."""
+    room = np.zeros((*array.shape, 2), array.dtype)
+    room[..., 0] = array
+    return room[..., 0]
 
 
 def poison(shape, dtype):
@@ -92,6 +99,37 @@ def select_tokens(source, target):
     np.savez(target, **results)
 
 
+def merge_neighbours(source, target):
+    """Forward and backward of every run; of the gradients of first and second what each block adds to them."""
+    data, results = np.load(source), {}
+    for number, run in enumerate(json.loads(str(data["runs"]))):
+        *options, learned, layout, multiprocessors, seed = run
+        norm, x, dy = options[-2], data[f"x{number}"], data[f"dy{number}"]
+        wide = np.float64 if x.dtype == np.float64 else np.float32
+        weights, given = {}, {}
+        for name in ("first", "second", "logits", "sizes", "weight", "bias"):
+            if f"{name}{number}" in data:
+                (given if name in ("weight", "bias") else weights)[name] = data[f"{name}{number}"]
+        if number % 2:
+            weights = {name: apart(value) for name, value in weights.items()}
+        made = {"y": lay(poison(dy.shape, x.dtype), layout if layout.isdigit() else "0")}
+        if norm:
+            statistics = {name: poison(dy.shape[:2], wide) for name in ("mean", "deviation")}
+            made |= {"normed": poison(dy.shape, x.dtype), **statistics}
+        if "sizes" in weights:
+            made["merged"] = poison((dy.shape[0], dy.shape[1] - options[3]), weights["sizes"].dtype)
+        forward = {"x": lay(x, layout), **made, **weights, **given}
+        width, blocks, threads, _ = emulated.merge_neighbours(forward, *options, False, multiprocessors, seed)
+        gradients = {"dx": poison(x.shape, x.dtype)}
+        if learned and "logits" in weights:
+            gradients["dlogits"] = poison(weights["logits"].shape, weights["logits"].dtype)
+        backward = {"y": lay(dy, layout), **weights, **gradients} | ({"x": lay(x, layout)} if learned else {})
+        *_, sums = emulated.merge_neighbours(backward, *options, True, multiprocessors, seed)
+        made |= {**gradients, "sums": sums, "width": width, "blocks": blocks, "threads": threads}
+        results |= {f"{name}{number}": value for name, value in made.items()}
+    np.savez(target, **results)
+
+
 def planted(bug):
     out = np.zeros(64, np.int32)
     for seed in range(3):
@@ -103,4 +141,4 @@ if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
     import emulated
 
-    {"restore_tokens": restore_tokens, "select_tokens": select_tokens, "planted": planted}[sys.argv[2]](*sys.argv[3:])
+    {f.__name__: f for f in (restore_tokens, select_tokens, merge_neighbours, planted)}[sys.argv[2]](*sys.argv[3:])

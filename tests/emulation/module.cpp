@@ -1,6 +1,7 @@
 // The CUDA kernels as functions on numpy arrays. Strides and alignment are the arrays' own.
 #include "emulation.h"
 
+#include "../../csrc/cuda/merge_neighbours.cuh"
 #include "../../csrc/cuda/restore_tokens.cuh"
 #include "../../csrc/cuda/select_tokens.cuh"
 
@@ -108,6 +109,66 @@ auto select_tokens(py::dict a, std::string type, std::string score_type, int res
   return py::make_tuple(p.C ? p.C * tokens.itemsize() / std::max(p.units, 1) : 0, p.slices);
 }
 
+template <typename T, int V>
+void launch_merge_neighbours(const MergeNeighbours& p, const MergePlan& plan, bool backward, unsigned seed) {
+  const auto forward = p.norm ? merge_neighbours_norm_kernel<T, V> : merge_neighbours_fwd_kernel<T, V>;
+  const auto fixed = p.summed ? merge_neighbours_bwd_kernel<T, V, true> : merge_neighbours_bwd_kernel<T, V, false>;
+  const auto kernel = !backward ? forward : p.dlogits.data ? merge_neighbours_logits_bwd_kernel<T, V> : fixed;
+  emulation::launch({static_cast<unsigned>(plan.blocks)}, {THREADS}, seed, kernel, p);
+}
+
+// The blocks' sums are made here, since the plan says how many there are; bfloat16 comes as its bits.
+template <typename T>
+auto launch_merge_neighbours(MergeNeighbours& p, bool backward, int multiprocessors, unsigned seed) {
+  using W = typename Wide<T>::type;
+  const MergePlan chosen = plan(p, sizeof(T), multiprocessors);
+  if (!chosen.width) throw std::invalid_argument("not aligned to its elements");
+  py::array_t<W> sums({p.summed ? chosen.blocks : 0, int64_t{2}, p.C});
+  std::fill_n(sums.mutable_data(), sums.size(), W(NAN));
+  p.sums = sums.mutable_data();
+  if (chosen.width == 16) launch_merge_neighbours<T, MOST_IN_PACK<T>>(p, chosen, backward, seed);
+  else launch_merge_neighbours<T, 1>(p, chosen, backward, seed);
+  return py::make_tuple(chosen.width, chosen.blocks, p.x_threads, sums);
+}
+
+Float float_of(const py::array& a) {
+  if (a.itemsize() != 2) return a.itemsize() == 8 ? Float::F64 : Float::F32;
+  return a.dtype().kind() == 'f' ? Float::F16 : Float::BF16;
+}
+
+// Arrays by name, written in place. Returns the bytes of an access, the blocks, the threads side by side, and the sums.
+py::tuple merge_neighbours(py::dict a, int height, int width, bool vertical, int prefix, double alpha, double beta,
+                           bool norm, double eps, bool backward, int multiprocessors, unsigned seed) {
+  const auto array = [&](const char* name) { return py::cast<py::array>(a[name]); };
+  const auto data = [&](const char* name) {
+    return a.contains(name) ? static_cast<char*>(const_cast<void*>(array(name).data())) : nullptr;
+  };
+  MergeNeighbours p{};
+  for (auto [name, target] : {std::pair("x", &p.x), {"y", &p.y}, {"dx", &p.dx}}) {
+    if (a.contains(name)) *target = strided(array(name));
+  }
+  for (auto [name, target] : {std::pair("first", &p.first), {"second", &p.second}, {"logits", &p.logits},
+                              {"sizes", &p.sizes}, {"merged", &p.merged}, {"dlogits", &p.dlogits}}) {
+    if (!a.contains(name) || array(name).size() == 0) continue;
+    const py::array t = array(name);
+    const bool matrix = t.ndim() == 2;
+    const int64_t bytes = t.itemsize(), last = t.strides(matrix) / bytes;
+    *target = {data(name), float_of(t), matrix ? t.strides(0) / bytes : 0, !matrix && t.size() == 1 ? 0 : last};
+  }
+  const py::array y = array("y");
+  p.B = y.shape(0), p.rows = static_cast<int>(y.shape(1)), p.C = y.shape(2);
+  p.height = height, p.width = width, p.vertical = vertical, p.prefix = prefix, p.alpha = alpha, p.beta = beta;
+  p.norm = norm && !backward, p.eps = eps, p.normed = data("normed");
+  p.mean = data("mean"), p.deviation = data("deviation"), p.weight = data("weight"), p.bias = data("bias");
+  p.summed = backward && a.contains("x") && (a.contains("first") || a.contains("second"));
+  switch (float_of(y)) {
+    case Float::F32: return launch_merge_neighbours<float>(p, backward, multiprocessors, seed);
+    case Float::BF16: return launch_merge_neighbours<BFloat16>(p, backward, multiprocessors, seed);
+    case Float::F16: return launch_merge_neighbours<Half>(p, backward, multiprocessors, seed);
+    default: return launch_merge_neighbours<double>(p, backward, multiprocessors, seed);
+  }
+}
+
 // What the sanitizers and the scheduler must catch, each in the last thread of a block.
 enum Bug { NONE, GLOBAL_WRITE, SHARED_WRITE, MISALIGNED, OVERFLOW, BARRIER };
 using Sums = int[64];
@@ -133,6 +194,7 @@ void planted_kernel(int* out, int n, int bug) {
 PYBIND11_MODULE(emulated, m) {
   m.def("restore_tokens", &restore_tokens);
   m.def("select_tokens", &select_tokens);
+  m.def("merge_neighbours", &merge_neighbours);
   m.def("planted", [](py::array_t<int> out, int bug, unsigned seed) {
     const int n = static_cast<int>(out.size());
     emulation::launch({1}, {static_cast<unsigned>(n)}, seed, planted_kernel, out.mutable_data(), n, bug);

@@ -9,6 +9,9 @@ import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+#: the interpreter cuts fp32 off to bf16 where a GPU rounds
+CUTS_OFF = tl.constexpr(INTERPRETED)
+
 #: a * b + c rounded once, said at every launch because Triton's default is about to change
 FUSION = {"enable_fp_fusion": True}
 

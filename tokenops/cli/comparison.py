@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import use_backend
 from ..nn import convert_attention
 from . import CommandError, columns, picture
-from .models import Settings, backends, caller, counted, displayed, prepare, quartiles, timm
+from .models import Settings, backends, caller, counted, displayed, methods, prepare, quartiles, timm
 from .timing import Spread, clock, interleaved, ratio, recorded_kernels
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def dense_form(name: str) -> tuple[str, dict[str, Any]] | None:
     """The dense model of a method's (a timm name and arguments), None for other models."""
     if name.startswith("evo_levit_"):
         return name, {"keeping_ratio": 1.0}
-    found = re.fullmatch(r"(sit|evit|evo|ps|dps)_((deit|lvvit)_\w+)", name)
+    found = re.fullmatch(r"(sit|evit|evo|ps|dps|cait)_((deit|lvvit)_\w+)", name)
     if found is None:
         return None
     dense = found[2].replace("xsmall", "small")
@@ -108,7 +108,7 @@ def run(
     for name, _, maps in overlays:
         dense = partner[name]
         ms = Spread.of([1e3 * t / settings.batch for t in times[name]])
-        numbers = [m.shape[1] if m.dtype != torch.bool else int(m[0].sum()) for m in maps]
+        numbers = [tokens_of(m) for m in maps]
         rows.append(Row(name, dense, macs[name], macs[dense], numbers, ms, ratio(times[dense], times[name])))
     advance("drawing", 0.95)
     picture.draw_methods(path, f"{settings.dtype}, batches of {settings.batch}, random weights", overlays, rows, PANELS)
@@ -128,9 +128,20 @@ def made(name: str, **arguments: Any) -> nn.Module:
     return model.for_inference() if hasattr(model, "for_inference") else model.eval()
 
 
+def tokens_of(stage: Tensor) -> int:
+    """How many tokens a stage of `kept` has, in the first image."""
+    if stage.dtype == torch.int64:
+        return int(stage[0].max()) + 1
+    return int(stage[0].sum()) if stage.dtype == torch.bool else stage.shape[1]
+
+
 @torch.inference_mode()
 def kept(model: Any, x: Tensor) -> list[Tensor]:
-    """Of each stage (B, h, w) bool, which patches are kept; or of slim tokens (B, K, h, w), what they draw on."""
+    """Of each stage (B, h, w) bool, which patches are kept; or int64, which token each was merged into; or of slim
+    tokens (B, K, h, w), what they draw on.
+    """
+    if isinstance(model, methods.cait.UnmergedMaps):
+        return [m.expand(len(x), -1, -1) for m in methods.cait.merged_maps(model, x)]
     maps: Any = model.kept_maps if hasattr(model, "kept_maps") else deepcopy(model).double().aggregation_maps
     stages = maps(x if hasattr(model, "kept_maps") else x.double())
     return [m for m in stages if m.dtype != torch.bool or not m.all()]

@@ -111,7 +111,8 @@ def draw_methods(
 ) -> None:
     """A row a method: the patches each photograph keeps after its stages; and below, speed-up against FLOP ratio.
 
-    Args: overlays of name, photographs and maps, (B, h, w) bool, or (B, K, h, w) of slim tokens.
+    Args: overlays of name, photographs and maps: (B, h, w) bool; or int64, which token each patch was merged into; or
+    (B, K, h, w) of slim tokens.
     """
     photographs = len(overlays[0][1])
     width = photographs * panels
@@ -130,6 +131,9 @@ def draw_methods(
                 if stage.dtype == torch.bool:
                     axes.imshow(dimmed(photograph, picked.numpy()))
                     axes.set_title(f"{int(picked.sum())} kept", fontsize=9)
+                elif stage.dtype == torch.int64:
+                    axes.imshow(mosaic(photograph, picked.numpy()))
+                    axes.set_title(f"merged to {int(picked.max()) + 1}", fontsize=9)
                 else:
                     axes.imshow(over(photograph, region_colours(picked)))
                     axes.set_title(f"{len(picked)} slim tokens", fontsize=9)
@@ -159,6 +163,17 @@ def dimmed(photograph: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """The photograph with the patches that are not kept washed out."""
     mask = large(kept[..., None].astype(float), photograph)
     return mask * photograph + (1 - mask) * (0.82 + 0.15 * photograph.mean(axis=2, keepdims=True))
+
+
+def mosaic(photograph: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The photograph with every token's patches in their mean colour, and a line between tokens."""
+    owner = large(tokens, photograph)
+    sums = [np.bincount(owner.ravel(), photograph[..., c].ravel()) for c in range(3)]
+    colours = (np.stack(sums, axis=-1) / np.bincount(owner.ravel())[:, None])[owner]
+    edges = np.zeros(owner.shape, dtype=bool)
+    edges[1:] |= owner[1:] != owner[:-1]
+    edges[:, 1:] |= owner[:, 1:] != owner[:, :-1]
+    return np.where(edges[..., None], 1.0, 0.35 * photograph + 0.65 * colours)
 
 
 def region_colours(weights: Tensor) -> np.ndarray:

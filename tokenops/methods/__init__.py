@@ -12,7 +12,7 @@ except ImportError as error:
     raise ImportError("tokenops.methods needs timm: pip install 'tokenops[models]'") from error
 
 from .. import _flops  # noqa: F401
-from . import patch_slimming
+from . import cait, patch_slimming
 from .checkpoint import init_from_teacher, load_checkpoint
 from .evit import EViT
 from .evo_levit import EvoLeViT, evo_levit_loss
@@ -26,6 +26,7 @@ __all__ = [
     "EvoViT",
     "LVViT",
     "SiT",
+    "cait",
     "evo_levit_loss",
     "evo_vit_loss",
     "init_from_teacher",

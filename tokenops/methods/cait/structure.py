@@ -1,0 +1,362 @@
+"""What a compressed model looks like: its merges and widths, their JSON file, and what they cost."""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from timm.layers import PatchEmbed
+from torch import nn
+
+from ...nn import compact_channels
+from ...nn.attention import _rows_of
+from ...nn.neighbour_merging import AXES, KINDS, LAYOUTS
+from ..lvvit import ConvStem
+from .blocks import Mlp, convert_blocks, merge_tokens, merges_of
+
+FORMAT = "tokenops.cait"
+VERSION = 1
+STRUCTURE_FILE, WEIGHTS_FILE = "structure.json", "model.safetensors"
+#: what a block may have in its state dict beside the parameters of a dense one
+_MASKS = ("attn.qk_mask", "attn.v_mask", "mlp.mask")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Tokens merged behind a block.
+
+    Args:
+        block: which, from 0.
+        axis: "horizontal" or "vertical".
+        kind: of the weights, as in `tokenops.nn.NeighbourMerging`.
+
+    Raises:
+        ValueError: one of them is something else.
+    """
+
+    block: int
+    axis: str
+    kind: str = "average"
+
+    def __post_init__(self) -> None:
+        if type(self.block) is not int or self.block < 0:
+            raise ValueError(f"Merge: block must be an int from 0, but got {self.block!r}")
+        _option("Merge", "axis", self.axis, AXES)
+        _option("Merge", "kind", self.kind, KINDS)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Channels that a block has.
+
+    Args:
+        qk: of q and k in every head.
+        v: of v in every head.
+        hidden: of the MLP's hidden layer; None where the MLP is not timm's and stays as it is.
+
+    Raises:
+        ValueError: one of them is no int above 0.
+    """
+
+    qk: int
+    v: int
+    hidden: int | None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if (type(value) is not int or value < 1) and not (name == "hidden" and value is None):
+                raise ValueError(f"Widths: {name} must be an int above 0, but got {value!r}")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where a model merges its tokens and how wide its blocks are.
+
+    Args:
+        merges: in the order of the blocks, at most one behind each.
+        layout: of the patches, "raster" or "block", as in `merge_tokens`.
+        widths: one a block, or None for those of the dense model.
+
+    Raises:
+        ValueError: something else is given, or the merges do not fit the layout.
+
+    >>> structure = Structure((Merge(3, "horizontal"), Merge(7, "vertical", "channel")))
+    >>> Structure.from_json(structure.to_json()) == structure
+    True
+    """
+
+    merges: tuple[Merge, ...] = ()
+    layout: str = "raster"
+    widths: tuple[Widths, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("merges", Merge), ("widths", Widths)):
+            given = getattr(self, name)
+            if given is None and name == "widths":
+                continue
+            if not isinstance(given, (tuple, list)) or not all(isinstance(one, kind) for one in given):
+                raise ValueError(f"Structure: {name} must be a tuple of {kind.__name__}, but got {given!r}")
+            object.__setattr__(self, name, tuple(given))
+        _option("Structure", "layout", self.layout, LAYOUTS)
+        places = [merge.block for merge in self.merges]
+        if places != sorted(set(places)):
+            raise ValueError(f"Structure: merges must be behind ascending blocks, but got {places}")
+        axes = tuple(merge.axis for merge in self.merges)
+        if self.layout == "block" and (not axes or axes[:2] != ("horizontal", "vertical")[: len(axes)]):
+            raise ValueError(f"Structure: layout='block' merges horizontally, then vertically, but merges are {axes}")
+        if self.widths is not None and (not self.widths or len(self.widths) <= max(places, default=0)):
+            raise ValueError(f"Structure: widths has {len(self.widths)} blocks, but merges are behind {places}")
+
+    @classmethod
+    def of(cls, model: Any) -> "Structure":
+        """The structure of a model whose blocks are `Block`. A masked model that is not compacted has full widths.
+
+        Raises:
+            TypeError: its blocks are others: see `convert_blocks`.
+        """
+        _check_converted("Structure.of", model)
+        merges = tuple(Merge(i, m.axis, m.kind) for i, m in enumerate(merges_of(model)) if m is not None)
+        layout = "raster" if model.blocks[0].order is None else "block"
+        return cls(merges, layout, tuple(_widths(block) for block in model.blocks))
+
+    def to_json(self) -> str:
+        """The text that :meth:`from_json` reads."""
+        head = {"format": FORMAT, "version": VERSION, "layout": self.layout}
+        lists = []
+        for name in ("merges", "widths"):
+            given = getattr(self, name)
+            rows = ",\n".join(f"    {json.dumps(asdict(one))}" for one in given or ())
+            lists.append(f'"{name}": null' if given is None else f'"{name}": [\n{rows}\n]' if rows else f'"{name}": []')
+        return f"{json.dumps(head)[:-1]}, {', '.join(lists)}}}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Structure":
+        """Read what :meth:`to_json` wrote. ValueError says what is wrong with anything else."""
+        try:
+            found: Any = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"a CAIT structure must be JSON, but {error}") from None
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ValueError(f"a CAIT structure must be a JSON object with format {FORMAT!r}")
+        if type(found.get("version")) is not int or found["version"] != VERSION:
+            raise ValueError(f"the structure's version is {found.get('version')!r}, but this package reads {VERSION}")
+        _check_keys("the structure", found, {"format", "version", *(field.name for field in fields(cls))})
+        lists: dict[str, Any] = {}
+        for name, kind in (("merges", Merge), ("widths", Widths)):
+            given = found[name]
+            if given is None and name == "widths":
+                lists[name] = None
+                continue
+            if not isinstance(given, list):
+                raise ValueError(f"the structure's {name} must be a list, but got {given!r}")
+            for i, one in enumerate(given):
+                _check_keys(f"the structure's {name}[{i}]", one, {field.name for field in fields(kind)})
+            lists[name] = tuple(kind(**one) for one in given)
+        return cls(lists["merges"], found["layout"], lists["widths"])
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the JSON file that :meth:`load` reads."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Structure":
+        """Read a file of :meth:`save`: FileNotFoundError without one, ValueError for anything but a valid structure."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def restructure(model: Any, structure: Structure) -> Any:
+    """Give a dense model a structure, in place; afterwards the weights of any model of that structure load.
+
+    The new, smaller parameters are the first channels of the dense ones: initialised as these were.
+
+    Args:
+        model: a timm VisionTransformer or an LVViT.
+        structure: what it becomes.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: an argument is of another kind, or the model's blocks are.
+        ValueError: the structure is for another depth or wider than the model, or its tokens are merged already.
+    """
+    if not isinstance(structure, Structure):
+        raise TypeError(f"restructure: structure must be a Structure, but got {type(structure).__name__}")
+    convert_blocks(model)
+    depth = len(model.blocks)
+    if structure.widths is not None and len(structure.widths) != depth:
+        raise ValueError(f"restructure: the structure has {len(structure.widths)} blocks, but the model has {depth}")
+    parts = []
+    for i, (block, widths) in enumerate(zip(model.blocks, structure.widths or ())):
+        has = _widths(block)
+        for name, wide in asdict(has).items():
+            narrow = getattr(widths, name)
+            if (narrow is None) != (wide is None) or (narrow is not None and narrow > wide):
+                raise ValueError(f"restructure: {name}={narrow} in block {i}, but the model has {wide} there")
+        keep = {
+            f"keep_{name}": torch.arange(getattr(widths, name), device="cpu").expand(block.attn.num_heads, -1)
+            for name in ("qk", "v")
+            if getattr(widths, name) != getattr(has, name)
+        }
+        mlp = block.mlp if widths.hidden == has.hidden else _first_channels(block.mlp, widths.hidden)
+        parts.append((compact_channels(block.attn, **keep) if keep else block.attn, mlp))
+    if structure.merges:
+        points = {merge.block: merge.axis for merge in structure.merges}
+        merge_tokens(model, points, [merge.kind for merge in structure.merges], structure.layout)
+    for block, (attn, mlp) in zip(model.blocks, parts):
+        block.attn, block.mlp = attn, mlp
+    return model
+
+
+def token_counts(model: Any) -> list[tuple[int, int]]:
+    """Tokens, prefix included, that go into the attention and into fc2 of every block of a model, converted or not."""
+    counts = []
+    n = model.num_prefix_tokens + _area(model.patch_embed.grid_size)
+    for block, merge in zip(model.blocks, merges_of(model)):
+        behind = n if merge is None else model.num_prefix_tokens + _area(merge.merged_grid)
+        counts.append((n, behind if getattr(block, "commutes", False) else n))
+        n = behind
+    return counts
+
+
+def macs(model: Any) -> int:
+    """Multiply-adds of one image in all matrix products and convolutions, as torch's FLOP counter counts them (halved).
+
+    Args:
+        model: a timm VisionTransformer or an LVViT, dense or compressed. Masked channels count, compacted ones do not.
+
+    Raises:
+        TypeError: its patch embedding is neither timm's ``PatchEmbed`` nor LV-ViT's.
+        ValueError: it classifies by another pooling than that of tokens (``global_pool`` "map" or "prr").
+    """
+    if getattr(model, "attn_pool", None) is not None:
+        raise ValueError(f"macs cannot count global_pool={model.global_pool!r}")
+    counts = token_counts(model)
+    total = _embedding_macs(model)
+    for block, (n, n2) in zip(model.blocks, counts):
+        total += sum(block_macs(block, n, n2))
+    heads = [getattr(model, name, None) for name in ("head", "head_dist")]
+    rows = 1 if getattr(model, "global_pool", "token") else _behind(model, counts)
+    return total + rows * sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))
+
+
+def block_macs(block: Any, n: int, n2: int) -> tuple[int, int, int]:
+    """Multiply-adds of a block's attention, MLP and merge, with n tokens into the attention and n2 into fc2."""
+    attn, mlp = block.attn, block.mlp
+    v_head_dim = getattr(attn, "v_head_dim", attn.head_dim)
+    attention = n * _weights(attn) + attn.num_heads * n * n * (attn.head_dim + v_head_dim)
+    last = mlp.fc2.weight.numel() if isinstance(mlp, Mlp) else 0
+    merge, merging = getattr(block, "merge", None), 0
+    if merge is not None and merge.kind == "linear":
+        merging = (_area(merge.grid) - _area(merge.merged_grid)) * _weights(merge)  # a lone token is passed through
+    elif merge is not None and merge.kind == "content":
+        merging = _area(merge.grid) * _weights(merge)
+    return attention, n * (_weights(mlp) - last) + n2 * last, merging
+
+
+def save_compressed(model: Any, folder: str | PathLike[str]) -> None:
+    """Save a model as an ordinary state dict (``model.safetensors``) and its `Structure` (``structure.json``).
+
+    Raises:
+        TypeError: the model's blocks are not `Block`.
+    """
+    structure, folder = Structure.of(model), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / WEIGHTS_FILE)
+    structure.save(folder / STRUCTURE_FILE)
+
+
+def load_compressed(model: Any, folder: str | PathLike[str]) -> Any:
+    """Make a dense model the compressed one that `save_compressed` saved, in place.
+
+    Args:
+        model: made as the model was that has been compressed.
+        folder: where it was saved.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        TypeError, ValueError: see `restructure` and `Structure.from_json`.
+        RuntimeError: the weights are of another model.
+    """
+    weights = load_file(Path(folder) / WEIGHTS_FILE)
+    restructure(model, Structure.load(Path(folder) / STRUCTURE_FILE))
+    for i, block in enumerate(model.blocks):
+        for mask in _MASKS:  # of a model that was masked, not compacted
+            value = weights.get(f"blocks.{i}.{mask}")
+            if value is not None:
+                module, _, name = mask.partition(".")
+                setattr(block.get_submodule(module), name, torch.ones_like(value, device=block.norm1.weight.device))
+    model.load_state_dict(weights)
+    return model
+
+
+def _check_converted(name: str, model: Any) -> None:
+    for i, block in enumerate(model.blocks):
+        if not hasattr(block, "merge"):
+            raise TypeError(f"{name} takes a model behind convert_blocks, but block {i} is {type(block).__name__}")
+
+
+def _widths(block: Any) -> Widths:
+    hidden = block.mlp.fc1.out_features if isinstance(block.mlp, Mlp) else None
+    return Widths(block.attn.head_dim, block.attn.v_head_dim, hidden)
+
+
+def _first_channels(mlp: Mlp, hidden: Any) -> Mlp:
+    """An MLP with the first hidden channels alone."""
+    if not isinstance(mlp.norm, nn.Identity):
+        raise ValueError("restructure: hidden would take channels out of a norm over all of them")
+    small = Mlp.from_timm(mlp)
+    small.mask = None
+    small.fc1 = _rows_of(mlp.fc1, torch.arange(hidden))
+    small.fc2 = copy.deepcopy(mlp.fc2)
+    small.fc2.in_features = hidden
+    weight = mlp.fc2.weight
+    small.fc2.weight = nn.Parameter(weight.detach()[:, :hidden].clone(), weight.requires_grad)
+    return small
+
+
+def _weights(module: nn.Module) -> int:
+    """Weights of all linear layers within: the multiply-adds of one token."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _area(grid: tuple[int, int]) -> int:
+    return grid[0] * grid[1]
+
+
+def _behind(model: Any, counts: list[tuple[int, int]]) -> int:
+    """Tokens behind the last block."""
+    merge = merges_of(model)[-1]
+    return counts[-1][0] if merge is None else model.num_prefix_tokens + _area(merge.merged_grid)
+
+
+def _embedding_macs(model: Any) -> int:
+    embed = model.patch_embed
+    if isinstance(embed, PatchEmbed):
+        return _area(embed.grid_size) * embed.proj.weight.numel()
+    if not isinstance(embed, ConvStem):
+        raise TypeError(f"macs knows timm's PatchEmbed and LV-ViT's, but got {type(embed).__name__}")
+    total, size = 0, tuple(embed.img_size)
+    for conv in (m for m in embed.modules() if isinstance(m, nn.Conv2d)):
+        size = tuple((s - 1) // conv.stride[0] + 1 for s in size)  # 3x3, padded by one
+        total += _area((size[0], size[1])) * conv.weight.numel()
+    return total
+
+
+def _option(op: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{op}: {name}={value!r}, but it must be one of {', '.join(map(repr, allowed))}")
+
+
+def _check_keys(what: str, found: Any, keys: set[str]) -> None:
+    if not isinstance(found, Mapping) or set(found) != keys:
+        given = sorted(found) if isinstance(found, Mapping) else repr(found)
+        raise ValueError(f"{what} must have the keys {', '.join(sorted(keys))}, but has {given}")
