@@ -91,6 +91,8 @@ METHODS = (
     "evo_deit_small_patch16_224",
     "ps_deit_small_patch16_224",
     "dps_deit_small_patch16_224",
+    "cait_deit_small_patch16_224",
+    "cait_deit_tiny_patch16_224",
     "evo_levit_256",
 )
 

@@ -9,6 +9,7 @@
 
 #include "companions.h"
 #include "cuda/companions.cuh"
+#include "cuda/numbers.cuh"
 
 // Weak, so that the same library loads where torch has no CUDA.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream) __attribute__((weak));
@@ -35,6 +36,15 @@ struct OnDevice {
     stream = static_cast<cudaStream_t>(current);
   }
 };
+
+inline Float float_of(const Tensor& t) {
+  const auto type = t.scalar_type();
+  if (type == ScalarType::Float) return Float::F32;
+  if (type == ScalarType::BFloat16) return Float::BF16;
+  if (type == ScalarType::Half) return Float::F16;
+  STD_TORCH_CHECK(type == ScalarType::Double, "float16, bfloat16, float32 and float64 are allowed");
+  return Float::F64;
+}
 
 inline Companion companion(const Tensor& t) {
   const Matrix matrix(t);

@@ -133,7 +133,7 @@ def test_demo_compares_the_methods(photographs, tmp_path, capsys):
     from PIL import Image
 
     names = ["sit_deit_tiny", "evit_deit_tiny_patch16_224", "evo_deit_tiny_patch16_224", "ps_deit_tiny_patch16_224"]
-    names += ["dps_deit_tiny_patch16_224", "evo_levit_128"]
+    names += ["dps_deit_tiny_patch16_224", "cait_deit_tiny_patch16_224", "evo_levit_128"]
     output = tmp_path / "demo.png"
     arguments = [*map(str, photographs), *SMALL, "--methods", *names, "--repeats", "1", "--output", str(output)]
     assert main(["demo", *arguments]) == 0
@@ -142,6 +142,7 @@ def test_demo_compares_the_methods(photographs, tmp_path, capsys):
     assert list(rows) == names
     assert "98, 49, 24" in rows["sit_deit_tiny"] and "deit_tiny_patch16_224 1.25" in rows["sit_deit_tiny"]
     assert "138, 97, 68" in rows["evit_deit_tiny_patch16_224"] and "98, 98" in rows["evo_deit_tiny_patch16_224"]
+    assert "98, 49" in rows["cait_deit_tiny_patch16_224"] and "0.61" in rows["cait_deit_tiny_patch16_224"]
     assert "98, 24, 8" in rows["evo_levit_128"] and "evo_levit_128, all tokens 0.41" in rows["evo_levit_128"]
     assert "select_tokens on native" in out and "restore_tokens on native" in out
     with Image.open(tmp_path / "demo-methods.png") as picture:
@@ -172,7 +173,7 @@ def test_demo_with_weights_predicts(photographs, tmp_path, capsys):
         (["--checkpoint", __file__], "does not hold weights of sit_lvvit_tiny"),
         (["--pretrained"], "no weights of lvvit_tiny or sit_lvvit_tiny can be downloaded"),
         (["--dense", "sit_lvvit_tiny"], "--model and --dense are both sit_lvvit_tiny"),
-        (["--methods", "evit_huge"], "--methods: there is no method's model 'evit_huge'; there are: dps_deit_small"),
+        (["--methods", "evit_huge"], "--methods: there is no method's model 'evit_huge'; there are: cait_deit_base"),
         (["--methods", "deit_tiny_patch16_224"], "there is no method's model 'deit_tiny_patch16_224'"),
         (["--batch", "0"], "--batch=0, but it must be at least 1"),
         (["--repeats", "-3"], "--repeats=-3, but it must be at least 1"),

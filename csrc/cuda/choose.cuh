@@ -5,8 +5,6 @@
 
 namespace tokenops {
 
-enum class Float : int { F32, BF16, F16, F64 };  // dtypes of scores
-
 // (B, N)
 struct Scores {
   const char* scores;
@@ -15,8 +13,6 @@ struct Scores {
   int N;
 };
 
-constexpr int THREADS = 256;
-constexpr int WARPS = THREADS / 32;
 constexpr int BINS = 256;
 
 // Scores as integers in their order: NaN the least of all, -0 and 0 alike.

@@ -12,15 +12,6 @@ namespace {
 
 const char* const OP = "merge_neighbours";
 
-Float float_of(const Tensor& t) {
-  const auto type = t.scalar_type();
-  if (type == ScalarType::Float) return Float::F32;
-  if (type == ScalarType::BFloat16) return Float::BF16;
-  if (type == ScalarType::Half) return Float::F16;
-  STD_TORCH_CHECK(type == ScalarType::Double, "merge_neighbours takes float16, bfloat16, float32 and float64");
-  return Float::F64;
-}
-
 // (B, tokens)
 Values values(const std::optional<Tensor>& t) {
   if (!t || t->numel() == 0) return {};

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../cuda_common.cuh"
+#include "../strided.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -12,6 +13,11 @@
 #include <type_traits>
 
 namespace tokenops {
+
+constexpr int THREADS = 256;  // of a block
+constexpr int WARPS = THREADS / 32;
+
+enum class Float : int { F32, BF16, F16, F64 };  // dtypes known at run time
 
 struct BFloat16 {
   uint16_t bits;
@@ -88,6 +94,12 @@ __device__ inline T narrow(W x) {
   if constexpr (std::is_same_v<T, BFloat16>) return {bfloat16_bits(static_cast<float>(x))};
   else if constexpr (std::is_same_v<T, Half>) return {half_bits(static_cast<float>(x))};
   else return static_cast<T>(x);
+}
+
+// Where access u of row n of an image lies. V elements are side by side, or V is 1.
+template <typename T, int V>
+__device__ inline Pack<T, V>* at(const Strided& t, int64_t b, int64_t n, int u) {
+  return reinterpret_cast<Pack<T, V>*>(t.data + b * t.stride_b + n * t.stride_n + u * V * t.stride_c);
 }
 
 }  // namespace tokenops

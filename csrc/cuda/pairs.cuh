@@ -1,7 +1,7 @@
 // What the rows of merge_neighbours are made of: which two tokens each, and what these count.
 #pragma once
 
-#include "select_tokens.cuh"
+#include "numbers.cuh"
 
 namespace tokenops {
 

@@ -11,15 +11,6 @@ namespace {
 
 const char* const OP = "select_tokens";
 
-Float float_of(const Tensor& t) {
-  const auto type = t.scalar_type();
-  if (type == ScalarType::Float) return Float::F32;
-  if (type == ScalarType::BFloat16) return Float::BF16;
-  if (type == ScalarType::Half) return Float::F16;
-  STD_TORCH_CHECK(type == ScalarType::Double, "select_tokens takes float16, bfloat16, float32 and float64");
-  return Float::F64;
-}
-
 template <typename T, int V>
 void launch(const SelectTokens& p, const SelectPlan& plan, bool backward, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(plan.blocks));

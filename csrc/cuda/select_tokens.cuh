@@ -65,12 +65,6 @@ __device__ Wide sum_of_block(Wide value, Wide* partial) {
   return total;
 }
 
-// Where access u of row n of an image lies. V elements are side by side, or V is 1.
-template <typename T, int V>
-__device__ inline Pack<T, V>* at(const Strided& t, int64_t b, int64_t n, int u) {
-  return reinterpret_cast<Pack<T, V>*>(t.data + b * t.stride_b + n * t.stride_n + u * V * t.stride_c);
-}
-
 template <typename T>
 struct Scratch {
   typename Wide<T>::type sums[THREADS * MOST_IN_PACK<T>];

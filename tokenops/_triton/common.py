@@ -96,3 +96,41 @@ def rows(ptr, n, c, read, C, stride_n, stride_c, DOT: tl.constexpr, INDEX: tl.co
     """Rows n (those to be read) and channels c of a matrix, 0 elsewhere."""
     offsets = n.to(INDEX)[:, None] * stride_n + c.to(INDEX)[None, :] * stride_c
     return tl.load(ptr + offsets, mask=read[:, None] & (c < C)[None, :], other=0.0).to(DOT)
+
+
+@triton.jit
+def cast(values, TYPE: tl.constexpr):
+    """By way of fp32, unless both are fp64: the interpreter knows no other way between bf16 and fp64, and cuts off."""
+    if values.dtype == tl.float64 and TYPE == tl.float64:
+        return values
+    else:
+        narrow = values.to(tl.float32)
+        if CUTS_OFF and TYPE == tl.bfloat16 and values.dtype != tl.bfloat16:
+            bits = narrow.to(tl.int32, bitcast=True)
+            even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+            narrow = tl.where(narrow == narrow, even.to(tl.float32, bitcast=True), narrow)
+        return narrow.to(TYPE)
+
+
+@triton.jit
+def write_rows(
+    values, row, there, c, b, C, rows, eps, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr, weight_ptr, bias_ptr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Store rows of the result, and their layer norm (c are all channels then)."""
+    at = (b * rows + row.to(tl.int64))[:, None] * C + c[None, :]
+    mask = there[:, None] & (c < C)[None, :]
+    tl.store(tokens_ptr + at, values, mask=mask)
+    if NORM:
+        wide = cast(values, ACC)
+        mean = tl.sum(wide, axis=1) / C
+        off = tl.where((c < C)[None, :], wide - mean[:, None], 0.0)
+        deviation = 1 / tl.sqrt(tl.sum(off * off, axis=1) / C + eps)
+        wide = off * deviation[:, None]
+        if WEIGHT:
+            wide *= tl.load(weight_ptr + c, mask=c < C, other=0.0)[None, :]
+        if BIAS:
+            wide += tl.load(bias_ptr + c, mask=c < C, other=0.0)[None, :]
+        tl.store(normed_ptr + at, cast(wide, normed_ptr.dtype.element_ty), mask=mask)
+        tl.store(mean_ptr + b * rows + row, mean, mask=there)
+        tl.store(deviation_ptr + b * rows + row, deviation, mask=there)

@@ -10,22 +10,7 @@ import triton.language as tl
 
 from .._schemas import merged_tokens
 from ..reference import accumulation_dtype
-from .common import CUTS_OFF, FUSION, tile
-from .select_tokens import _write
-
-
-@triton.jit
-def _cast(values, TYPE: tl.constexpr):
-    """By way of fp32, unless both are fp64: the interpreter makes no bf16 of fp64, nor the reverse."""
-    if values.dtype == tl.float64 and TYPE == tl.float64:
-        return values
-    else:
-        narrow = values.to(tl.float32)
-        if CUTS_OFF and TYPE == tl.bfloat16 and values.dtype != tl.bfloat16:
-            bits = narrow.to(tl.int32, bitcast=True)
-            even = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-            narrow = tl.where(narrow == narrow, even.to(tl.float32, bitcast=True), narrow)
-        return narrow.to(TYPE)
+from .common import FUSION, cast, tile, write_rows
 
 
 @triton.jit
@@ -48,7 +33,7 @@ def _both(ptrs, there, paired, step, ACC: tl.constexpr):
     """The values of both neighbours, 0 where there is none."""
     a = tl.load(ptrs, mask=there, other=0.0)
     b = tl.load(ptrs + step, mask=paired, other=0.0)
-    return _cast(a, ACC), _cast(b, ACC)
+    return cast(a, ACC), cast(b, ACC)
 
 
 @triton.jit
@@ -82,7 +67,7 @@ def _counts(
 def _factor(ptr, number, c, C, stride, GIVEN: tl.constexpr, ACC: tl.constexpr):
     """alpha or beta of channels c."""
     if GIVEN:
-        return _cast(tl.load(ptr + c * stride, mask=c < C, other=0.0), ACC)
+        return cast(tl.load(ptr + c * stride, mask=c < C, other=0.0), ACC)
     else:
         return tl.full(c.shape, number, ACC)
 
@@ -110,7 +95,7 @@ def merge_neighbours_fwd_kernel(
         if slice == 0:
             tokens = there & (row >= P)
             size_a, size_b = _both(sizes_ptr + (place - P) * stride_sn, tokens, paired, step * stride_sn, ACC)
-            size = _cast(size_a + size_b, merged_ptr.dtype.element_ty)
+            size = cast(size_a + size_b, merged_ptr.dtype.element_ty)
             tl.store(merged_ptr + image * (rows - P) + row - P, size, mask=tokens)
 
     one, two = there[:, None] & (c < C)[None, :], paired[:, None] & (c < C)[None, :]
@@ -122,8 +107,8 @@ def merge_neighbours_fwd_kernel(
     if not LOGITS:
         weight_a *= _factor(first_ptr, alpha, c, C, stride_f, FIRST, ACC)[None, :]
         weight_b *= _factor(second_ptr, beta, c, C, stride_s, SECOND, ACC)[None, :]
-    y = _cast(weight_a * _cast(x_a, ACC) + weight_b * _cast(x_b, ACC), y_ptr.dtype.element_ty)
-    _write(
+    y = cast(weight_a * cast(x_a, ACC) + weight_b * cast(x_b, ACC), y_ptr.dtype.element_ty)
+    write_rows(
         tl.where(two, y, x_a), row, there, c, image, C, rows, tl.full((), eps, ACC), y_ptr, normed_ptr,
         mean_ptr, deviation_ptr, weight_ptr, bias_ptr, NORM, WEIGHT, BIAS, ACC,
     )  # fmt: skip
@@ -156,13 +141,13 @@ def merge_neighbours_bwd_kernel(
         one, two = there[:, None] & (c < C), paired[:, None] & (c < C)
         dy_ptrs = dy_ptr + image * stride_yb + row.to(tl.int64)[:, None] * stride_yn + c * stride_yc
         dy = tl.load(dy_ptrs, mask=one, other=0.0)
-        wide = _cast(dy, ACC)
+        wide = cast(dy, ACC)
         weight_a, weight_b = count_a[:, None], count_b[:, None]
         if not LOGITS:
             weight_a *= _factor(first_ptr, alpha, c, C, stride_f, FIRST, ACC)
             weight_b *= _factor(second_ptr, beta, c, C, stride_s, SECOND, ACC)
-        dx_a = tl.where(two, _cast(weight_a * wide, dx_ptr.dtype.element_ty), dy)
-        dx_b = _cast(weight_b * wide, dx_ptr.dtype.element_ty)
+        dx_a = tl.where(two, cast(weight_a * wide, dx_ptr.dtype.element_ty), dy)
+        dx_b = cast(weight_b * wide, dx_ptr.dtype.element_ty)
         dx_ptrs = dx_ptr + (image * tokens + place)[:, None] * C + c
         tl.store(dx_ptrs, dx_a, mask=one)
         tl.store(dx_ptrs + step * C, dx_b, mask=two)
@@ -177,8 +162,8 @@ def merge_neighbours_bwd_kernel(
                 both = count_a * count_b
                 dlogits = tl.where(paired & (both != 0), both * tl.sum(wide * (x_a - x_b), axis=1), 0.0)
                 dlogits_ptrs = dlogits_ptr + image * (tokens - P) + place - P
-                tl.store(dlogits_ptrs, _cast(dlogits, dlogits_ptr.dtype.element_ty), mask=there & (row >= P))
-                tl.store(dlogits_ptrs + step, _cast(-dlogits, dlogits_ptr.dtype.element_ty), mask=paired)
+                tl.store(dlogits_ptrs, cast(dlogits, dlogits_ptr.dtype.element_ty), mask=there & (row >= P))
+                tl.store(dlogits_ptrs + step, cast(-dlogits, dlogits_ptr.dtype.element_ty), mask=paired)
     at = program.to(tl.int64) * C + c
     if LEARNED and FIRST:
         tl.store(dfirst_ptr + at, tl.sum(sum_a, axis=0)[None, :], mask=c < C)

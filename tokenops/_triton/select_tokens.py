@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..reference import accumulation_dtype
-from .common import FUSION, tile
+from .common import FUSION, cast, tile, write_rows
 from .common import companions as companion_arguments
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
@@ -28,12 +28,6 @@ def _keys(scores_ptr, n, N, stride_sn, BITS: tl.constexpr):
         value = scores.to(tl.float32) + 0.0
         bits = value.to(tl.int32, bitcast=True)
         return tl.where(value != value, -0x80000000, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
-
-
-@triton.jit
-def _wide(scores, ACC: tl.constexpr, BITS: tl.constexpr):
-    """By way of fp32, which the interpreter knows how to make of bf16."""
-    return scores.to(ACC) if BITS == 64 else scores.to(tl.float32).to(ACC)
 
 
 @triton.jit
@@ -78,30 +72,6 @@ def _rank(scores_ptr, n, keys, N, stride_sn, BITS: tl.constexpr, BLOCK: tl.const
         better = (others[None, :] > keys[:, None]) | ((others[None, :] == keys[:, None]) & (j[None, :] < n[:, None]))
         rank += tl.sum((better & (j < N)[None, :]).to(tl.int32), axis=1)
     return rank
-
-
-@triton.jit
-def _write(
-    values, row, there, c, b, C, rows, eps, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr, weight_ptr, bias_ptr,
-    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Store rows of the result, and their layer norm (c are all channels then)."""
-    at = (b * rows + row.to(tl.int64))[:, None] * C + c[None, :]
-    mask = there[:, None] & (c < C)[None, :]
-    tl.store(tokens_ptr + at, values, mask=mask)
-    if NORM:
-        wide = values.to(ACC)
-        mean = tl.sum(wide, axis=1) / C
-        off = tl.where((c < C)[None, :], wide - mean[:, None], 0.0)
-        deviation = 1 / tl.sqrt(tl.sum(off * off, axis=1) / C + eps)
-        wide = off * deviation[:, None]
-        if WEIGHT:
-            wide *= tl.load(weight_ptr + c, mask=c < C, other=0.0)[None, :]
-        if BIAS:
-            wide += tl.load(bias_ptr + c, mask=c < C, other=0.0)[None, :]
-        tl.store(normed_ptr + at, wide.to(normed_ptr.dtype.element_ty), mask=mask)
-        tl.store(mean_ptr + b * rows + row, mean, mask=there)
-        tl.store(deviation_ptr + b * rows + row, deviation, mask=there)
 
 
 @triton.jit
@@ -163,7 +133,7 @@ def select_tokens_fwd_kernel(
         read = (n < N) if FUSES else kept
         offsets = (P + n).to(tl.int64)[:, None] * stride_xn + c[None, :] * stride_xc
         values = tl.load(x_ptr + offsets, mask=read[:, None] & (c < C)[None, :], other=0.0)
-        _write(
+        write_rows(
             values, P + slot, kept, c, b, C, rows, eps, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr, weight_ptr,
             bias_ptr, NORM, WEIGHT, BIAS, ACC,
         )  # fmt: skip
@@ -172,7 +142,7 @@ def select_tokens_fwd_kernel(
             share = tl.where(others, 1.0, 0.0).to(ACC)
             if REST != "mean":
                 scores = tl.load(scores_ptr + n.to(tl.int64) * stride_sn, mask=others, other=0.0)
-                share = _wide(scores, ACC, BITS)
+                share = cast(scores, ACC)
                 total += tl.sum(share)
             rest += tl.sum(tl.where(others[:, None], values.to(ACC) * share[:, None], 0.0), axis=0)
 
@@ -185,7 +155,7 @@ def select_tokens_fwd_kernel(
             tl.store(fused_ptr + b * (1 + C) + 1 + c, rest, mask=c < C)
             if slice == 0:
                 tl.store(fused_ptr + b * (1 + C), total)
-        _write(
+        write_rows(
             rest.to(tokens_ptr.dtype.element_ty)[None, :], P + count + one, one == 0, c, b, C, rows, eps, tokens_ptr,
             normed_ptr, mean_ptr, deviation_ptr, weight_ptr, bias_ptr, NORM, WEIGHT, BIAS, ACC,
         )  # fmt: skip
@@ -193,7 +163,7 @@ def select_tokens_fwd_kernel(
         n = start + tl.arange(0, BLOCK_N)
         offsets = n.to(tl.int64)[:, None] * stride_xn + c[None, :] * stride_xc
         values = tl.load(x_ptr + offsets, mask=(n < P)[:, None] & (c < C)[None, :], other=0.0)
-        _write(
+        write_rows(
             values, n, n < P, c, b, C, rows, eps, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr, weight_ptr,
             bias_ptr, NORM, WEIGHT, BIAS, ACC,
         )  # fmt: skip
@@ -202,7 +172,7 @@ def select_tokens_fwd_kernel(
         for start in range(count, k, BLOCK_N):
             j = start + tl.arange(0, BLOCK_N)
             beyond = j < k
-            _write(
+            write_rows(
                 zeros, P + FUSES + j, beyond, c, b, C, rows, eps, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr,
                 weight_ptr, bias_ptr, NORM, WEIGHT, BIAS, ACC,
             )  # fmt: skip
@@ -264,7 +234,7 @@ def select_tokens_bwd_kernel(
     if WEIGHTED:
         token = tl.where(others, n, 0).to(tl.int64)
         share = tl.load(scores_ptr + b * stride_sb + token * stride_sn, mask=others, other=0.0)
-        share = _wide(share, ACC, BITS)
+        share = cast(share, ACC)
     if REST == "normalized":
         total = tl.load(fused_ptr)
         if total != 0:

@@ -100,6 +100,7 @@ def compress(
     loss: Callable[[Tensor, Tensor | None, Tensor], Tensor] = distillation_loss,
     lr: float = 5e-4,
     weight_decay: float = 0.05,
+    betas: tuple[float, float] = (0.9, 0.999),
     warmup: int = 0,
     clip: float = 1.0,
     progress: Callable[[int, Tensor], object] | None = None,
@@ -119,7 +120,7 @@ def compress(
         pruner: a `ChannelPruner` or `CompactorPruner`, whose schedule must end within the steps; None prunes nothing.
         loss: of the logits, the teacher's logits (or None) and the targets.
         lr: the highest learning rate.
-        weight_decay: AdamW's.
+        weight_decay, betas: AdamW's.
         warmup: steps of the warm-up.
         clip: the largest norm of all gradients together.
         progress: called behind every step with its number, from 0, and its loss.
@@ -139,14 +140,15 @@ def compress(
         if all(module is not pruner.model for module in model.modules()):
             raise ValueError("the pruner's model must be the model or a part of it")
     training, first = model.training, next(model.parameters())
-    optimizers = _optimizers(model, pruner, lr, weight_decay)
-    losses: list[Tensor] = []
+    adamw = dict(lr=lr, weight_decay=weight_decay, betas=betas)
+    optimizers = _optimizers(model, pruner, adamw)
+    losses = torch.zeros(steps, device=first.device)  # not a tensor a step: those scatter over the heap and pin it
     compacted_at = None
     model.train()
     for step, (images, target) in zip(range(steps), _again_and_again(batches)):
         if pruner is not None and pruner.frozen:
             model = _compacted(model, pruner)
-            optimizers, pruner, compacted_at = _optimizers(model, None, lr, weight_decay), None, step
+            optimizers, pruner, compacted_at = _optimizers(model, None, adamw), None, step
         images, target = images.to(first.device), target.to(first.device)
         expected = None
         if teacher is not None:
@@ -154,7 +156,7 @@ def compress(
                 expected = teacher.eval()(images)
         value = loss(model(images), expected, target)
         value.backward()
-        losses.append(value.detach())
+        losses[step] = value.detach()
         if pruner is not None:
             pruner.step()
         if pruner is None or not pruner.frozen:  # a pruner that has just ended has changed what the gradients are of
@@ -165,23 +167,23 @@ def compress(
                 optimizer.step()
         model.zero_grad()
         if progress is not None:
-            progress(step, losses[-1])
+            progress(step, losses[step])
     if pruner is not None and pruner.frozen:
         model, compacted_at = _compacted(model, pruner), steps
-    return model.train(training), Record([float(value) for value in losses], compacted_at)
+    return model.train(training), Record(losses.tolist(), compacted_at)
 
 
-def _optimizers(model: nn.Module, pruner: BudgetPruner | None, lr: float, weight_decay: float) -> Any:
+def _optimizers(model: nn.Module, pruner: BudgetPruner | None, adamw: dict[str, Any]) -> Any:
     trained = parameters_to_train(model)
     plain: set[int] = set()
     module: Any
     for module in model.modules():  # position embeddings and class tokens
         plain |= {id(getattr(module, name, None)) for name in getattr(module, "no_weight_decay", tuple)()}
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1 and id(p) not in plain], "weight_decay": weight_decay},
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim > 1 and id(p) not in plain]},
         {"params": [p for p in trained if p.ndim <= 1 or id(p) in plain], "weight_decay": 0.0},
     ]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **adamw)]
     if isinstance(pruner, CompactorPruner):
         optimizers.append(torch.optim.SGD(list(pruner.parameters()), 0.01, momentum=0.99))
     return optimizers
