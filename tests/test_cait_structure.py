@@ -105,15 +105,15 @@ def test_registered_models():
     for name, least, most in (  # GMAC: where the published 1.7x and 1.9x lie; the rest as their docstrings say
         ("cait_deit_tiny_patch16_224", 0.6, 0.7),
         ("cait_deit_small_patch16_224", 2.1, 2.3),
-        ("cait_deit_base_patch16_224", 8.43, 8.44),
-        ("cait_lvvit_tiny", 1.84, 1.85),
-        ("cait_lvvit_small", 2.82, 2.83),
+        ("cait_deit_base_patch16_224", 8.21, 8.22),
+        ("cait_lvvit_tiny", 1.79, 1.80),
+        ("cait_lvvit_small", 2.74, 2.75),
     ):
         model = meta(name).eval()
         assert least <= macs(model) / 1e9 <= most
         assert model(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
         found = Structure.of(model)
-        assert all(w.qk % 16 == w.v % 8 == w.hidden % 64 == 0 for w in found.widths) and len(found.merges) == 2
+        assert all(w.qk % 16 == w.v % 16 == w.hidden % 128 == 0 for w in found.widths) and len(found.merges) == 2
         plain = meta(name.removeprefix("cait_"))
         assert list(restructure(plain, found).state_dict()) == list(model.state_dict())
 

@@ -12,7 +12,8 @@ namespace {
 template <typename Wide>
 INLINE void weigh_rows(const Wide* a, const Wide* b, Wide wa, Wide wb, const Wide* first, const Wide* second, Wide* out,
                        int64_t n) {
-  if (first) for (int64_t i = 0; i < n; ++i) out[i] = wa * first[i] * a[i] + wb * second[i] * b[i];
+  if (first && wa == 1 && wb == 1) for (int64_t i = 0; i < n; ++i) out[i] = first[i] * a[i] + second[i] * b[i];
+  else if (first) for (int64_t i = 0; i < n; ++i) out[i] = wa * first[i] * a[i] + wb * second[i] * b[i];
   else for (int64_t i = 0; i < n; ++i) out[i] = wa * a[i] + wb * b[i];
 }
 CLONES void weigh(const float* a, const float* b, float wa, float wb, const float* first, const float* second,
@@ -107,7 +108,8 @@ struct Weights {
     const Wide none = -std::numeric_limits<Wide>::infinity();
     const Wide la = value(*logits, b, pair.a), lb = value(*logits, b, pair.b);
     const Wide largest = la > lb || lb != lb ? la : lb;
-    const Wide one = la == none ? 0 : *wa * std::exp(la - largest), other = lb == none ? 0 : *wb * std::exp(lb - largest);
+    const auto part = [&](Wide w, Wide l) { return l == none ? 0 : l == largest && l < -none ? w : w * std::exp(l - largest); };
+    const Wide one = part(*wa, la), other = part(*wb, lb);
     const Wide total = one + other;
     *wa = total == 0 ? 0 : one / total, *wb = total == 0 ? 0 : other / total;
   }
