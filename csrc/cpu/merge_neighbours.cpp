@@ -108,7 +108,9 @@ struct Weights {
     const Wide none = -std::numeric_limits<Wide>::infinity();
     const Wide la = value(*logits, b, pair.a), lb = value(*logits, b, pair.b);
     const Wide largest = la > lb || lb != lb ? la : lb;
-    const auto part = [&](Wide w, Wide l) { return l == none ? 0 : l == largest && l < -none ? w : w * std::exp(l - largest); };
+    const auto part = [&](Wide w, Wide l) {
+      return l == none ? 0 : l == largest && l < -none ? w : w * std::exp(l - largest);
+    };
     const Wide one = part(*wa, la), other = part(*wb, lb);
     const Wide total = one + other;
     *wa = total == 0 ? 0 : one / total, *wb = total == 0 ? 0 : other / total;

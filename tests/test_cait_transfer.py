@@ -1,0 +1,381 @@
+"""CAIT's training loop and its losses, merged token labels, dense prediction, and the command that shows it."""
+
+import copy
+import doctest
+import itertools
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import confusion_matrix, jaccard_score
+from torch.utils.data import DataLoader
+
+from tokenops.__main__ import main
+from tokenops.cli import scenes, segment
+from tokenops.cli.scenes import Scenes, sources
+from tokenops.methods.cait import segmentation, training
+from tokenops.methods.cait.blocks import merge_tokens, unmerge_tokens
+from tokenops.methods.cait.compactors import CompactorPruner
+from tokenops.methods.cait.models import merged_maps
+from tokenops.methods.cait.pruning import ChannelPruner
+from tokenops.methods.cait.segmentation import SegmentationModel, confusion, feature_maps, mean_iou
+from tokenops.methods.cait.structure import Structure
+from tokenops.methods.cait.training import compress, distillation_loss, merge_token_labels
+from tokenops.methods.lvvit import LVViT
+
+MULTIPLES = {"qk": 4, "v": 4, "hidden": 16}
+
+
+def vit(size=(32, 32), **kwargs):
+    """4 blocks of 2 heads with 16 channels, on patches of 4 x 4."""
+    arguments = dict(img_size=size, patch_size=4, embed_dim=32, depth=4, num_heads=2, num_classes=5)
+    return timm.models.VisionTransformer(**{**arguments, **kwargs}).eval()
+
+
+def lvvit():
+    return LVViT(64, num_classes=5, embed_dim=32, depth=4, num_heads=2).eval()
+
+
+def test_doctests():
+    for module in (segmentation, training):
+        assert doctest.testmod(module).failed == 0
+
+
+# ---- distillation
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3, 4)], ids=["images", "pixels"])
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "mixup"])
+def test_distillation_loss_is_the_formula(shape, soft):
+    student, teacher = (torch.randn(shape, dtype=torch.float64) * 2 for _ in range(2))
+    target = torch.randint(0, 5, shape[:1] + shape[2:])
+    probabilities = F.one_hot(target, 5).movedim(-1, 1).double()
+    if soft:
+        target = probabilities = torch.randn(shape, dtype=torch.float64).softmax(1)
+    smoothed = 0.9 * probabilities + 0.1 / 5
+    expected = -(smoothed * student.log_softmax(1)).sum(1).mean()
+    p, q = (teacher / 2.5).softmax(1), (student / 2.5).softmax(1)
+    expected += 0.7 * 2.5**2 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(distillation_loss(student, teacher, target, 0.7, 2.5), expected)
+
+
+def test_distillation_from_itself_is_cross_entropy_and_the_teacher_gets_no_gradient():
+    logits, target = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 4, 2])
+    plain = F.cross_entropy(logits, target, label_smoothing=0.1)
+    torch.testing.assert_close(distillation_loss(logits, logits.detach(), target), plain)
+    torch.testing.assert_close(distillation_loss(logits, None, target), plain)
+    teacher = torch.randn(4, 5, requires_grad=True)
+    distillation_loss(logits, teacher, target).backward()
+    assert teacher.grad is None and logits.grad is not None
+
+
+def test_distillation_loss_says_what_is_wrong():
+    logits, target = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="temperature=0"):
+        distillation_loss(logits, logits, target, temperature=0)
+    with pytest.raises(ValueError, match=r"teacher has shape \(4, 3\), but student \(4, 5\)"):
+        distillation_loss(logits, logits[:, :3], target)
+
+
+# ---- token labels
+
+
+@pytest.mark.parametrize("layout", ["raster", "block"])
+@pytest.mark.parametrize("merges", [1, 2, 3])
+def test_token_labels_are_the_means_of_what_was_merged(layout, merges):
+    """With the patch's own number as its label, a token's label says which patches are in it, and how much."""
+    points = dict(list({0: "horizontal", 1: "vertical", 2: "horizontal"}.items())[:merges])
+    model = merge_tokens(vit(), points, layout=layout)
+    labels = merge_token_labels(torch.eye(64)[None], model)
+    assert labels.shape == (1, 64 // 2**merges, 64)
+    of_patch = unmerge_tokens(model, labels, 3, prefix=0)[0]
+    number = merged_maps(model, torch.zeros(1))[-1].flatten()
+    torch.testing.assert_close(of_patch, (number[:, None] == number).float() / 2**merges)
+
+
+def test_token_labels_on_an_odd_grid_follow_the_tokens():
+    model = merge_tokens(vit((20, 12)), {0: "horizontal", 1: "vertical"})
+    labels = merge_token_labels(torch.eye(15)[None], model)[0]
+    number = merged_maps(model, torch.zeros(1))[-1].flatten()
+    expected = torch.stack([(number == i).float() for i in range(6)])
+    torch.testing.assert_close(labels, expected / expected.sum(1, keepdim=True))
+
+
+def test_token_labels_of_a_dense_model_stay_and_wrong_ones_are_refused():
+    labels = torch.rand(2, 64, 3)
+    assert merge_token_labels(labels, vit()) is labels
+    with pytest.raises(ValueError, match=r"labels must be \(B, 64, K\), but got \(2, 63, 3\)"):
+        merge_token_labels(labels[:, 1:], vit())
+
+
+# ---- dense prediction
+
+
+@pytest.mark.parametrize("make", [vit, lvvit])
+def test_maps_of_a_dense_model_are_its_intermediates(make):
+    model = make()
+    x = torch.randn(2, 3, *model.patch_embed.img_size)
+    expected = model.forward_intermediates(x, indices=[1, 3], intermediates_only=True)
+    for ours, theirs in zip(feature_maps(model, x, (1, 3)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("make", [vit, lvvit])
+@pytest.mark.parametrize("mode", ["repeat", "bilinear"])
+def test_maps_are_on_the_patch_grid_whatever_the_layout(make, mode):
+    """Attention does not see the order of tokens, so both layouts must give the same maps."""
+    raster, block = make(), None
+    with torch.no_grad():
+        for parameter in raster.parameters():  # otherwise patches hardly differ
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    block = merge_tokens(copy.deepcopy(raster), layout="block")
+    merge_tokens(raster)
+    x = torch.randn(2, 3, *raster.patch_embed.img_size)
+    maps = feature_maps(raster, x, (0, 1, 2, 3), mode)
+    assert maps[0].std(dim=(2, 3)).mean() > 0.1
+    for ours, theirs in zip(maps, feature_maps(block, x, (0, 1, 2, 3), mode), strict=True):
+        assert ours.shape == (2, 32, *raster.patch_embed.grid_size)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    if mode == "repeat":  # behind block 0 columns are merged, behind block 2 rows as well
+        torch.testing.assert_close(maps[0][..., 0::2], maps[0][..., 1::2])
+        torch.testing.assert_close(maps[3][:, :, 0::2, 0::2], maps[3][:, :, 1::2, 1::2])
+        assert not torch.allclose(maps[1][:, :, 0::2], maps[1][:, :, 1::2])
+
+
+@pytest.mark.parametrize("blocks", [(), (2, 1), (1, 1), (-1, 0), (0, 4)])
+def test_maps_of_blocks_that_are_not_there(blocks):
+    with pytest.raises(ValueError, match="increasing numbers from 0 to 3"):
+        feature_maps(vit(), torch.randn(1, 3, 32, 32), blocks)
+
+
+def test_the_head_learns_where_things_are():
+    """Each half of a pixel-wise task with detail finer than a patch; and the head goes on with another backbone."""
+    backbone = merge_tokens(vit(num_classes=0), {1: "horizontal", 2: "vertical"})
+    model = SegmentationModel(backbone, (0, 3), 3, width=16, detail=4)
+    images = torch.randn(4, 3, 32, 32)
+    labels = (images.mean(1) > 0).long() + (torch.arange(32) < 9)
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    losses = []
+    for _ in range(40):
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    unused = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert unused == {"backbone.norm.weight", "backbone.norm.bias"}
+    model.backbone = vit(num_classes=0)
+    assert model(images).shape == (4, 3, 32, 32)
+
+
+def test_iou_is_that_of_sklearn():
+    labels, predicted = torch.randint(0, 4, (2, 3, 20, 20))
+    ignored = labels.clone()
+    ignored[0, 0] = 255
+    counts = confusion(predicted, labels, 5)
+    assert torch.equal(counts, torch.tensor(confusion_matrix(labels.flatten(), predicted.flatten(), labels=range(5))))
+    assert confusion(predicted, ignored, 5).sum() == labels.numel() - 20
+    each, mean = mean_iou(counts)
+    expected = jaccard_score(labels.flatten(), predicted.flatten(), average=None)
+    torch.testing.assert_close(each[:4], torch.tensor(expected))
+    assert each[4].isnan() and mean == pytest.approx(expected.mean())
+
+
+# ---- the training loop
+
+
+def batches(count=4, size=8):
+    images = torch.randn(count, size, 3, 32, 32)
+    return [(x, (x.mean((1, 2, 3)) > 0).long()) for x in images]
+
+
+def test_compress_trains_without_a_pruner():
+    model, teacher = merge_tokens(vit()), vit().train()
+    before, seen = copy.deepcopy(teacher.state_dict()), []
+    trained, record = compress(
+        model, batches(), 30, teacher=teacher, lr=2e-3, warmup=2, progress=lambda step, loss: seen.append(float(loss))
+    )
+    assert trained is model and not model.training and not teacher.training
+    assert record.compacted_at is None and record.losses == seen and len(seen) == 30
+    assert sum(seen[-4:]) < 0.9 * sum(seen[:4])
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["itself", "a part"])
+def test_compress_prunes_compacts_and_goes_on(within):
+    model = merge_tokens(vit(num_classes=0 if within else 5))
+    pruner = ChannelPruner(model, 0.6, steps=(1, 4), every=1, multiples=MULTIPLES)
+    data = batches()
+    if within:
+        model = SegmentationModel(model, (0, 3), 5, width=16)
+        data = [(x, torch.randint(0, 5, (8, 32, 32))) for x, _ in data]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    small, record = compress(model, data, 8, pruner=pruner)
+    assert record.compacted_at == 4 and len(record.losses) == 8
+    inner = small.backbone if within else small
+    assert not any("mask" in name for name in small.state_dict())
+    assert [(row.qk, row.v, row.hidden) for row in pruner.report()] == [
+        (w.qk, w.v, w.hidden) for w in Structure.of(inner).widths
+    ]
+    assert min(w.hidden for w in Structure.of(inner).widths) < 128
+    changed = "backbone.patch_embed.proj.weight" if within else "patch_embed.proj.weight"
+    assert not torch.equal(small.state_dict()[changed], before[changed])
+
+
+@pytest.mark.parametrize("kind", [ChannelPruner, CompactorPruner])
+def test_compaction_within_the_loop_changes_nothing(kind):
+    """With a learning rate of 0 the compacted model must say what the masked one says."""
+    model = merge_tokens(vit())
+    settle = {"settle": 2} if kind is CompactorPruner else {}
+    pruner = kind(model, 0.7, steps=(0, 3), every=1, multiples=MULTIPLES, **settle)
+    small, record = compress(model, batches(), 6, pruner=pruner, lr=0.0)
+    assert record.compacted_at == (5 if settle else 3) and small is not model
+    assert Structure.of(small) != Structure.of(model)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(small(x), model.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_compress_compacts_at_the_very_end():
+    model = merge_tokens(vit())
+    small, record = compress(
+        model, batches(), 3, pruner=ChannelPruner(model, 0.7, steps=(0, 3), every=1, multiples=MULTIPLES)
+    )
+    assert record.compacted_at == 3 and Structure.of(small) != Structure.of(model)
+
+
+def test_learning_rate_and_decay(monkeypatch):
+    """A warm-up and a cosine; vectors, position embeddings and class tokens do not decay."""
+    rates, model = [], merge_tokens(vit())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    class Watched(torch.optim.AdamW):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            self.plain = {
+                names[id(p)] for group in self.param_groups if not group["weight_decay"] for p in group["params"]
+            }
+            Watched.last = self
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    compress(model, batches(), 10, lr=1.0, warmup=4, clip=1e-9)
+    assert rates[:5] == [pytest.approx(r) for r in (0.2, 0.4, 0.6, 0.8, 1.0)]
+    assert rates[7] == pytest.approx(0.5) and rates[5] > rates[6] > rates[8] > rates[9] > 0
+    plain = Watched.last.plain
+    assert {"pos_embed", "cls_token", "norm.bias", "blocks.0.norm1.weight"} < plain
+    assert not any(name.endswith("fc1.weight") for name in plain)
+
+
+def test_compress_says_what_is_wrong():
+    model = merge_tokens(vit())
+    pruner = ChannelPruner(model, 0.7, steps=(0, 5), every=1, multiples=MULTIPLES)
+    with pytest.raises(ValueError, match="steps=4, but the pruner's schedule ends 5 steps from now"):
+        compress(model, batches(), 4, pruner=pruner)
+    with pytest.raises(ValueError, match="must be the model or a part of it"):
+        compress(vit(), batches(), 9, pruner=pruner)
+    with pytest.raises(ValueError, match="no batches"):
+        compress(model, [], 9)
+    with pytest.raises(ValueError, match="not an iterator"):
+        compress(model, iter(batches()), 9)
+
+
+# ---- scenes
+
+
+def test_a_scene_is_always_the_same():
+    first, again, other = Scenes(5, True, 48), Scenes(9, True, 48), Scenes(5, True, 48, seed=1)
+    for (x, labels), (same, same_labels), (x2, _) in zip(first, again, other, strict=False):
+        assert torch.equal(x, same) and torch.equal(labels, same_labels) and not torch.equal(x, x2)
+        assert x.shape == (3, 48, 48) and x.dtype == torch.float32 and -1 <= x.min() < x.max() <= 1
+        assert labels.dtype == torch.int64 and 0 <= labels.min() < labels.max() <= 10
+    assert len(list(first)) == 5
+    assert not torch.equal(first[0][0], first[1][0]) and not torch.equal(first[0][0], Scenes(5, False, 48)[0][0])
+
+
+def test_training_and_test_share_nothing():
+    train, test = sources(True), sources(False)
+    assert len(train.digits) + len(test.digits) == 1797 and len(test.digits) > 400
+    assert set(test.labels.tolist()) == set(range(1, 11))
+    for ours, theirs in zip(train.photographs, test.photographs, strict=True):
+        assert ours.shape[2] + theirs.shape[2] == 640 and theirs.shape[2] > 150
+
+
+def test_masks_are_exact(monkeypatch):
+    """With an ink that no photograph has, what is labelled is what is mostly ink."""
+    monkeypatch.setattr(scenes, "colour", lambda behind, random: torch.tensor(2.0))
+    digits = 0
+    for x, labels in itertools.islice(Scenes(10, True, 64), 10):
+        shown = (x + 1) / 2
+        assert (labels[(shown == 2).all(0)] > 0).all()
+        assert shown[:, labels > 0].min() >= 1 and shown[:, labels == 0].max() <= 1.5
+        digits += len(labels[labels > 0].unique())
+    assert digits >= 25
+
+
+# ---- the command
+
+QUICK = ["segment", "--device", "cpu", "--steps", "20", "--scenes", "6"]
+
+
+def test_segment(tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    for name, value in dict(BATCH=2, ROUNDS=2, TIMED=2).items():
+        monkeypatch.setattr(segment, name, value)
+    output = tmp_path / "made" / "scenes.png"
+    assert main([*QUICK, "--output", str(output)]) == 0
+    out = capsys.readouterr().out
+    table = {line.strip().split("  ")[0]: line.split() for line in reversed(out.splitlines()) if line.strip()}
+    assert "64 x 6" in " ".join(table["dense"]) and "64 x 2, 32 x 2, 16 x 2" in " ".join(table["merged"])
+    macs = [float(table[name][table[name].index("M") - 2]) for name in ("dense", "merged", "merged, pruned")]
+    assert macs[0] > 1.3 * macs[1] and macs[1] > 1.2 * macs[2]
+    assert "masked_channel_attention on native" in out and "merge_neighbours on native" in out
+    with Image.open(output) as picture:
+        assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(2**24)) > 1000
+
+
+def test_segment_counts_right_answers(monkeypatch):
+    """Of a model that knows the truth the score is 1, of one that sees background only the background's."""
+    test = Scenes(5, False, 32)
+    truth = DataLoader(test, 5)
+    monkeypatch.setattr(segment, "BATCH", 5)
+
+    def knowing(images):
+        ((_, labels),) = truth
+        return F.one_hot(labels, 11).movedim(-1, 1).float()
+
+    assert mean_iou(segment.scored(knowing, test, "cpu"))[1] == 1
+    nothing = mean_iou(segment.scored(lambda x: torch.eye(11)[0].view(1, 11, 1, 1).expand(5, 11, 32, 32), test, "cpu"))
+    assert nothing[0][0] > 0.5 and nothing[1] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "3"], "--steps=3, but it must be at least 20"),
+        (["--scenes", "0"], "--scenes=0, but it must be at least 1"),
+        (["--seed", "-1"], "--seed=-1, but it must be at least 0"),
+        (["--keep", "0"], "--keep=0.0, but it must be above 0"),
+        (["--keep", "0.01"], "with one unit of each kind"),
+        (["--output", "scenes.bmp"], "the name must end in .png"),
+    ],
+)
+def test_segment_says_in_words_what_is_wrong(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*QUICK, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("package", ["timm", "sklearn"])
+def test_segment_says_what_to_install(package):
+    blocked = (
+        f"import sys; sys.modules['{package}'] = None; from tokenops.__main__ import main; sys.exit(main(['segment']))"
+    )
+    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install 'tokenops[demo]'" in done.stderr and "Traceback" not in done.stderr
