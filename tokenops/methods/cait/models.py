@@ -21,8 +21,8 @@ def uniform_structure(model: Any) -> Structure:
     """The structure of the registered models: default merge points, averages, and the same widths in every block.
 
     Of a head 3/4 of the channels are left, of an MLP 7/8 of its hidden ones, rounded up to multiples of 16 and 128,
-    which vector and matrix units take whole. These are ours: `ChannelPruner` finds which channels, and other widths of the
-    same cost.
+    which vector and matrix units take whole. These are ours: `ChannelPruner` finds which channels, and other widths
+    of the same cost.
 
     Args:
         model: a dense timm VisionTransformer or LVViT.
