@@ -1,4 +1,4 @@
-"""The command line: `python -m tokenops info` and `python -m tokenops demo`."""
+"""The command line: `python -m tokenops info`, `demo` and `segment`."""
 
 from collections.abc import Sequence
 
