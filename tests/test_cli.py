@@ -128,6 +128,19 @@ def test_demo(photographs, tmp_path, capsys):
         assert len(picture.convert("RGB").getcolors(2**24)) > 1000
 
 
+def test_merged_patches_have_their_mean_colour_and_a_line_between_tokens(demo_packages):
+    import numpy as np
+
+    from tokenops.cli.picture import mosaic
+
+    photograph = np.zeros((4, 8, 3))
+    photograph[:, 4:] = 1.0
+    whole, halves = (mosaic(photograph, np.array([tokens])) for tokens in ([0, 0], [0, 1]))
+    np.testing.assert_allclose(whole[0, :, 0], [0.325] * 4 + [0.675] * 4)
+    np.testing.assert_allclose(halves[0, :, 0], [0.0] * 4 + [1.0] * 4)
+    np.testing.assert_allclose(mosaic(0.5 * photograph, np.array([[0, 1]]))[0, :, 0], [0.0] * 4 + [1.0] + [0.5] * 3)
+
+
 def test_demo_compares_the_methods(photographs, tmp_path, capsys):
     """A row a method beside its dense form, and a picture of what each keeps."""
     from PIL import Image
