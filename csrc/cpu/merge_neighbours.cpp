@@ -25,18 +25,28 @@ CLONES void weigh(const double* a, const double* b, double wa, double wb, const 
   weigh_rows(a, b, wa, wb, first, second, out, n);
 }
 // without a detour: the bits of bf16 are the upper half of a float's
-CLONES void weigh(const BFloat16* a, const BFloat16* b, float wa, float wb, BFloat16* out, int64_t n) {
-  const uint16_t *bits_a = reinterpret_cast<const uint16_t*>(a), *bits_b = reinterpret_cast<const uint16_t*>(b);
+INLINE float widened_bits(uint16_t raw) {
+  const uint32_t bits = static_cast<uint32_t>(raw) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+INLINE uint16_t narrowed_bits(float value) {  // to nearest even
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : even);
+}
+CLONES void weigh(const BFloat16* a, const BFloat16* b, float wa, float wb, const float* first, const float* second,
+                  BFloat16* out, int64_t n) {
+  const uint16_t *x = reinterpret_cast<const uint16_t*>(a), *y = reinterpret_cast<const uint16_t*>(b);
   uint16_t* raw = reinterpret_cast<uint16_t*>(out);
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t up_a = static_cast<uint32_t>(bits_a[i]) << 16, up_b = static_cast<uint32_t>(bits_b[i]) << 16;
-    float x, y;
-    std::memcpy(&x, &up_a, 4), std::memcpy(&y, &up_b, 4);
-    const float z = wa * x + wb * y;
-    uint32_t bits;
-    std::memcpy(&bits, &z, 4);
-    const uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    raw[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : even);
+  if (first) {
+    for (int64_t i = 0; i < n; ++i) {
+      raw[i] = narrowed_bits(wa * first[i] * widened_bits(x[i]) + wb * second[i] * widened_bits(y[i]));
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) raw[i] = narrowed_bits(wa * widened_bits(x[i]) + wb * widened_bits(y[i]));
   }
 }
 
@@ -160,9 +170,9 @@ void merge(const Tensor& x, const Weights<Wide>& weights, int64_t prefix, bool n
     } else {
       Wide wa, wb;
       weights.of(b, pair, &wa, &wb);
-      if (std::is_same_v<T, BFloat16> && dense && !first) {
+      if (std::is_same_v<T, BFloat16> && dense) {
         if constexpr (std::is_same_v<T, BFloat16>) {
-          weigh(reinterpret_cast<const T*>(a), reinterpret_cast<const T*>(other), wa, wb, target, C);
+          weigh(reinterpret_cast<const T*>(a), reinterpret_cast<const T*>(other), wa, wb, first, second, target, C);
         }
       } else {
         const Wide *one = widened<T>(a, from.stride_c, C, room), *two = widened<T>(other, from.stride_c, C, room_b);
