@@ -163,7 +163,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backend, device, poisoned, layout):
-    case, lay = Merge(3, 3, 5, 16, 1, "strides"), LAYOUTS[layout]
+    case, lay = Merge(3, 5, 4, 24, 1, "strides"), LAYOUTS[layout]
+    if layout == "one value for all":  # equal rows round alike: too few elements to be judged by their mean error
+        case = Merge(3, 3, 5, 16, 1, "strides")
     for option in (("channels", True, True), ("logits", True, False)):
         for dtype in (torch.float32, torch.bfloat16):
             tensors = inputs(case, dtype, device, option)
