@@ -234,6 +234,52 @@ def merge_neighbours_cases(dtype):
         yield f"H{H}-W{W}-C{C}-{kind}{'-sizes' * sized}{'-norm' * norm}", run
 
 
+def match_bipartite_cases(dtype):
+    from tokenops._triton.match_bipartite import match_bipartite_fwd
+
+    for N, D, r in (
+        (196, 64, 13),  # DeiT-S
+        (196, 80, 8),  # ViT-H
+        (31, 24, 13),
+        (1024, 200, 100),  # several tiles of everything
+    ):
+        metric = _meta(256, N + 1, D, dtype=dtype)
+        yield f"N{N}-D{D}-r{r}", functools.partial(match_bipartite_fwd, metric, r, 1)
+
+
+def merge_bipartite_cases(dtype):
+    from tokenops._triton.merge_bipartite import merge_bipartite_bwd, merge_bipartite_fwd
+
+    for N, r, C, sized, norm in (
+        (196, 13, 384, True, False),
+        (196, 13, 384, True, True),
+        (196, 8, 1280, True, True),  # ViT-H
+        (49, 20, 193, False, False),
+        (1024, 512, 768, False, True),
+    ):
+        x, index = _meta(256, N + 1, C, dtype=dtype), _meta(256, N, dtype=torch.int64)
+        sizes = _meta(256, N + 1, dtype=torch.float32) if sized else None
+        channels = _meta(C, dtype=torch.float32) if norm else None
+
+        def run():
+            y, merged, *_ = merge_bipartite_fwd(x, index, N - r, sizes, channels, channels, 1, norm, 1e-6)
+            merge_bipartite_bwd(y, index, sizes, merged, 1)
+
+        yield f"N{N}-r{r}-C{C}{'-sizes' * sized}{'-norm' * norm}", run
+
+
+def unmerge_bipartite_cases(dtype):
+    from tokenops._triton.merge_bipartite import unmerge_bipartite_bwd, unmerge_bipartite_fwd
+
+    for N, M, C in ((196, 183, 384), (196, 25, 193)):
+        y, index = _meta(256, M + 1, C, dtype=dtype), _meta(256, N, dtype=torch.int64)
+
+        def run():
+            unmerge_bipartite_bwd(unmerge_bipartite_fwd(y, index, 1), index, M, 1)
+
+        yield f"N{N}-M{M}-C{C}", run
+
+
 CASES = {
     "soft_aggregate": soft_aggregate_cases,
     "token_mlp": token_mlp_cases,
@@ -241,6 +287,9 @@ CASES = {
     "select_tokens": select_tokens_cases,
     "restore_tokens": restore_tokens_cases,
     "merge_neighbours": merge_neighbours_cases,
+    "match_bipartite": match_bipartite_cases,
+    "merge_bipartite": merge_bipartite_cases,
+    "unmerge_bipartite": unmerge_bipartite_cases,
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

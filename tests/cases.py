@@ -182,3 +182,39 @@ TOKEN_MLP = (
     TokenMlp(9, 3, 8, 5, 6, "more images than the CPU path takes together"),
     TokenMlp(0, 3, 4, 5, 6, "no image"),
 )
+
+
+class Bipartite(NamedTuple):
+    """Sizes of merge_bipartite: r of N tokens are merged, compared by D numbers."""
+
+    B: int
+    N: int
+    r: int
+    C: int
+    D: int
+    prefix: int
+    why: str
+
+    def __str__(self):
+        return f"B{self.B}-N{self.N}-r{self.r}-C{self.C}-D{self.D}-P{self.prefix}"
+
+
+BIPARTITE = (
+    Bipartite(2, 12, 3, 16, 16, 1, "16-byte accesses in every dtype"),
+    Bipartite(1, 2, 1, 2, 1, 0, "the smallest that merges"),
+    Bipartite(3, 33, 9, 37, 37, 1, "odd everywhere: accesses of one element"),
+    Bipartite(2, 33, 17, 24, 4, 0, "all of one side go, no prefix: nothing but the other side is left"),
+    Bipartite(2, 9, 4, 8, 4, 2, "two prefix tokens: the other parity"),
+    Bipartite(2, 10, 0, 8, 4, 1, "nothing to merge: a copy"),
+    Bipartite(1, 70, 20, 140, 64, 1, "several tiles of tokens and of channels"),
+    Bipartite(2, 1, 0, 8, 4, 1, "one token: nothing to compare it with"),
+    Bipartite(2, 2, 1, 8, 4, 3, "more of the prefix than of the others"),
+    Bipartite(0, 6, 2, 8, 4, 1, "no image"),
+    Bipartite(2, 0, 0, 8, 4, 1, "only a prefix"),
+    Bipartite(2, 6, 2, 0, 4, 1, "no channel"),
+)
+#: what the interpreter is too slow for
+BIPARTITE_LARGE = (
+    Bipartite(2, 196, 13, 384, 64, 1, "DeiT-S"),
+    Bipartite(1, 1025, 300, 8, 16, 1, "many tiles on both sides"),
+)

@@ -2,29 +2,17 @@
 
 import itertools
 import json
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
 
 import merging
 import numpy as np
 import pytest
 import torch
 from cases import MERGE, MERGE_LARGE, RESTORE, SELECT, SELECT_LARGE, Merge, Restore
+from emulating import CXX, bits, build, tensor
 from selecting import EPS, OPTIONS, compare, double, inputs, terms
 from selecting import run as select
 
 from tokenops import reference
-
-HERE = Path(__file__).parent / "emulation"
-CXX = shutil.which("g++")
-FLAGS = (
-    "-std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas -shared -fPIC -fvisibility=hidden"
-    " -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
-).split()
 
 pytestmark = pytest.mark.skipif(CXX is None, reason="needs g++ and its sanitizers")
 
@@ -32,29 +20,7 @@ pytestmark = pytest.mark.skipif(CXX is None, reason="needs g++ and its sanitizer
 @pytest.fixture(scope="module")
 def emulate(tmp_path_factory):
     """emulate(*arguments) runs driver.py on the freshly compiled module."""
-    import pybind11
-
-    folder = tmp_path_factory.mktemp("emulation")
-    include = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    build = [CXX, *FLAGS, *include, str(HERE / "module.cpp"), "-o", str(folder / "emulated.so")]
-    done = subprocess.run(build, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-    def library(name):
-        return subprocess.check_output([CXX, f"-print-file-name={name}"], text=True).strip()
-
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so.6')}",
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-    }
-
-    def run(*arguments):
-        command = [sys.executable, str(HERE / "driver.py"), str(folder), *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    return run
+    return build("module.cpp", tmp_path_factory.mktemp("emulation"))
 
 
 # The checks can fail: each planted bug is caught, and only there.
@@ -137,15 +103,6 @@ def test_restore_tokens(emulate, tmp_path):
 
 
 NUMPY = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-
-def bits(tensor):
-    """As numpy has it: bfloat16 as its bits."""
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def tensor(array):
-    return torch.from_numpy(array).view(torch.bfloat16) if array.dtype == np.uint16 else torch.from_numpy(array)
 
 
 def test_select_tokens(emulate, tmp_path):

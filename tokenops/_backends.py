@@ -23,10 +23,15 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "select_tokens": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
     "restore_tokens": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
     "merge_neighbours": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
+    "match_bipartite": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
+    "merge_bipartite": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
+    "unmerge_bipartite": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
 }
 
 #: operators whose native path is compiled code (the others compose torch's own kernels, which are always there)
-COMPILED = frozenset({"select_tokens", "restore_tokens", "merge_neighbours"})
+COMPILED = frozenset(
+    {"select_tokens", "restore_tokens", "merge_neighbours", "match_bipartite", "merge_bipartite", "unmerge_bipartite"}
+)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -43,6 +43,13 @@ def _masked_channel_attention_bwd(dout, dscores, dlse, q, k, v, *args, **kwargs)
     return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
 
 
+@register_flop_formula(_ops.match_bipartite_fwd)
+def _match_bipartite_fwd(metric, r, prefix, *args, **kwargs):
+    b, rows, d = metric
+    n = rows - prefix
+    return 2 * b * (n // 2) * (n - n // 2) * d if r else 0
+
+
 if _aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:  # torch 2.11 does not count it
 
     @register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)

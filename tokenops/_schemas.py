@@ -44,6 +44,13 @@ _SCHEMAS = {
     "merge_neighbours_bwd": "(Tensor dy, Tensor? x, Tensor? first, Tensor? second, Tensor? logits, Tensor? sizes,"
     " SymInt height, SymInt width, bool vertical, SymInt prefix, float alpha, float beta)"
     " -> (Tensor dx, Tensor dfirst, Tensor dsecond, Tensor dlogits)",
+    "match_bipartite_fwd": "(Tensor metric, SymInt r, SymInt prefix) -> Tensor",
+    "merge_bipartite_fwd": "(Tensor x, Tensor index, SymInt tokens, Tensor? sizes, Tensor? weight, Tensor? bias,"
+    " SymInt prefix, bool norm, float eps)"
+    " -> (Tensor y, Tensor sizes, Tensor log_sizes, Tensor normed, Tensor statistics)",
+    "merge_bipartite_bwd": "(Tensor dy, Tensor index, Tensor? sizes, Tensor merged, SymInt prefix) -> Tensor",
+    "unmerge_bipartite_fwd": "(Tensor y, Tensor index, SymInt prefix) -> Tensor",
+    "unmerge_bipartite_bwd": "(Tensor dx, Tensor index, SymInt tokens, SymInt prefix) -> Tensor",
 }
 
 
@@ -188,8 +195,40 @@ def _merge_neighbours_bwd(dy, x, first, second, logits, sizes, height, width, ve
     return dx, gradient(first), gradient(second), gradient(logits)
 
 
+def _match_bipartite_fwd(metric, r, prefix):
+    return metric.new_empty((metric.shape[0], metric.shape[1] - prefix), dtype=torch.int64)
+
+
+def _merge_bipartite_fwd(x, index, tokens, sizes, weight, bias, prefix, norm, eps):
+    (B, _, C), wide = x.shape, accumulation_dtype(x.dtype)
+    rows = prefix + tokens
+    return (
+        x.new_empty((B, rows, C)),
+        x.new_empty((B, rows), dtype=wide),
+        x.new_empty((B, rows), dtype=wide),
+        x.new_empty((B, rows, C) if norm else (0,)),
+        x.new_empty((2, B, rows) if norm else (0,), dtype=wide),  # mean and inverse standard deviation
+    )
+
+
+def _merge_bipartite_bwd(dy, index, sizes, merged, prefix):
+    return _unmerge_bipartite_fwd(dy, index, prefix)
+
+
+def _unmerge_bipartite_fwd(y, index, prefix):
+    return y.new_empty((y.shape[0], prefix + index.shape[1], y.shape[2]))
+
+
+def _unmerge_bipartite_bwd(dx, index, tokens, prefix):
+    return dx.new_empty((dx.shape[0], prefix + tokens, dx.shape[2]))
+
+
 #: where an implementation is not in the file of its operator's name
-MODULES = {("_triton", "masked_channel_attention_bwd"): "masked_channel_attention_bwd"}
+MODULES = {
+    ("_triton", "masked_channel_attention_bwd"): "masked_channel_attention_bwd",
+    ("_triton", "unmerge_bipartite_fwd"): "merge_bipartite",
+    ("_triton", "unmerge_bipartite_bwd"): "merge_bipartite",
+}
 
 _library = torch.library.Library("tokenops", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)

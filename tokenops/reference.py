@@ -228,6 +228,80 @@ def merge_neighbours(
     return results[0] if len(results) == 1 else tuple(results)
 
 
+def match_bipartite(metric: Tensor, r: int, *, prefix: int = 1) -> Tensor:
+    """Which of the M = N - r merged tokens each of the N tokens goes into, (B,N) int64: ToMe's matching.
+
+    The rows behind the prefix are split by the parity of their number: even rows (A) look for the odd row (B) that is
+    most like them, by the cosine of their metrics, the first of equals; the r rows of A that found the best go there.
+    Order of the result: what is left of A, then B. A cosine that is no number is the least of all.
+    """
+    B, rows, _ = metric.shape
+    N, start = rows - prefix, prefix % 2
+    if N == 0:
+        return torch.zeros(B, 0, dtype=torch.int64, device=metric.device)
+    wide = metric[:, prefix:].to(accumulation_dtype(metric.dtype))
+    unit = wide / wide.norm(dim=2, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
+    even, odd = (torch.arange(s, N, 2, device=metric.device) for s in (start, 1 - start))
+    left = len(even) - r
+    index = torch.zeros(B, N, dtype=torch.int64, device=metric.device)
+    index[:, odd] = left + torch.arange(len(odd), device=metric.device)
+    if r == 0:
+        index[:, even] = torch.arange(left, device=metric.device)
+        return index
+    cosine = torch.bmm(unit[:, even], unit[:, odd].transpose(1, 2))
+    cosine = cosine.masked_fill(cosine.isnan(), float("-inf"))
+    best = cosine.max(dim=2, keepdim=True).values
+    places = torch.arange(len(odd), device=metric.device)
+    target = torch.where(cosine == best, places, len(odd)).amin(dim=2)
+    merged = torch.zeros(B, len(even), dtype=torch.bool, device=metric.device)
+    merged.scatter_(1, selection_order(best.squeeze(2))[:, :r], True)
+    index[:, even] = torch.where(merged, left + target, (~merged).cumsum(dim=1) - 1)
+    return index
+
+
+def merge_bipartite(
+    x: Tensor,
+    index: Tensor,
+    tokens: int,
+    *,
+    prefix: int = 1,
+    sizes: Tensor | None = None,
+    norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """y = [x[:, :P], the means, by sizes, of the tokens that go into each], (B,P+M,C), M = tokens.
+
+    Also: the sizes (B,P+M), their logarithm, and the layer norm of y. sizes (B,P+N) are of every row, the prefix too;
+    None: 1. A token that nothing of any size goes into is 0. An index outside 0..M-1 is of no token.
+    """
+    wide = accumulation_dtype(x.dtype)
+    shares = x.new_ones(x.shape[:2], dtype=wide) if sizes is None else sizes.detach().to(wide)
+    inside = (index >= 0) & (index < tokens)
+    place = torch.where(inside, index, tokens)
+
+    def summed(values: Tensor) -> Tensor:
+        at = place if values.dim() == 2 else place.unsqueeze(2).expand_as(values)
+        return values.new_zeros(len(values), tokens + 1, *values.shape[2:]).scatter_add(1, at, values)[:, :tokens]
+
+    totals = summed(shares[:, prefix:])
+    sums = summed(x[:, prefix:].to(wide) * shares[:, prefix:].unsqueeze(2))
+    means = (sums / totals.masked_fill(totals == 0, 1.0).unsqueeze(2)).to(x.dtype)
+    y = torch.cat((x[:, :prefix], means), dim=1)
+    totals = torch.cat((shares[:, :prefix], totals), dim=1)
+    normed = None
+    if norm is not None:
+        weight, bias = (None if t is None else t.to(wide) for t in norm[:2])
+        normed = F.layer_norm(y.to(wide), y.shape[-1:], weight, bias, norm[2]).to(x.dtype)
+    return y, totals, totals.log(), normed
+
+
+def unmerge_bipartite(y: Tensor, index: Tensor, *, prefix: int = 1) -> Tensor:
+    """x = [y[:, :P], y[:, P + index]], (B,P+N,C): every token gets the one it went into; 0 where it went into none."""
+    tokens = torch.cat((y[:, prefix:], y.new_zeros(y.shape[0], 1, y.shape[2])), dim=1)
+    M = y.shape[1] - prefix
+    place = torch.where((index >= 0) & (index < M), index, M)
+    return torch.cat((y[:, :prefix], tokens.gather(1, place.unsqueeze(2).expand(-1, -1, y.shape[2]))), dim=1)
+
+
 def attention_logits(
     q: Tensor,
     k: Tensor,

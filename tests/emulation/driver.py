@@ -1,6 +1,6 @@
 """Runs the emulated kernels in a process of its own, which has the sanitizers preloaded; see test_emulation.py.
 
-python driver.py FOLDER_OF_THE_MODULE restore_tokens|select_tokens|merge_neighbours IN.npz OUT.npz | planted BUG
+python driver.py FOLDER_OF_THE_MODULE FUNCTION IN.npz OUT.npz | planted BUG
 """
 
 import json
@@ -130,6 +130,47 @@ def merge_neighbours(source, target):
     np.savez(target, **results)
 
 
+def match_bipartite(source, target):
+    data, results = np.load(source), {}
+    for number, (r, prefix, layout, multiprocessors, seed) in enumerate(json.loads(str(data["runs"]))):
+        metric = data[f"metric{number}"]
+        (B, rows, _), wide = metric.shape, np.float64 if metric.dtype == np.float64 else np.float32
+        index = np.full((B, rows - prefix), 2**40)
+        edges = poison((B, (rows + 1) // 2 - (prefix + 1) // 2), wide)
+        arguments = index, edges, prefix, r, multiprocessors, seed
+        width, blocks = emulated.match_bipartite(lay(metric, layout), *arguments)
+        results |= {f"index{number}": index, f"width{number}": width, f"blocks{number}": blocks}
+    np.savez(target, **results)
+
+
+def merge_bipartite(source, target):
+    """Of every run the merge and its gradient, the way back from dy (`unmerged`) and its gradient (`sums`)."""
+    data, results = np.load(source), {}
+    for number, (prefix, eps, norm, layout, multiprocessors, seed) in enumerate(json.loads(str(data["runs"]))):
+        x, dy, index = (data[f"{name}{number}"] for name in ("x", "dy", "index"))
+        if number % 2:
+            index = apart(index)
+        shape, wide = dy.shape[:2], np.float64 if x.dtype == np.float64 else np.float32
+        given = {name: data[f"{name}{number}"] for name in ("weight", "bias") if f"{name}{number}" in data}
+        sizes = {"sizes": apart(data[f"sizes{number}"])} if f"sizes{number}" in data else {}
+        made = {"y": lay(poison(dy.shape, x.dtype), layout if layout.isdigit() else "0")}
+        made |= {name: poison(shape, wide) for name in ("totals", "logs")}
+        if norm:
+            made |= {name: poison(shape, wide) for name in ("mean", "deviation")}
+            made["normed"] = poison(dy.shape, x.dtype)
+        grid = multiprocessors, seed
+        forward = {"x": lay(x, layout), "index": index, **made, **sizes, **given}
+        width, blocks, threads = emulated.merge_bipartite(forward, prefix, True, eps, False, *grid)
+        dx, unmerged, sums = (poison(t.shape, x.dtype) for t in (x, x, dy))
+        gradient = {"x": dx, "y": lay(dy, layout), "index": index, "merged": made["totals"], **sizes}
+        emulated.merge_bipartite(gradient, prefix, False, eps, True, *grid)
+        emulated.merge_bipartite({"x": unmerged, "y": lay(dy, layout), "index": index}, prefix, False, eps, True, *grid)
+        emulated.merge_bipartite({"x": lay(x, layout), "y": sums, "index": index}, prefix, False, eps, False, *grid)
+        made |= {"dx": dx, "unmerged": unmerged, "sums": sums, "width": width, "blocks": blocks, "threads": threads}
+        results |= {f"{name}{number}": value for name, value in made.items()}
+    np.savez(target, **results)
+
+
 def planted(bug):
     out = np.zeros(64, np.int32)
     for seed in range(3):
@@ -141,4 +182,4 @@ if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
     import emulated
 
-    {f.__name__: f for f in (restore_tokens, select_tokens, merge_neighbours, planted)}[sys.argv[2]](*sys.argv[3:])
+    globals()[sys.argv[2]](*sys.argv[3:])

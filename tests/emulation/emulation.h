@@ -241,6 +241,10 @@ T atomicMax(T* address, T value) {
   return emulation::atomic(address, [&](T before) { return std::max(before, value); });
 }
 template <typename T>
+T atomicMin(T* address, T value) {
+  return emulation::atomic(address, [&](T before) { return std::min(before, value); });
+}
+template <typename T>
 T atomicAdd(T* address, T value) {
   return emulation::atomic(address, [&](T before) { return before + value; });
 }

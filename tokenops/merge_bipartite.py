@@ -1,0 +1,295 @@
+"""merge_bipartite: tokens that are most alike become one, ToMe's way; the matching by itself, and the way back."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _checks, _layer_norm, reference
+from ._backends import choose
+from ._schemas import distinct, kernel, needs_grad
+
+
+class Merged(NamedTuple):
+    """What `merge_bipartite` gives: M = N - r tokens behind the prefix.
+
+    Attributes:
+        tokens: ``(B, P+M, C)``: the prefix, the even rows that went nowhere, the odd rows, each in their order.
+        index: ``(B, N)`` int64: which of the M tokens each of the N went into.
+        sizes: ``(B, P+M)``: how many each row stands for; fp32, fp64 for fp64 tokens.
+        log_sizes: their logarithms: ``log_sizes[:, None, None]`` is the ``key_bias`` of proportional attention.
+        normed: the layer norm of the tokens, None where none was asked for.
+    """
+
+    tokens: Tensor
+    index: Tensor  # type: ignore[assignment]
+    sizes: Tensor
+    log_sizes: Tensor
+    normed: Tensor | None
+
+
+def match_bipartite(metric: Tensor, r: int, *, prefix: int = 1) -> Tensor:
+    r"""Which token each token goes into when r of them are merged: bipartite soft matching.
+
+    The rows behind the prefix are split by the parity of their number (the prefix counted): A has the even ones, B the
+    odd ones. Each of A looks for the one of B it is most like,
+
+    .. math:: t_i = \mathrm{argmax}_j \frac{m_i \cdot m_j}{|m_i|\,|m_j|}
+
+    the first of equals, and the r of A whose likeness is greatest (of equals the first) go there. A likeness that is no
+    number counts as the least. M = N - r are left: first what remains of A, then B.
+
+    Args:
+        metric: ``(B, P+N, D)``, of any float dtype and strides; rows of the prefix are not looked at.
+        r: how many to merge, from 0 to the number of rows in A (0 if B is empty).
+        prefix: P, leading rows (class, distillation, registers) that are never merged.
+
+    Returns:
+        ``(B, N)`` int64, 0 to M - 1. Not differentiated.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape does not fit, or there are not r tokens to merge.
+
+    The likeness is computed in fp32, fp64 for fp64. Deterministic.
+
+    Source: Bolya et al., Token Merging: Your ViT But Faster (ICLR 2023), section 3.
+
+    >>> metric = torch.tensor([[0.0, 0], [1, 0], [1, 0.1], [0, 1], [0, 2]]).unsqueeze(0)  # a class token and four
+    >>> match_bipartite(metric, 1).tolist()  # the third of the four goes to the second
+    [[1, 0, 2, 2]]
+    """
+    op = "match_bipartite"
+    _checks.tensor(op, "metric", metric, "B,P+N,D")
+    _checks.prefix(op, "prefix", prefix, metric.shape[1])
+    _check_r(op, r, metric.shape[1], prefix)
+    backend = choose(op, metric.device.type, metric.dtype)
+    if backend == "reference":
+        with torch.no_grad():
+            return reference.match_bipartite(metric, r, prefix=prefix)
+    return kernel("match_bipartite_fwd", backend)(metric.detach(), r, prefix)
+
+
+def merge_bipartite(
+    x: Tensor,
+    metric: Tensor,
+    r: int,
+    *,
+    prefix: int = 1,
+    sizes: Tensor | None = None,
+    norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+) -> Merged:
+    r"""Merge the r tokens that are most like another one into it, by the mean of all that they stand for.
+
+    .. math:: y_m = \frac{1}{S_m} \sum_{n:\, t_n = m} s_n\, x_n, \qquad S_m = \sum_{n:\, t_n = m} s_n
+
+    with :math:`t` of :func:`match_bipartite` and the sizes s. Prefix rows are copied.
+
+    Args:
+        x: ``(B, P+N, C)``; fp16, bf16, fp32 or fp64, any strides.
+        metric: ``(B, P+N, D)``, by which tokens are compared: ToMe's are the keys of attention, averaged over heads
+            (``masked_channel_attention(..., return_key_mean=True)``).
+        r: how many tokens to merge, as in :func:`match_bipartite`.
+        prefix: P, how many leading tokens are copied.
+        sizes: ``(B, P+N)``, how many patches each row stands for (those of the prefix are passed on), of any float
+            dtype; not differentiated. None: 1.
+        norm: ``(weight, bias, eps)``: the layer norm of the result over C is returned as well; weight and bias are
+            ``(C,)`` or None.
+
+    Returns:
+        `Merged`.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or devices do not fit together, or there are not r tokens to merge.
+
+    Sums are fp32, fp64 for fp64. Deterministic. Differentiable once in ``x`` and the norm's weight and bias; matching
+    and sizes are not differentiated, as in the paper.
+
+    Source: Bolya et al., Token Merging: Your ViT But Faster (ICLR 2023), sections 3 and 3.1.
+
+    >>> x = torch.tensor([[9.0, 9], [1, 0], [1, 0.1], [0, 1], [0, 3]]).unsqueeze(0)
+    >>> y = merge_bipartite(x, x, 1)
+    >>> y.tokens.tolist(), y.sizes.tolist()
+    ([[[9.0, 9.0], [1.0, 0.10000000149011612], [1.0, 0.0], [0.0, 2.0]]], [[1.0, 1.0, 1.0, 2.0]])
+    """
+    op = "merge_bipartite"
+    _checks.tensor(op, "x", x, "B,P+N,C")
+    _checks.tensor(op, "metric", metric, "B,P+N,D", like=x)
+    _checks.prefix(op, "prefix", prefix, x.shape[1])
+    _checks.same(op, "images", "metric", metric.shape[0], "x", x.shape[0])
+    _checks.same(op, "tokens", "metric", metric.shape[1], "x", x.shape[1])
+    _check_r(op, r, x.shape[1], prefix)
+    index = match_bipartite(metric, r, prefix=prefix)
+    y, totals, logs, normed = merge_by_index(op, x, index, x.shape[1] - prefix - r, prefix, sizes, norm)
+    return Merged(y, index, totals, logs, normed)
+
+
+def merge_by_index(
+    op: str,
+    x: Tensor,
+    index: Tensor,
+    tokens: int,
+    prefix: int,
+    sizes: Tensor | None = None,
+    norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The mean of the tokens that go into each of `tokens`, the sizes, their logarithms, and the norm if asked for."""
+    if sizes is not None:
+        _checks.tensor(op, "sizes", sizes, "B,P+N", like=x)
+        _checks.same(op, "images", "sizes", sizes.shape[0], "x", x.shape[0])
+        _checks.same(op, "tokens", "sizes", sizes.shape[1], "x", x.shape[1])
+        sizes = sizes.detach()
+    weight, bias, eps = _layer_norm.arguments(op, norm, x)
+    backend = choose("merge_bipartite", x.device.type, x.dtype)
+    if backend == "reference":
+        return reference.merge_bipartite(x, index, tokens, prefix=prefix, sizes=sizes, norm=norm)
+    options = (prefix, norm is not None, eps)
+    if needs_grad(x, weight, bias):
+        weight, bias = distinct(weight, bias)
+        y, totals, logs, normed, _ = _MergeBipartite.apply(x, index, tokens, sizes, weight, bias, options, backend)
+    else:
+        y, totals, logs, normed, _ = _run(x, index, tokens, sizes, weight, bias, options, backend)
+    return y, totals, logs, None if norm is None else normed
+
+
+def unmerge_bipartite(y: Tensor, index: Tensor, *, prefix: int = 1) -> Tensor:
+    """Give every token the one it went into: the way back from `merge_bipartite`, through any number of merges at once.
+
+    .. math:: x = [y_{1..P},\\; y_{P + index_n}]
+
+    Args:
+        y: ``(B, P+M, C)``; fp16, bf16, fp32 or fp64, any strides.
+        index: ``(B, N)`` int64, 0 to M - 1: of one merge, or composed (``second.index.gather(1, first.index)``).
+        prefix: P, how many leading tokens are copied.
+
+    Returns:
+        ``(B, P+N, C)``, contiguous.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or devices do not fit together.
+        IndexError: an index is out of range (on a GPU, where looking would wait for it, that token is 0).
+
+    Deterministic, the gradient too: each token's is the sum over those that went into it. Differentiable once.
+
+    Source: Bolya et al., Token Merging: Your ViT But Faster (ICLR 2023); its use for dense prediction is Bolya and
+    Hoffman, Token Merging for Fast Stable Diffusion (2023).
+    """
+    op = "unmerge_bipartite"
+    _checks.tensor(op, "y", y, "B,P+M,C")
+    _checks.prefix(op, "prefix", prefix, y.shape[1])
+    _check_index(op, index, y)
+    backend = choose(op, y.device.type, y.dtype)
+    if backend == "reference":
+        return reference.unmerge_bipartite(y, index, prefix=prefix)
+    if needs_grad(y):
+        return _Unmerge.apply(y, index, prefix, backend)
+    return kernel("unmerge_bipartite_fwd", backend)(y, index, prefix)
+
+
+def sum_by_index(op: str, x: Tensor, index: Tensor, tokens: int, prefix: int) -> Tensor:
+    """The sum of the tokens that go into each of `tokens`, behind the prefix: the transpose of `unmerge_bipartite`."""
+    backend = choose("unmerge_bipartite", x.device.type, x.dtype)
+    if backend == "reference":
+        wide = reference.accumulation_dtype(x.dtype)
+        at = index.unsqueeze(2).expand(-1, -1, x.shape[2])
+        sums = x.new_zeros(x.shape[0], tokens, x.shape[2], dtype=wide).scatter_add(1, at, x[:, prefix:].to(wide))
+        return torch.cat((x[:, :prefix], sums.to(x.dtype)), dim=1)
+    if needs_grad(x):
+        return _Sum.apply(x, index, tokens, prefix, backend)
+    return kernel("unmerge_bipartite_bwd", backend)(x, index, tokens, prefix)
+
+
+def most_merged(rows: int, prefix: int) -> int:
+    """How many of `rows` tokens, `prefix` of them leading ones, can be merged at most."""
+    even = (rows + 1) // 2 - (prefix + 1) // 2
+    return even if even < rows - prefix else 0
+
+
+def _check_r(op: str, r: Any, rows: int, prefix: int) -> None:
+    if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
+        raise TypeError(f"{op}: r must be an int, but got {r!r}")
+    most = most_merged(rows, prefix)
+    if r < 0 or r > most:
+        raise ValueError(
+            f"{op}: r={r}, but of {rows - prefix} tokens after a prefix of {prefix} at most {most} can be merged:"
+            f" 0 to {most} is allowed"
+        )
+
+
+def _check_index(op: str, index: Any, y: Tensor) -> None:
+    _checks.tensor(op, "index", index, "B,N", like=y, floating=False)
+    if index.dtype != torch.int64:
+        raise TypeError(f"{op}: index must be int64, but got {index.dtype}")
+    _checks.same(op, "images", "index", index.shape[0], "y", y.shape[0])
+
+
+class _MergeBipartite(torch.autograd.Function):
+    @staticmethod
+    def forward(x, index, tokens, sizes, weight, bias, options, backend):
+        return _run(x, index, tokens, sizes, weight, bias, options, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, index, _, sizes, weight, bias, (ctx.prefix, norm, _), ctx.backend = inputs
+        y, merged, logs, normed, statistics = output
+        of_norm = norm and any(t is not None and t.requires_grad for t in (x, weight, bias))
+        fixed = [t for t, wanted in ((y, x.requires_grad), (normed, of_norm)) if not wanted]
+        ctx.mark_non_differentiable(merged, logs, statistics, *fixed)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(index, sizes, merged, *((y, statistics, weight, bias) if norm else ()))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dmerged, dlogs, dnormed, dstatistics):
+        index, sizes, merged, *of_norm = ctx.saved_tensors
+        dx = dweight = dbias = None
+        if dnormed is not None and of_norm:
+            through, dweight, dbias = _layer_norm.backward(dnormed, *of_norm)
+            dy = through if dy is None else dy + through
+        if dy is not None and ctx.needs_input_grad[0]:
+            dx = kernel("merge_bipartite_bwd", ctx.backend)(dy, index, sizes, merged, ctx.prefix)
+        return dx, None, None, None, dweight, dbias, None, None
+
+
+class _Unmerge(torch.autograd.Function):
+    @staticmethod
+    def forward(y, index, prefix, backend):
+        return kernel("unmerge_bipartite_fwd", backend)(y, index, prefix)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y, index, ctx.prefix, ctx.backend = inputs
+        ctx.tokens = y.shape[1] - ctx.prefix
+        ctx.save_for_backward(index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dx):
+        (index,) = ctx.saved_tensors
+        return kernel("unmerge_bipartite_bwd", ctx.backend)(dx, index, ctx.tokens, ctx.prefix), None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(x, index, tokens, prefix, backend):
+        return kernel("unmerge_bipartite_bwd", backend)(x, index, tokens, prefix)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, index, _, ctx.prefix, ctx.backend = inputs
+        ctx.save_for_backward(index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (index,) = ctx.saved_tensors
+        return kernel("unmerge_bipartite_fwd", ctx.backend)(dy, index, ctx.prefix), None, None, None, None
+
+
+def _run(x, index, tokens, sizes, weight, bias, options, backend):
+    wide = reference.accumulation_dtype(x.dtype)
+    weight, bias = (None if t is None else t.detach().to(wide).contiguous() for t in (weight, bias))
+    prefix, norm, eps = options
+    return kernel("merge_bipartite_fwd", backend)(x, index, tokens, sizes, weight, bias, prefix, norm, eps)
