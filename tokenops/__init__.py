@@ -4,9 +4,12 @@ The whole public surface: operators, backend choice, and the packages `tokenops.
 (models; needs timm). `tokenops.reference` is the specification in plain PyTorch.
 """
 
-from . import reference
+from typing import Any
+
+from . import reference, tome
 from ._backends import use_backend
 from .masked_channel_attention import masked_channel_attention
+from .merge_bipartite import Merged, match_bipartite, merge_bipartite, unmerge_bipartite
 from .merge_neighbours import merge_neighbours, unmerge_neighbours
 from .restore_tokens import restore_tokens
 from .select_tokens import Selection, select_tokens
@@ -16,15 +19,37 @@ from .token_mlp import token_mlp
 
 __version__ = "0.1.0"
 __all__ = [
+    "Merged",
     "Selection",
+    "apply_patch",
     "masked_channel_attention",
+    "match_bipartite",
+    "merge_bipartite",
     "merge_neighbours",
     "reference",
+    "remove_patch",
     "restore_tokens",
     "select_tokens",
     "soft_aggregate",
     "soft_scatter",
     "token_mlp",
+    "tome",
+    "trace",
+    "unmerge_bipartite",
     "unmerge_neighbours",
     "use_backend",
+    "visualize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Whole methods, imported when they are asked for: they need more than torch."""
+    if name in ("apply_patch", "remove_patch", "trace"):
+        from . import patching
+
+        return getattr(patching, name)
+    if name == "visualize":
+        from .patching.visualize import visualize
+
+        return visualize
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,303 @@
+"""What apply_patch knows of blocks: where each kind keeps its parts, and how its attention is computed."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import reference
+from ..masked_channel_attention import WIDEST_HEAD, masked_channel_attention
+
+
+class Family:
+    """A kind of pre-norm block, timm's own. Classes stand for kinds, without instances, so blocks copy and pickle."""
+
+    norm1: str = "norm1"
+    attention: str = "attn"
+    norm2: str = "norm2"
+    #: what a model may pass to a block behind the tokens, by position
+    arguments: tuple[str, ...] = ("attn_mask", "is_causal")
+    #: dropout of attention weights and the factor of the logits, attributes of the attention
+    dropout: str = "attn_drop"
+    scale: str = "scale"
+    attentions: tuple[str, ...] = (
+        "timm.layers.attention.Attention",
+        "timm.models.vision_transformer.Attention",
+        "tokenops.nn.attention.Attention",
+    )
+    parts: tuple[str, ...] = ("ls1", "drop_path1", "mlp", "ls2", "drop_path2")
+    projections: tuple[str, ...] = ("qkv", "proj")
+
+    @classmethod
+    def check(cls, block: Any) -> None:
+        """TypeError in words where a block is not laid out as this kind's are."""
+        attention = getattr(block, cls.attention, None)
+        if name_of(attention) not in cls.attentions:
+            raise TypeError(f"its attention is {name_of(attention)}, but it must be {' or '.join(cls.attentions)}")
+        of_attention = [name for name in (*cls.projections, cls.dropout, cls.scale) if not hasattr(attention, name)]
+        missing = [name for name in (cls.norm1, cls.norm2, *cls.parts) if not hasattr(block, name)] + of_attention
+        if missing:
+            raise TypeError(f"it has no {', '.join(missing)}: it is that of another version")
+        if "forward" in vars(block) or "forward" in vars(attention):
+            raise TypeError("its forward was replaced (by hooks of accelerate, say), which a patch would undo")
+
+    @staticmethod
+    def call(attention: Any, x: Tensor, rope: Tensor | None) -> Tensor:
+        """The block's own attention."""
+        return attention(x)
+
+    @staticmethod
+    def heads(attention: Any, x: Tensor, rows: int | None, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q ``(B, H, rows, D)`` of the first rows (all for None), k and v ``(B, H, N, D)`` of all."""
+        H, wide = attention.num_heads, attention.num_heads * attention.head_dim
+        deep = H * getattr(attention, "v_head_dim", attention.head_dim)
+        if rows is None or type(attention.qkv) is not nn.Linear:
+            q, k, v = attention.qkv(x).split((wide, wide, deep), dim=-1)
+        else:
+            weight, bias = attention.qkv.weight, attention.qkv.bias
+            q = F.linear(x[:, :rows], weight[:wide], None if bias is None else bias[:wide])
+            k, v = F.linear(x, weight[wide:], None if bias is None else bias[wide:]).split((wide, deep), dim=-1)
+        q, k, v = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in (q[:, :rows], k, v))
+        return attention.q_norm(q).to(v.dtype), attention.k_norm(k).to(v.dtype), v
+
+    @staticmethod
+    def project(attention: Any, x: Tensor, out: Tensor) -> Tensor:
+        """The heads' result ``(B, n, C)`` to the attention's; x are the tokens it was made from."""
+        out = attention.norm(out) if getattr(attention, "norm", None) is not None else out
+        if getattr(attention, "gate", None) is not None:
+            out = out * attention.gate(x).sigmoid()
+        return attention.proj_drop(attention.proj(out))
+
+    @staticmethod
+    def after_attention(block: Any, y: Tensor) -> Tensor:
+        return block.drop_path1(block.ls1(y))
+
+    @staticmethod
+    def after_mlp(block: Any, y: Tensor) -> Tensor:
+        return block.drop_path2(block.ls2(y))
+
+
+class Eva(Family):
+    """timm's EvaBlock: rotary positions, projections together or apart, LayerScale as parameters."""
+
+    arguments = ("rope", "attn_mask", "is_causal")
+    attentions = (
+        "timm.models.eva.EvaAttention",
+        "timm.layers.attention.AttentionRope",
+        "timm.models.eva.AttentionRope",
+    )
+    parts = ("gamma_1", "drop_path1", "mlp", "gamma_2", "drop_path2")
+    projections = ("qkv", "q_proj", "k_proj", "v_proj", "proj", "num_prefix_tokens")
+
+    @staticmethod
+    def call(attention: Any, x: Tensor, rope: Tensor | None) -> Tensor:
+        return attention(x, rope=rope)
+
+    @staticmethod
+    def heads(attention: Any, x: Tensor, rows: int | None, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if attention.qkv is None:
+            q, k, v = attention.q_proj(x[:, :rows]), attention.k_proj(x), attention.v_proj(x)
+        elif getattr(attention, "q_bias", None) is None:
+            q, k, v = attention.qkv(x).chunk(3, dim=-1)
+        else:
+            bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+            q, k, v = F.linear(x, attention.qkv.weight, bias).chunk(3, dim=-1)
+        q, k, v = (t.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for t in (q[:, :rows], k, v))
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        if rope is not None:
+            q, k = (_rotated(attention, t, rope) for t in (q, k))
+        groups = getattr(attention, "num_kv_groups", 1)
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    @staticmethod
+    def after_attention(block: Any, y: Tensor) -> Tensor:
+        return block.drop_path1(y if block.gamma_1 is None else block.gamma_1 * y)
+
+    @staticmethod
+    def after_mlp(block: Any, y: Tensor) -> Tensor:
+        return block.drop_path2(y if block.gamma_2 is None else block.gamma_2 * y)
+
+
+class Clip(Family):
+    """transformers' CLIPEncoderLayer and SiglipEncoderLayer."""
+
+    norm1, attention, norm2 = "layer_norm1", "self_attn", "layer_norm2"
+    arguments = ("attention_mask", "output_attentions")
+    dropout = "dropout"
+    attentions: tuple[str, ...] = (
+        "transformers.models.clip.modeling_clip.CLIPAttention",
+        "transformers.models.siglip.modeling_siglip.SiglipAttention",
+    )
+    parts: tuple[str, ...] = ("mlp",)
+    projections = ("q_proj", "k_proj", "v_proj", "out_proj", "head_dim")
+
+    @staticmethod
+    def call(attention: Any, x: Tensor, rope: Tensor | None) -> Tensor:
+        return attention(x, attention_mask=None)[0]
+
+    @staticmethod
+    def heads(attention: Any, x: Tensor, rows: int | None, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = attention.q_proj(x[:, :rows]), attention.k_proj(x), attention.v_proj(x)
+        q, k, v = (t.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for t in (q, k, v))
+        return q, k, v
+
+    @staticmethod
+    def project(attention: Any, x: Tensor, out: Tensor) -> Tensor:
+        return attention.out_proj(out)
+
+    @staticmethod
+    def after_attention(block: Any, y: Tensor) -> Tensor:
+        return y
+
+    @staticmethod
+    def after_mlp(block: Any, y: Tensor) -> Tensor:
+        return y
+
+
+class HfViT(Clip):
+    """transformers' ViTLayer."""
+
+    norm1, attention, norm2 = "layernorm_before", "attention", "layernorm_after"
+    dropout, scale = "attention_dropout", "scaling"
+    attentions = ("transformers.models.vit.modeling_vit.ViTAttention",)
+    parts = ("mlp", "dropout")
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim")
+
+    @staticmethod
+    def project(attention: Any, x: Tensor, out: Tensor) -> Tensor:
+        return attention.o_proj(out)
+
+    @staticmethod
+    def after_attention(block: Any, y: Tensor) -> Tensor:
+        return block.dropout(y)
+
+    @staticmethod
+    def after_mlp(block: Any, y: Tensor) -> Tensor:
+        return block.dropout(y)
+
+
+#: the blocks that can be patched: exactly these, as a class derived from one may compute something else
+FAMILIES: dict[str, type[Family]] = {
+    "timm.models.vision_transformer.Block": Family,
+    "timm.models.eva.EvaBlock": Eva,
+    "transformers.models.vit.modeling_vit.ViTLayer": HfViT,
+    "transformers.models.clip.modeling_clip.CLIPEncoderLayer": Clip,
+    "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer": Clip,
+}
+
+
+def name_of(thing: Any) -> str:
+    """The full name of an object's class."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def attend(
+    family: type[Family],
+    block: Any,
+    x: Tensor,
+    normed: Tensor | None = None,
+    *,
+    rows: int | None = None,
+    key_bias: Tensor | None = None,
+    scores: str | None = None,
+    key_mean: bool = False,
+    rope: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x plus a block's attention: of its first rows only, if so asked, from keys and values of all.
+
+    Args:
+        family: the kind of the block.
+        block: it.
+        x: tokens ``(B, N, C)``.
+        normed: what the block's first norm makes of x, where that is known.
+        rows: how many rows are computed; None for all.
+        key_bias: ``(B, N)``, added to the logits.
+        scores: "class" or "received", as in :func:`tokenops.masked_channel_attention`: their mean over the heads.
+        key_mean: whether the keys' mean over the heads is wanted.
+        rope: rotary positions of the patch tokens.
+
+    Returns:
+        The tokens, the scores ``(B, N)`` and the mean keys ``(B, N, D)``, None where not asked for.
+
+    Raises:
+        ValueError: attention weights are dropped, but scores, bias or mean keys are asked for.
+    """
+    attention = getattr(block, family.attention)
+    normed = getattr(block, family.norm1)(x) if normed is None else normed
+    asked = key_bias is not None or scores is not None or key_mean
+    if rows is None and not asked:
+        return x + family.after_attention(block, family.call(attention, normed, rope)), None, None
+    dropout: Any = getattr(attention, family.dropout)  # a module, or a number
+    dropped: float = getattr(dropout, "p", dropout) if attention.training else 0.0
+    q, k, v = family.heads(attention, normed, rows, rope)
+    scale = getattr(attention, family.scale)
+    looked_at = keys = None
+    if not asked and (dropped or max(q.shape[3], v.shape[3]) > WIDEST_HEAD):
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, scale=scale)
+    elif dropped:
+        raise ValueError(
+            f"attention weights are dropped with probability {dropped}, but attention with dropout gives no scores and"
+            " takes no bias: it must be 0 in training"
+        )
+    else:
+        operator = masked_channel_attention if getattr(attention, "fused_attn", True) else _in_torch
+        found: Any = operator(
+            q,
+            k,
+            v,
+            qk_mask=getattr(attention, "qk_mask", None),
+            v_mask=getattr(attention, "v_mask", None),
+            key_bias=None if key_bias is None else key_bias[:, None, None],
+            scale=scale,
+            scores=scores,
+            heads="mean",
+            return_key_mean=key_mean,
+        )
+        out = found[0] if isinstance(found, tuple) else found
+        looked_at = found[1] if scores is not None else None
+        keys = found[-1] if key_mean else None
+    y = family.project(attention, normed[:, :rows], out.transpose(1, 2).flatten(2))
+    return x[:, :rows] + family.after_attention(block, y), looked_at, keys
+
+
+def feed(family: type[Family], block: Any, x: Tensor, normed: Tensor | None = None) -> Tensor:
+    """x plus the MLP of a block; ``normed`` is what its second norm makes of x, where that is known."""
+    normed = getattr(block, family.norm2)(x) if normed is None else normed
+    return x + family.after_mlp(block, block.mlp(normed))
+
+
+def head_width(family: type[Family], block: Any) -> int:
+    """Channels of the widest head."""
+    attention = getattr(block, family.attention)
+    return max(attention.head_dim, getattr(attention, "v_head_dim", 0))
+
+
+def rope_rows(rope: Tensor | None, places: Tensor | None) -> Tensor | None:
+    """The rotary positions of some patches, in their order: ``(N,)`` for all images, or ``(B, N)``.
+
+    Positions are ``(N, D)``, ``(H, N, D)`` where heads have their own, or either with the images before them
+    ``(B, H or 1, N, D)``.
+    """
+    if rope is None or places is None:
+        return rope
+    if places.dim() == 1:
+        return rope.index_select(-2, places)
+    full = rope.expand(len(places), *rope.shape[-3:]) if rope.dim() > 2 else rope.expand(len(places), 1, *rope.shape)
+    index = places[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[3])
+    return full.gather(2, index)
+
+
+def _rotated(attention: Any, x: Tensor, rope: Tensor) -> Tensor:
+    from timm.layers import apply_rot_embed_cat
+
+    prefix = attention.num_prefix_tokens
+    half = {"half": True} if getattr(attention, "rotate_half", False) else {}
+    patches = apply_rot_embed_cat(x[:, :, prefix:], rope[..., : x.shape[2] - prefix, :], **half)
+    return torch.cat((x[:, :, :prefix], patches), dim=2)
+
+
+def _in_torch(*args: Any, **kwargs: Any) -> Any:
+    return reference.masked_channel_attention(*args, **kwargs)
