@@ -1,0 +1,132 @@
+"""`python -m tokenops train` learns a small data set, and says clearly what it cannot do."""
+
+import argparse
+import csv
+import importlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("accelerate")
+
+from tokenops.cli import CommandError, train  # noqa: E402
+
+SMALL = "--model-kwargs embed_dim=48 num_heads=3 depth=2 patch_size=8 --img-size 32 --device cpu --workers 0"
+FEW = "--batch-size 8 --no-aug --smoothing 0"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Stripes, lying and standing, of any colour, phase and width: 24 to learn and 16 to be tested, one broken."""
+    root, noise = tmp_path_factory.mktemp("stripes"), np.random.default_rng(0)
+    for split, each in (("train", 24), ("val", 16)):
+        for name in ("lying", "standing"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(each):
+                wave = np.sin(np.arange(32) * noise.uniform(0.7, 1.3) + noise.uniform(0, 6))
+                image = wave[:, None] * np.ones(32) if name == "lying" else wave * np.ones((32, 1))
+                colour = noise.uniform(60, 120, 3)
+                pixels = 128 + image[..., None] * colour + noise.normal(0, 10, (32, 32, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / split / name / f"{i}.png")
+    (root / "train" / "lying" / "7.png").write_bytes(b"broken")
+    return root
+
+
+def command(folder, output, text):
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    return parser.parse_args(["--data-dir", str(folder), "--output", str(output), *text.split()])
+
+
+def test_learns(folder, tmp_path, capsys):
+    text = f"--model deit_tiny_patch16_224 {SMALL} {FEW} --epochs 12 --lr 3e-3 --warmup-epochs 1 --clip-grad 1"
+    train.run(command(folder, tmp_path, text))
+    told = capsys.readouterr()
+    assert told.out.count("\n") == 1 and told.out.startswith("best top-1 ")
+    assert float(told.out.split()[2]) >= 90
+    assert f"saved in {tmp_path / 'model.pt'}" in told.out and "1 images unreadable" in told.out
+    assert "lying/7.png" in told.err
+    with open(tmp_path / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    assert max(float(row["top1"]) for row in rows) == pytest.approx(float(told.out.split()[2]), abs=0.01)
+
+
+def test_every_option_at_once_and_resumed(folder, tmp_path, capsys):
+    text = (
+        f"--model evo_deit_tiny_patch16_224 {SMALL.replace('depth=2', 'depth=3')} --objective evo_vit --batch-size 8"
+        " --lr 1e-3 --weight-decay 0.1 --min-lr 1e-6 --amp --mixup 0.8 --cutmix 1 --model-ema --model-ema-decay 0.5"
+        " --grad-accum-steps 2 --seed 3 --drop-path 0.1 --aa rand-m9-mstd0.5-inc1 --reprob 0.25 --checkpoint-every 1"
+    )
+    train.run(command(folder, tmp_path, f"{text} --epochs 1"))
+    before = torch.load(tmp_path / "last.pt", weights_only=True)
+    train.run(command(folder, tmp_path, f"{text} --epochs 2 --resume auto"))
+    rows = torch.load(tmp_path / "last.pt", weights_only=True)["rows"]
+    assert rows[0] == before["rows"][0] and [row["epoch"] for row in rows] == [0, 1] and "ema_top1" in rows[1]
+
+
+def test_recalibration_from_a_teacher(folder, tmp_path, capsys):
+    sizes = "embed_dim=48 num_heads=3"
+    text = f"--img-size 64 --device cpu --workers 0 {FEW} --epochs 1 --lr 1e-3 --from-teacher"
+    student = f"--model sit_lvvit_tiny --model-kwargs {sizes} stage_blocks=(1,1) --objective frd"
+    train.run(command(folder, tmp_path, f"{student} --teacher lvvit_tiny --teacher-kwargs {sizes} depth=2 {text}"))
+    row = torch.load(tmp_path / "last.pt", weights_only=True)["rows"][0]
+    assert row["loss"] == pytest.approx(row["cls"] + 2 * row["token"] + 2 * row["logits"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method", ("tome --r 2", "tome --merged-tokens 2", "evit --keep-rate 0.6", "sit --keeping-ratio 0.5")
+)
+def test_patched_models(folder, tmp_path, capsys, method):
+    text = f"--model deit_tiny_patch16_224 {SMALL.replace('depth=2', 'depth=4')} {FEW} --epochs 1 --lr 1e-3"
+    aim = "--objective evit" if "evit" in method else ""
+    if "sit" in method:
+        sizes = "embed_dim=48 num_heads=3 depth=4 patch_size=8"
+        aim = f"--objective frd --teacher deit_tiny_patch16_224 --teacher-kwargs {sizes}"
+    train.run(command(folder, tmp_path, f"{text} --method {method} {aim}"))
+    names = torch.load(tmp_path / "model.pt", weights_only=True)["state_dict"]
+    assert any(".slimming." in name for name in names) is ("sit" in method)
+
+
+@pytest.mark.parametrize("model", ("cait_deit_tiny_patch16_224", "deit_tiny_patch16_224 --method cait --kind average"))
+def test_cait_is_pruned(folder, tmp_path, capsys, model):
+    model = f"--model {model} --img-size 64 --device cpu --workers 0 {FEW} --objective cait"
+    sizes = "--model-kwargs embed_dim=64 num_heads=2"
+    train.run(command(folder, tmp_path, f"{model} {sizes} --prune-target 0.8 --epochs 1 --lr 1e-3"))
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert saved["state_dict"]["blocks.0.mlp.fc1.weight"].shape[0] <= 256 and "structure" in saved
+    assert sum(v.numel() for n, v in saved["state_dict"].items() if ".mlp.fc1" in n) < 12 * 256 * 65
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ("--model nonsense", "nonsense"),
+        ("--objective frd", "--teacher is missing"),
+        ("--r 4", "there is no --method"),
+        ("--batch-size 1000", "batch_size=1000, but there are only 48 images"),
+        ("--resume gone.pt", "gone.pt"),
+        ("--epochs 0", "epochs=0"),
+        ("--initial-checkpoint gone.pt", "gone.pt"),
+        ("--model-kwargs depth", "NAME=VALUE"),
+        ("--train-split other", "no folder other"),
+        ("--objective evo_vit", "stage_wise"),
+    ],
+)
+def test_says_what_it_cannot_do(folder, tmp_path, text, what):
+    with pytest.raises(CommandError, match=what):
+        train.run(command(folder, tmp_path, f"--model deit_tiny_patch16_224 {SMALL} {FEW} {text}"))
+
+
+@pytest.mark.parametrize("package", ("accelerate", "timm"))
+def test_says_what_to_install(folder, tmp_path, monkeypatch, package):
+    for name in [name for name in sys.modules if name.startswith("tokenops.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"tokenops\[train\]"):
+        importlib.import_module("tokenops.training")
+    with pytest.raises(CommandError, match=r"tokenops\[train\]"):
+        train.run(command(folder, tmp_path, ""))

@@ -1,0 +1,184 @@
+"""Batches that depend on the seed, the epoch and their number alone: not on workers, interruptions or processes."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, SequentialSampler
+
+
+class Batches(Sampler[list[int]]):
+    """The indices of a process's batches in an epoch, from a step on.
+
+    A step's images are the next ``batch_size * processes`` of a permutation made of seed and epoch; each process takes
+    its part of them. All processes have as many steps: with ``drop_last`` what is too little for a step is left out,
+    without, it is filled up from the beginning.
+
+    Args:
+        length: of the data set.
+        batch_size: of one process.
+        shuffle: whether there is a permutation.
+        drop_last: see above.
+        seed: of the permutations.
+        process, processes: which of how many.
+
+    Raises:
+        ValueError: there is no step.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        seed: int = 0,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
+        together = batch_size * processes
+        self.steps = length // together if drop_last else -(-length // together)
+        if self.steps < 1:
+            raise ValueError(f"{length} images make no batch of {batch_size} in each of {processes} processes")
+        self.length, self.batch_size, self.shuffle, self.seed = length, batch_size, shuffle, seed
+        self.process, self.processes, self.drop_last = process, processes, drop_last
+        self.epoch = self.first = 0
+
+    def __len__(self) -> int:
+        return self.steps - self.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        together = self.batch_size * self.processes
+        for step in range(self.first, self.steps):
+            now = order[step * together : (step + 1) * together]
+            if len(now) < together and self.processes > 1:  # one process has a smaller batch instead
+                now = np.resize(np.concatenate((now, order)), together)
+            size = -(-len(now) // self.processes)
+            yield now[self.process * size : (self.process + 1) * size].tolist()
+
+
+class Reproducible(Dataset):
+    """A data set whose random augmentations depend on seed, epoch and index alone.
+
+    Python's, numpy's and torch's global generators are seeded for every item, and put back afterwards.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that persist see it change
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        with seeded(self.seed, int(self.epoch), index):
+            return self.dataset[index]
+
+
+@contextmanager
+def seeded(*seeds: int) -> Iterator[None]:
+    """The CPU's global generators are seeded within, and as they were afterwards."""
+    seed = int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0])
+    before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed >> 1)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.default_generator.set_state(before[2])
+
+
+class TrainBatches:
+    """The batches of an epoch from any step on, for this process.
+
+    A DataLoader that shuffles or keeps the order is made anew, with `Batches` and a `Reproducible` data set. Anything
+    else with a length (a loader with a sampler of its own, a list of batches) is iterated over as it is, from the
+    beginning, and must itself give every process its share; its ``sampler.set_epoch`` or ``set_epoch`` is called.
+
+    Args:
+        loader: the loader, or the list.
+        seed: of order and augmentation.
+        process, processes: which of how many.
+
+    Raises:
+        TypeError: the loader has no length.
+        ValueError: there is no batch.
+    """
+
+    def __init__(self, loader: Any, seed: int, process: int, processes: int) -> None:
+        self.loader, self.batches = loader, None
+        self.dataset: Any = getattr(loader, "dataset", None)
+        if isinstance(loader, DataLoader) and _known(loader):
+            shuffle = isinstance(loader.sampler, RandomSampler)
+            assert loader.batch_size is not None
+            length = len(loader.dataset)  # type: ignore[arg-type]
+            shape = (length, loader.batch_size, shuffle, loader.drop_last)
+            self.batches = Batches(*shape, seed=seed, process=process, processes=processes)
+            self.items = Reproducible(loader.dataset, seed)
+            self.generator = torch.Generator()
+            self.loader = DataLoader(
+                self.items, batch_sampler=self.batches, generator=self.generator, **_options(loader)
+            )
+        elif not hasattr(loader, "__len__"):
+            raise TypeError(f"train_loader: {type(loader).__name__} has no length, so nothing can be scheduled")
+        self.steps = len(self.loader)
+        if not self.steps:
+            raise ValueError("train_loader has no batch")
+
+    @property
+    def odd(self) -> bool:
+        """Whether a batch may have an odd number of images, which mixup cannot take."""
+        if self.batches is None:
+            return False
+        even = self.batches.drop_last or self.batches.length % (self.batches.batch_size * self.batches.processes) == 0
+        return self.batches.batch_size % 2 == 1 or not even
+
+    def epoch(self, epoch: int, first: int = 0, ready: Callable[[], object] = lambda: None) -> Iterator[Any]:
+        """The batches of an epoch, from number ``first`` on; ``ready`` is called before the first of them is made."""
+        if self.batches is not None:
+            self.batches.epoch, self.batches.first = epoch, first
+            self.items.epoch.fill_(epoch)
+            self.generator.manual_seed(0)  # what workers' own seeds come from: not from the global generator
+            first = 0
+        for name in ("", "sampler", "batch_sampler"):
+            owner: Any = getattr(self.loader, name, None) if name else self.loader
+            if hasattr(owner, "set_epoch"):
+                owner.set_epoch(epoch)
+        iterator = iter(self.loader)
+        for _ in range(first):
+            next(iterator)
+        ready()
+        yield from iterator
+
+
+def eval_batches(loader: Any, process: int, processes: int) -> Any:
+    """A process's share of an evaluation: every image once, so shares may differ in length."""
+    if processes == 1 or not (isinstance(loader, DataLoader) and _known(loader)):
+        return loader
+    length = len(loader.dataset)  # type: ignore[arg-type]
+    mine: Sequence[int] = range(process, length, processes)
+    return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=mine, **_options(loader))  # type: ignore
+
+
+def _known(loader: DataLoader) -> bool:
+    """Whether a loader's order is one of the two that can be made again."""
+    samplers = (RandomSampler, SequentialSampler)
+    again = type(loader.sampler) in samplers and not getattr(loader.sampler, "replacement", False)
+    return again and loader.batch_size is not None and not isinstance(loader.dataset, IterableDataset)
+
+
+def _options(loader: DataLoader) -> dict[str, Any]:
+    names = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "persistent_workers")
+    options = {name: getattr(loader, name) for name in names}
+    if loader.num_workers:
+        options.update(prefetch_factor=loader.prefetch_factor, multiprocessing_context=loader.multiprocessing_context)
+    return options
