@@ -1,7 +1,9 @@
 """`python -m tokenops`: what runs where on this machine, what a slimmed model gains on it, and what it still sees."""
 
 import argparse
+import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__
@@ -19,8 +21,21 @@ METHODS = (
     "evo_levit_256",
 )
 
+#: commands whose flags depend on packages that others do without: the module of each, and what it is for
+LATE = {
+    "train": ("train", "train or fine-tune a model, dense or with a method"),
+    "eval": ("evaluate", "accuracy and throughput of a model, with a method or without"),
+    "bench": ("bench", "throughput of a model with a method beside the dense one, over batch sizes"),
+    "slim": ("slim", "apply a method to a model, show what it saves and what becomes of the patches"),
+}
 
-def parser() -> argparse.ArgumentParser:
+
+def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The command line; of the commands in LATE only the one that is asked for has its flags.
+
+    Raises:
+        CommandError: packages are missing that it needs.
+    """
     top = argparse.ArgumentParser(prog="python -m tokenops", description="Token reduction for vision transformers.")
     top.add_argument("--version", action="version", version=f"tokenops {__version__}")
     commands = top.add_subparsers(dest="command", metavar="command")
@@ -89,14 +104,22 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="the picture (default: %(default)s)",
     )
+    for name, (module, purpose) in LATE.items():
+        command = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+        if name in arguments[:1]:
+            importlib.import_module(f"{__package__}.cli.{module}").add_arguments(command)
     return top
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, or 2 when what was asked for cannot be done."""
-    args = parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments else ""
     try:
-        if args.command == "info":
+        args = parser(arguments).parse_args(arguments)
+        if args.command in LATE:
+            importlib.import_module(f"{__package__}.cli.{LATE[args.command][0]}").run(args)
+        elif args.command == "info":
             from .cli.info import text
 
             print(text())
@@ -111,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             parser().print_help()
     except CommandError as error:
-        print(f"tokenops {args.command}: {error}", file=sys.stderr)
+        print(f"tokenops {command}: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m tokenops info`, `demo` and `segment`."""
+"""The command line: `python -m tokenops info`, `demo`, `segment`, `train`, `eval`, `bench` and `slim`."""
 
 from collections.abc import Sequence
 
