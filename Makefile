@@ -1,4 +1,4 @@
-# Every target sets up what it needs: `make demo`, `make test`, `make bench`, and `make gpu` on a GPU machine.
+# Every target sets up what it needs: `make demo`, `make test`, `make bench`, `make accuracy`, and `make gpu` on a GPU machine.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cuh csrc/*/*)
 WORKERS ?= 2
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test check bench accuracy gpu clean
 
 demo: $(READY)
 	$(BIN)/python -m tokenops demo
@@ -23,6 +23,9 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest -q benchmarks
 	$(BIN)/python benchmarks/report.py
+
+accuracy: $(READY)
+	$(BIN)/python benchmarks/accuracy.py
 
 # torch first, so that the compiled code is built against the one that runs it and is not fetched a second time
 $(READY): $(SOURCES)

@@ -1,14 +1,18 @@
 """Whole models: are the operations a method saves saved in time? Against the dense model; SiT also as published."""
 
+import copy
 import importlib
 import sys
+from functools import partial
 from pathlib import Path
 
+import peers
 import pytest
 import torch
 from measure import nbytes
 from torch.utils.flop_counter import FlopCounterMode
 
+import tokenops
 from tokenops.cli.comparison import dense_form, made
 from tokenops.nn import convert_attention
 
@@ -65,19 +69,19 @@ def test_model(bench, compare, name, whole_batch, how):
             return published(x.float())[0]
 
     (x,) = inputs()
-    ours, peers = model, {dense_name: dense, "published": as_published}
+    ours, others = model, {dense_name: dense, "published": as_published}
     flops, dense_flops = flops_of(model, x), flops_of(dense, x)
     if how == "compiled":
-        ours, peers = (
+        ours, others = (
             torch.compile(model, dynamic=False),
-            {n: torch.compile(p, dynamic=False) for n, p in peers.items()},
+            {n: torch.compile(p, dynamic=False) for n, p in others.items()},
         )
     row = compare(
         f"{name} {how}",
         shape=dict(B=B),
         inputs=inputs,
         ours=ours,
-        peers=peers,
+        peers=others,
         bytes=nbytes(*model.parameters(), x) + B * model.num_classes * x.element_size(),
         flops=flops,
         peer_flops={dense_name: dense_flops},
@@ -118,23 +122,71 @@ def test_method(bench, compare, name, batch, how):
 
     (x,) = inputs()
     flops, dense_flops = flops_of(model, x), flops_of(dense, x)
-    ours, peers = model, {dense_name: dense}
+    ours, others = model, {dense_name: dense}
     if not arguments:  # the same as a user has it
-        peers["sdpa"] = timm.create_model(dense_of).to(bench.device, bench.dtype).eval()
+        others["sdpa"] = timm.create_model(dense_of).to(bench.device, bench.dtype).eval()
     if how == "compiled":
-        ours, peers = (
+        ours, others = (
             torch.compile(model, dynamic=False),
-            {n: torch.compile(p, dynamic=False) for n, p in peers.items()},
+            {n: torch.compile(p, dynamic=False) for n, p in others.items()},
         )
     row = compare(
         f"{name} {how}",
         shape=dict(B=B),
         inputs=inputs,
         ours=ours,
-        peers=peers,
+        peers=others,
         bytes=nbytes(*model.parameters(), x) + B * model.num_classes * x.element_size(),
         flops=flops,
-        peer_flops=dict.fromkeys(peers, dense_flops),
+        peer_flops=dict.fromkeys(others, dense_flops),
         device_time=False,
     )
     assert row["kernels"] or how == "compiled"
+
+
+#: patches, and what each is measured against: the same method as published, and the dense model
+PATCHES = {
+    "tome": (dict(r=13), partial(peers.ToMe, r=13)),
+    "evit": (dict(keep_rate=0.7), partial(peers.EViT, keep_rate=0.7)),
+}
+
+
+@pytest.mark.parametrize("batch", [None, 8, 1], ids=["batch", "eight", "single"])
+@pytest.mark.parametrize("method", PATCHES)
+def test_patched(bench, compare, method, batch, capsys):
+    if batch is None and bench.device == "cpu":
+        pytest.skip("eight images are a CPU's batch here")
+    B = bench.batch() if batch is None or bench.quick else batch
+    options, as_published = PATCHES[method]
+    name = "deit_tiny_patch16_224" if bench.quick else "deit_small_patch16_224"
+    dense = timm.create_model(name).to(bench.device, bench.dtype).eval()
+    published = as_published(copy.deepcopy(dense))
+    model = tokenops.apply_patch(copy.deepcopy(dense), method, **options)
+    converted = copy.deepcopy(dense)
+    convert_attention(converted)
+
+    def inputs():
+        return (bench.random(B, 3, 224, 224),)
+
+    (x,) = inputs()
+    flops, dense_flops = flops_of(model, x), flops_of(dense, x)
+    row = compare(
+        f"{name} {method}",
+        shape=dict(B=B),
+        inputs=inputs,
+        ours=model,
+        peers={name: converted, "sdpa": dense, "published": published},
+        bytes=nbytes(*model.parameters(), x) + B * model.num_classes * x.element_size(),
+        flops=flops,
+        peer_flops={name: dense_flops, "sdpa": dense_flops},
+        device_time=False,
+    )
+    counts = {
+        "dense": peers.operators_a_block(dense, dense, x),
+        "published": peers.operators_a_block(published, published.vit, x),
+        "ours": peers.operators_a_block(model, model, x),
+    }
+    row["operators_a_block"] = {side: round(count, 2) for side, count in counts.items()}
+    with capsys.disabled():
+        print(f"\n{name} {method}, operators a block: {row['operators_a_block']}")
+    assert row["kernels"] and counts["ours"] < counts["published"]
