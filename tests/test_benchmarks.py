@@ -138,3 +138,23 @@ def test_report_leaves_a_place_without_results(capsys):
     text = "<!-- results:nvidia -->\nmeasured elsewhere\n<!-- /results -->"
     assert report().filled(text, {"cpu-x": {"rows": {}, "runs": {}}}) == text
     assert "results:nvidia stays as it is: no result file begins so (cpu-x)" in capsys.readouterr().out
+
+
+def test_accuracy_trains_measures_and_draws(tmp_path):
+    """The dense model and two methods, for an epoch each."""
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- accuracy -->\nold\n<!-- /accuracy -->\n")
+    options = "--seeds 1 --dense-epochs 1 --epochs 1 --rounds 2 --processes 1 --methods".split()
+    command = [sys.executable, str(BENCHMARKS / "accuracy.py"), *options, "SiT with FRD", "ToMe, not trained"]
+    command += ["--results", str(tmp_path), "--readme", str(readme)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "accuracy.json").read_text())["rows"]
+    dense = rows["dense"]["macs"]
+    for level, part in (("mild", 0.65), ("strong", 0.45)):
+        for name in ("SiT with FRD", "ToMe, not trained"):
+            row = rows[f"{name}, {level}"]
+            assert row["macs"] == pytest.approx(part * dense, rel=0.05) and is_spread(row["speed_up"])
+            assert len(row["accuracy"]) == 1 and 0 <= row["accuracy"][0] <= 100
+    assert "| SiT with FRD, strong |" in readme.read_text() and "old" not in readme.read_text()
+    assert (tmp_path / "accuracy.png").stat().st_size > 5000

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -340,14 +340,15 @@ def _behind(model: Any, counts: list[tuple[int, int]]) -> int:
 
 def _embedding_macs(model: Any) -> int:
     embed = model.patch_embed
-    if isinstance(embed, PatchEmbed):
-        return _area(embed.grid_size) * embed.proj.weight.numel()
-    if not isinstance(embed, ConvStem):
+    if not isinstance(embed, (PatchEmbed, ConvStem)):
         raise TypeError(f"macs knows timm's PatchEmbed and LV-ViT's, but got {type(embed).__name__}")
-    total, size = 0, tuple(embed.img_size)
+    total, size = 0, list(embed.img_size)
     for conv in (m for m in embed.modules() if isinstance(m, nn.Conv2d)):
-        size = tuple((s - 1) // conv.stride[0] + 1 for s in size)  # 3x3, padded by one
-        total += _area((size[0], size[1])) * conv.weight.numel()
+        for i, (kernel, stride, padding) in enumerate(
+            zip(conv.kernel_size, conv.stride, cast(tuple[int, ...], conv.padding))
+        ):
+            size[i] = (size[i] + 2 * padding - kernel) // stride + 1
+        total += size[0] * size[1] * conv.weight.numel()
     return total
 
 
