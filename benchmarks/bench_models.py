@@ -161,9 +161,9 @@ def test_patched(bench, compare, method, batch, capsys):
     name = "deit_tiny_patch16_224" if bench.quick else "deit_small_patch16_224"
     dense = timm.create_model(name).to(bench.device, bench.dtype).eval()
     published = as_published(copy.deepcopy(dense))
-    model = tokenops.apply_patch(copy.deepcopy(dense), method, **options)
     converted = copy.deepcopy(dense)
-    convert_attention(converted)
+    convert_attention(converted)  # both with the best attention there is
+    model = tokenops.apply_patch(copy.deepcopy(converted), method, **options)
 
     def inputs():
         return (bench.random(B, 3, 224, 224),)
