@@ -362,7 +362,7 @@ def draw(rows: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(lw=0.3)
     left.set(xlabel="million multiply-adds an image", ylabel="top-1 on test digits, %")
-    right.set(xlabel="measured speed-up over the dense model, 2 CPU threads")
+    right.set(xlabel="measured speed-up over the dense model, on a CPU")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.suptitle("accuracy against cost: mean of the seeds, bars from the worst to the best", fontsize=10)
     figure.savefig(path)

@@ -245,6 +245,8 @@ def match_bipartite_cases(dtype):
     ):
         metric = _meta(256, N + 1, D, dtype=dtype)
         yield f"N{N}-D{D}-r{r}", functools.partial(match_bipartite_fwd, metric, r, 1)
+    turned = _meta(256, 64, 197, dtype=dtype).transpose(1, 2)  # of a feature map
+    yield "N196-D64-r13-turned", functools.partial(match_bipartite_fwd, turned, 13, 1)
 
 
 def merge_bipartite_cases(dtype):

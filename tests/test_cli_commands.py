@@ -191,9 +191,10 @@ def test_slim_with_weights_guesses(photographs, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Seven classes, of which the split lacks one, and a file that is no image."""
+    """Seven classes, of which the split lacks one, a hidden folder among them, and a file that is no image."""
     pytest.importorskip("accelerate")
     folder = tmp_path_factory.mktemp("data")
+    (folder / "train" / ".cache").mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     for label in range(7):
         (folder / "train" / f"class {label}").mkdir(parents=True)

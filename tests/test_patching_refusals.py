@@ -178,3 +178,14 @@ def test_a_forward_that_failed_leaves_no_trace():
         model(x)
     handle.remove()
     assert torch.equal(copy.deepcopy(model)(x), expected) and torch.equal(model(x), expected)
+
+
+def test_a_block_that_failed_holds_nothing():
+    model, x = apply_patch(model_of("plain"), "evo_vit"), images()
+    expected = model(x)
+    handle = model.blocks[2].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x)
+    assert model.tokenops_patch.state is None
+    handle.remove()
+    assert torch.equal(model(x), expected)

@@ -41,7 +41,8 @@ def match_bipartite(metric: Tensor, r: int, *, prefix: int = 1) -> Tensor:
 
     Args:
         metric: ``(B, P+N, D)``, of any float dtype and strides; rows of the prefix are not looked at.
-        r: how many to merge, from 0 to the number of rows in A (0 if B is empty).
+        r: how many to merge, from 0 to the number of rows in A (0 if B is empty). On a GPU the CUDA
+            kernels take up to 16384 tokens.
         prefix: P, leading rows (class, distillation, registers) that are never merged.
 
     Returns:
@@ -169,7 +170,8 @@ def unmerge_bipartite(y: Tensor, index: Tensor, *, prefix: int = 1) -> Tensor:
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit together.
-        IndexError: an index is out of range (on a GPU, where looking would wait for it, that token is 0).
+        IndexError: an index is out of range (on a GPU, where looking would wait for it, and in the reference that
+            token is 0).
 
     Deterministic, the gradient too: each token's is the sum over those that went into it. Differentiable once.
 

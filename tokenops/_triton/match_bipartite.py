@@ -53,7 +53,7 @@ def match_bipartite_fwd_kernel(
     b = tl.program_id(0).to(tl.int64)
     first_a, first_b = P % 2, 1 - P % 2
     count_a, count_b = (N + 1 - first_a) // 2, (N + 1 - first_b) // 2
-    metric_ptr += b * stride_b + P * stride_n.to(tl.int64)
+    metric_ptr += b * stride_b + tl.cast(stride_n, tl.int64) * P
     best_ptr += b * count_a
     index_ptr += b * N
 

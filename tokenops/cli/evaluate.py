@@ -16,6 +16,7 @@ from .timing import Spread
 
 try:
     from ..training import evaluate, loader_of, open_images, transform_for
+    from ..training.data import SPLITS, class_folders
 except ImportError as missing:
     raise CommandError(f"it needs more packages ({missing}): pip install 'tokenops[train]'") from missing
 
@@ -133,8 +134,8 @@ def swept(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 def opened(args: argparse.Namespace, model: Any) -> Any:
     """The split's images, their classes numbered as those of the training images, if these are there."""
-    folder = args.data_dir / "train"
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    folders = [args.data_dir / name for name in SPLITS["train"]]
+    classes = next((class_folders(folder) for folder in folders if folder.is_dir()), [])
     try:
         images = open_images(args.data_dir, args.split, transform_for(model, train=False), classes=classes or None)
     except (OSError, ValueError, ImportError) as error:

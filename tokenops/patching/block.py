@@ -191,10 +191,14 @@ class PatchedBlock(nn.Module):
         state = patch.begin(x) if self.index == 0 else patch.state
         if state is None:
             raise RuntimeError(f"block {self.index} of a patched model needs the blocks before it: run the model")
-        x = patch.method.run(self, x, state, rope)
-        if self.index == state.last:
-            x = patch.method.finish(self, x, state)
-            patch.end(state)
+        try:
+            x = patch.method.run(self, x, state, rope)
+            if self.index == state.last:
+                x = patch.method.finish(self, x, state)
+                patch.end(state)
+        except BaseException:  # of an interrupted forward nothing is held
+            patch.state = None
+            raise
         return x
 
     def attend(

@@ -99,7 +99,7 @@ class FolderImages(Images):
         classes: Sequence[str] | None = None,
     ) -> None:
         self.folder = Path(folder)
-        found = sorted(path.name for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        found = class_folders(self.folder)
         if not found:
             raise ValueError(f"{folder} has no folders: there must be one for every class")
         names = found if classes is None else list(classes)
@@ -160,6 +160,11 @@ class TableImages(Images):
     def data(self, index: int) -> bytes:
         found = self.table[index][self.column]
         return found["bytes"] if found.get("bytes") is not None else Path(found["path"]).read_bytes()
+
+
+def class_folders(folder: Path) -> list[str]:
+    """The names of the classes whose folders are there, in order; hidden folders are none."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def open_images(
