@@ -1,5 +1,6 @@
 """The training loop: large batches, learning rates, averages and checkpoints are what their formulas say."""
 
+import contextlib
 import doctest
 import math
 import random
@@ -10,7 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 pytest.importorskip("accelerate")
 
@@ -25,7 +26,7 @@ from tokenops.training import (  # noqa: E402
     learning_rate,
     loop,
 )
-from tokenops.training.batches import Batches, Reproducible  # noqa: E402
+from tokenops.training.batches import Batches, Reproducible, TrainBatches  # noqa: E402
 
 QUIET = dict(progress=False, device="cpu")
 
@@ -172,8 +173,11 @@ def test_evaluation():
     assert found["top1"] == pytest.approx(10 * right) and "top5" not in found
     assert found["eval_loss"] == pytest.approx(F.cross_entropy(logits, data.tensors[1]).item(), abs=1e-6)
     model.train()
-    evaluate(model, DataLoader(data, 4))
-    assert model.training
+    model.head.eval()  # a part that rests
+    for loader in (DataLoader(data, 4), DataLoader(data, 4, collate_fn=lambda items: 1 / 0)):
+        with contextlib.suppress(ZeroDivisionError):
+            evaluate(model, loader)
+        assert model.training and model.drop.training and not model.head.training
 
 
 def test_bf16_runs_in_bf16():
@@ -210,6 +214,14 @@ def test_epochs_are_permutations_and_processes_share_them():
     assert list(Batches(9, 4, shuffle=False))[-1] == [8]
     with pytest.raises(ValueError, match="3 images make no batch of 2 in each of 2 processes"):
         Batches(3, 2, drop_last=True, processes=2)
+
+
+@pytest.mark.parametrize("samples, steps", [(6, 2), (24, 6), (48, 12), (None, 3)])
+def test_epochs_of_another_length_are_the_samplers(samples, steps):
+    data = images(12)
+    batches = TrainBatches(DataLoader(data, 4, sampler=RandomSampler(data, num_samples=samples)), 0, 0, 1)
+    assert batches.steps == steps and (batches.batches is None) is (samples is not None)
+    assert len(list(batches.epoch(0))) == steps
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
@@ -259,6 +271,7 @@ def test_examples_run(module):
         (dict(ema=1.0), "ema=1.0"),
         (dict(clip=0), "clip=0"),
         (dict(amp="fp8"), "amp='fp8'"),
+        (dict(device="cuda:1"), "device='cuda:1', but it must be 'cpu', or None"),
         (dict(amp="fp16"), "needs a GPU"),
         (dict(resume="auto"), "output, which is not given"),
         (dict(mixup=lambda x, y: (x, y), batch=3), "even batch_size"),
@@ -267,4 +280,4 @@ def test_examples_run(module):
 def test_refuses(options, what):
     loader = DataLoader(images(12), options.pop("batch", 4))
     with pytest.raises(ValueError, match=what):
-        fit(Plain(Small()), loader, **{**dict(epochs=1, lr=1e-3), **options}, **QUIET)
+        fit(Plain(Small()), loader, **{**dict(epochs=1, lr=1e-3), **QUIET, **options})

@@ -7,12 +7,17 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 pytest.importorskip("accelerate")
 
-from tokenops.cli import CommandError, train  # noqa: E402
+from tokenops.cli import CommandError, patched, train  # noqa: E402
+from tokenops.methods.cait.blocks import merge_tokens  # noqa: E402
+from tokenops.methods.cait.structure import Structure  # noqa: E402
+from tokenops.training import History  # noqa: E402
+from tokenops.training import command as command_module  # noqa: E402
 
 SMALL = "--model-kwargs embed_dim=48 num_heads=3 depth=2 patch_size=8 --img-size 32 --device cpu --workers 0"
 FEW = "--batch-size 8 --no-aug --smoothing 0"
@@ -68,24 +73,52 @@ def test_every_option_at_once_and_resumed(folder, tmp_path, capsys):
     assert rows[0] == before["rows"][0] and [row["epoch"] for row in rows] == [0, 1] and "ema_top1" in rows[1]
 
 
+def weights(path, name, **sizes):
+    """A file with a model's weights, for a teacher."""
+    torch.save(timm.create_model(name, num_classes=2, **sizes).state_dict(), path)
+    return path
+
+
 def test_recalibration_from_a_teacher(folder, tmp_path, capsys):
     sizes = "embed_dim=48 num_heads=3"
     text = f"--img-size 64 --device cpu --workers 0 {FEW} --epochs 1 --lr 1e-3 --from-teacher"
     student = f"--model sit_lvvit_tiny --model-kwargs {sizes} stage_blocks=(1,1) --objective frd"
-    train.run(command(folder, tmp_path, f"{student} --teacher lvvit_tiny --teacher-kwargs {sizes} depth=2 {text}"))
+    file = weights(tmp_path / "teacher.pt", "lvvit_tiny", img_size=64, embed_dim=48, num_heads=3, depth=2)
+    teacher = f"--teacher lvvit_tiny --teacher-checkpoint {file} --teacher-kwargs {sizes} depth=2"
+    train.run(command(folder, tmp_path, f"{student} {teacher} {text}"))
     row = torch.load(tmp_path / "last.pt", weights_only=True)["rows"][0]
     assert row["loss"] == pytest.approx(row["cls"] + 2 * row["token"] + 2 * row["logits"], abs=1e-5)
 
 
+def test_a_convolutional_teacher_takes_no_img_size(folder, tmp_path, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(command_module, "fit", lambda objective, *_, **kwargs: seen.append(objective) or History())
+    file = weights(tmp_path / "teacher.pt", "resnet10t")
+    text = f"--model deit_tiny_patch16_224 {SMALL} {FEW} --teacher resnet10t --teacher-checkpoint {file}"
+    train.run(command(folder, tmp_path, text))
+    assert torch.equal(seen[0]._teachers[0].fc.weight, torch.load(file)["fc.weight"])
+
+
 @pytest.mark.parametrize(
-    "method", ("tome --r 2", "tome --merged-tokens 2", "evit --keep-rate 0.6", "sit --keeping-ratio 0.5")
+    "method",
+    (
+        "tome --r 2 1 0 1",
+        "tome --merged-tokens 2",
+        "evit --keep-rate 0.6 --reduction-loc 1",
+        "patch_slimming --counts 17 9 5 5",
+        "evo_vit --stages 2",
+        "sit --keeping-ratio 0.5 --locations 2",
+        "cait --points 1:vertical",
+    ),
 )
 def test_patched_models(folder, tmp_path, capsys, method):
     text = f"--model deit_tiny_patch16_224 {SMALL.replace('depth=2', 'depth=4')} {FEW} --epochs 1 --lr 1e-3"
     aim = "--objective evit" if "evit" in method else ""
     if "sit" in method:
         sizes = "embed_dim=48 num_heads=3 depth=4 patch_size=8"
-        aim = f"--objective frd --teacher deit_tiny_patch16_224 --teacher-kwargs {sizes}"
+        shape = dict(img_size=32, embed_dim=48, num_heads=3, depth=4, patch_size=8)
+        file = weights(tmp_path / "teacher.pt", "deit_tiny_patch16_224", **shape)
+        aim = f"--objective frd --teacher deit_tiny_patch16_224 --teacher-kwargs {sizes} --teacher-checkpoint {file}"
     train.run(command(folder, tmp_path, f"{text} --method {method} {aim}"))
     names = torch.load(tmp_path / "model.pt", weights_only=True)["state_dict"]
     assert any(".slimming." in name for name in names) is ("sit" in method)
@@ -99,6 +132,32 @@ def test_cait_is_pruned(folder, tmp_path, capsys, model):
     saved = torch.load(tmp_path / "model.pt", weights_only=True)
     assert saved["state_dict"]["blocks.0.mlp.fc1.weight"].shape[0] <= 256 and "structure" in saved
     assert sum(v.numel() for n, v in saved["state_dict"].items() if ".mlp.fc1" in n) < 12 * 256 * 65
+    again, _ = loaded(f"{model} {sizes}", tmp_path / "model.pt")
+    torch.testing.assert_close(again.state_dict(), saved["state_dict"], rtol=0, atol=0)
+    assert not any(module.training for module in again.modules())
+    assert Structure.of(again).to_json() == saved["structure"] and again(torch.randn(1, 3, 64, 64)).shape == (1, 2)
+
+
+def loaded(text, path):
+    """What `eval --checkpoint` makes; the sizes of --model-kwargs are given to it."""
+    parser = argparse.ArgumentParser()
+    patched.add_model_arguments(parser)
+    patched.add_method_arguments(parser)
+    args, _ = parser.parse_known_args([*text.split(), "--checkpoint", str(path), "--num-classes", "2"])
+    return patched.make(args, embed_dim=64, num_heads=2)
+
+
+def test_a_compacted_model_takes_no_other_method(tmp_path):
+    model = merge_tokens(timm.create_model("deit_tiny_patch16_224", img_size=64, embed_dim=64, num_heads=2, depth=12))
+    torch.save({"state_dict": model.state_dict(), "structure": Structure.of(model).to_json()}, tmp_path / "model.pt")
+    text = "--model deit_tiny_patch16_224 --img-size 64"
+    with pytest.raises(CommandError, match="compacted by cait, and takes no --method tome"):
+        loaded(f"{text} --method tome --r 2", tmp_path / "model.pt")
+    with pytest.raises(CommandError, match="model.pt is not of deit_tiny_patch16_224: .* 12 blocks"):
+        parser = argparse.ArgumentParser()
+        patched.add_model_arguments(parser)
+        patched.add_method_arguments(parser)
+        patched.make(parser.parse_args([*text.split(), "--checkpoint", str(tmp_path / "model.pt")]), depth=3)
 
 
 @pytest.mark.parametrize(
@@ -106,10 +165,17 @@ def test_cait_is_pruned(folder, tmp_path, capsys, model):
     [
         ("--model nonsense", "nonsense"),
         ("--objective frd", "--teacher is missing"),
-        ("--r 4", "there is no --method"),
+        ("--r 4", "--r belongs to --method tome, not to none"),
+        ("--method tome", "--method tome needs --r"),
+        ("--teacher deit_tiny_patch16_224", "give --teacher-pretrained or --teacher-checkpoint"),
+        ("--batch-size 0", "--batch-size=0"),
+        ("--grad-accum-steps 0", "--grad-accum-steps=0"),
+        ("--workers -1", "--workers=-1"),
+        ("--num-classes 1", "--num-classes=1, but the data has 2 classes"),
+        ("--resume BROKEN", "7.png cannot be read"),
         ("--batch-size 1000", "batch_size=1000, but there are only 48 images"),
         ("--resume gone.pt", "gone.pt"),
-        ("--epochs 0", "epochs=0"),
+        ("--epochs 0", "--epochs=0"),
         ("--initial-checkpoint gone.pt", "gone.pt"),
         ("--model-kwargs depth", "NAME=VALUE"),
         ("--train-split other", "no folder other"),
@@ -117,6 +183,7 @@ def test_cait_is_pruned(folder, tmp_path, capsys, model):
     ],
 )
 def test_says_what_it_cannot_do(folder, tmp_path, text, what):
+    text = text.replace("BROKEN", str(folder / "train" / "lying" / "7.png"))
     with pytest.raises(CommandError, match=what):
         train.run(command(folder, tmp_path, f"--model deit_tiny_patch16_224 {SMALL} {FEW} {text}"))
 

@@ -187,6 +187,24 @@ def test_hugging_face_tables(tmp_path):
         open_images(tmp_path / "table", "test2", red)
 
 
+def test_classes_of_a_plain_column(tmp_path):
+    datasets = pytest.importorskip("datasets")
+
+    def table(*labels):
+        rows = [{"bytes": encoded(1), "path": None} for _ in labels]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        return datasets.Dataset.from_dict({"image": rows, "label": list(labels)}, features)
+
+    splits = {"train": table(10, 3, 7, 3), "val": table(7, 10), "test": table(4)}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "table")
+    train = open_images(tmp_path / "table", "train", red, train=True)
+    assert train.classes == ["3", "7", "10"] and train.labels == [2, 0, 1, 0]
+    val = open_images(tmp_path / "table", "val", red, classes=train.classes)
+    assert val.classes == train.classes and val.labels == [1, 2]
+    with pytest.raises(ValueError, match=r"classes \['4'\] that the training images do not have"):
+        open_images(tmp_path / "table", "test", red, classes=train.classes)
+
+
 def test_transforms_are_the_models():
     model = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=1)
     for train in (True, False):

@@ -116,7 +116,8 @@ def test_recalibration_of_a_sit(batch):
 
 
 def test_recalibration_of_any_model_whose_tokens_get_fewer(batch):
-    student, teacher = evit(), deit()
+    student, teacher = evit().train(), deit()
+    student.norm.eval()
     mode = [m.training for m in student.modules()]
     objective = FeatureRecalibration(student, teacher, smoothing=0)
     assert [m.training for m in student.modules()] == mode
@@ -173,7 +174,11 @@ def test_evo_vit_is_layer_wise_for_two_thirds():
     for epoch in range(6):
         objective.begin_epoch(epoch, 6)
         seen.append((model.stage_wise, model.learn_tradeoff))
+        assert objective.final is model.stage_wise
     assert seen == [(False, False)] * 4 + [(True, True)] * 2
+    for epochs in (1, 2):  # two thirds end behind the beginning of the last
+        objective.begin_epoch(epochs - 1, epochs)
+        assert model.stage_wise and model.learn_tradeoff and objective.final
 
 
 def test_keep_rate_shrinks():
@@ -183,6 +188,7 @@ def test_keep_rate_shrinks():
         objective.begin_epoch(epoch, 10)
         assert model.keep_rates[0] == model.keep_rates[3] == 1
         seen.append(model.keep_rates[1])
+        assert objective.final is (epoch >= 6)
     between = [0.5 + 0.5 * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)]
     assert seen == pytest.approx([1, 1, *between, 0.5, 0.5, 0.5, 0.5])
 
@@ -191,9 +197,19 @@ def test_keep_rate_of_a_patched_model_shrinks(batch):
     model = apply_patch(deit(), "evit", keep_rate=0.5)
     objective, seen = ShrinkingKeepRate(model, start=0, end=1), []
     for epoch in range(3):
-        objective.begin_epoch(epoch, 2)
+        objective.begin_epoch(epoch, 3)
         seen.append(model.keep_rate)
     assert seen == pytest.approx([1, 0.75, 0.5])
+
+
+@pytest.mark.parametrize("epochs, start, end", [(1, 0.1, 0.35), (2, 0.8, 1.0), (3, 0.0, 1.0)])
+def test_keep_rate_has_shrunk_in_the_last_epoch(epochs, start, end):
+    objective = ShrinkingKeepRate(evit(), start=start, end=end)
+    objective.begin_epoch(epochs - 1, epochs)
+    assert objective.model.keep_rates[1] == 0.5 and objective.final
+    if epochs > 1:
+        objective.begin_epoch(0, epochs)
+        assert objective.model.keep_rates[1] == 1 and not objective.final
 
 
 @pytest.mark.parametrize(
@@ -315,9 +331,9 @@ def test_pruned_is_compacted_when_the_pruner_is_done(kind, batch):
     for step in range(2):
         loss, _ = objective(*batch)
         loss.backward()
-        assert objective.before_step() is (step == 0) and objective.settled is False
+        assert objective.before_step() is (step == 0) and objective.settled is objective.final is False
         changed = objective.after_step()
-    assert changed and objective.settled and not objective.after_step()
+    assert changed and objective.settled and objective.final and not objective.after_step()
     assert sum(p.numel() for p in objective.model.parameters()) < before
     assert len(objective.optimizers(1e-3, 0.05)) == 1
     fresh = model_of()

@@ -22,6 +22,8 @@ try:
     from timm.models import load_state_dict
 
     from .. import methods
+    from ..methods.cait.blocks import merges_of
+    from ..methods.cait.structure import Structure, restructure
     from .models import DTYPES
 except ImportError as missing:
     raise CommandError(f"it needs more packages ({missing}): pip install 'tokenops[demo]'") from missing
@@ -38,6 +40,7 @@ class Option(NamedTuple):
     method: str
     help: str
     kwargs: dict[str, Any]
+    aliases: tuple[str, ...] = ()
 
     @property
     def flag(self) -> str:
@@ -65,7 +68,8 @@ COUNTS: dict[str, Any] = dict(type=int, nargs="+", metavar="N")
 BLOCKS: dict[str, Any] = dict(type=int, nargs="+", metavar="BLOCK")
 POINTS: dict[str, Any] = dict(type=point, nargs="+", metavar="BLOCK:AXIS")
 OPTIONS = (
-    Option("r", "tome", "tokens merged in every block, or a number for each", NUMBERS),
+    # torchrun takes --r for its own
+    Option("r", "tome", "tokens merged in every block, or a number for each", NUMBERS, ("--merged-tokens",)),
     Option("inflect", "tome", "how r changes over the depth, -1 to 1", NUMBER),
     Option("prop_attn", "tome", "attention counts a token as the patches it stands for", SWITCH),
     Option("unmerge", "tome", "every patch gets a token again behind the last block", SWITCH),
@@ -134,7 +138,7 @@ def add_method_arguments(parser: argparse.ArgumentParser, default: str = "none")
     group = parser.add_argument_group("method")
     group.add_argument("--method", choices=METHODS, default=default, help="token reduction (default: %(default)s)")
     for option in OPTIONS:
-        group.add_argument(option.flag, help=f"{option.method}: {option.help}", **option.kwargs)
+        group.add_argument(option.flag, *option.aliases, help=f"{option.method}: {option.help}", **option.kwargs)
 
 
 def add_running_arguments(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
@@ -258,24 +262,41 @@ def create(args: argparse.Namespace, **kwargs: Any) -> Made:
 
 
 def make(args: argparse.Namespace, **kwargs: Any) -> Made:
-    """`create`, --method applied, and --checkpoint loaded, be it of the dense model or of the patched one."""
+    """`create`, --method applied, and --checkpoint loaded, be it of the dense, the patched or the compacted model."""
     method_options(args)  # what is wrong with them is said before a model is made
-    state = read_checkpoint(args.checkpoint) if args.checkpoint else None
+    state, structure = read_checkpoint(args.checkpoint) if args.checkpoint else (None, None)
     model, weights = create(args, **kwargs)
-    dense = state is not None and state.keys() == model.state_dict().keys()
+    dense = state is not None and structure is None and state.keys() == model.state_dict().keys()
     if dense:
         load(model, state, args)
-    model = apply(model, args)
+    model = apply(model, args) if structure is None else compacted(model, structure, args)
     if state is not None and not dense:
         load(model, state, args)
     return Made(model, str(args.checkpoint) if args.checkpoint else weights)
 
 
-def read_checkpoint(path: Path) -> Any:
+def compacted(model: Any, structure: str, args: argparse.Namespace) -> Any:
+    """The model with the merges and widths that `train --objective cait` left; --method cait adds nothing to them."""
+    if args.method not in ("none", "cait"):
+        raise CommandError(f"--checkpoint: {args.checkpoint} is compacted by cait, and takes no --method {args.method}")
+    try:
+        found = Structure.from_json(structure)
+        if any(merge is not None for merge in merges_of(model)):
+            found = Structure(widths=found.widths)
+        return restructure(model, found).eval()
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CommandError(f"--checkpoint: {args.checkpoint} is not of {args.model}: {error}") from None
+
+
+def read_checkpoint(path: Path) -> tuple[Any, str | None]:
+    """The weights, and what says the `Structure` of a compacted model."""
     if not path.is_file():
         raise CommandError(f"--checkpoint: there is no file {path}")
     try:
-        return load_state_dict(str(path), weights_only=True)
+        state = load_state_dict(str(path), weights_only=True)
+        if path.suffix == ".safetensors":
+            return state, None
+        return state, torch.load(path, map_location="cpu", weights_only=True).get("structure")
     except Exception as error:  # torch.load raises whatever a strange file provokes
         raise CommandError(f"--checkpoint: {path} holds no weights: {error}") from None
 
@@ -300,9 +321,9 @@ def dense_form(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def dense_of(made: Any, args: argparse.Namespace) -> tuple[str, Any]:
     """Name and model to compare with: a copy without --method; of a model of ours its dense form, of random weights."""
-    if args.method != "none":
+    if hasattr(made, "tokenops_patch"):
         return "the dense model", tokenops.remove_patch(deepcopy(made))
-    name, arguments = dense_form(args)
+    name, arguments = dense_form(args) if args.method == "none" else (args.model, {})  # a compacted model's
     others = {"model": name, "checkpoint": None, "pretrained": False}
     model, _ = create(argparse.Namespace(**{**vars(args), **others}), **arguments)
     return name + (", all tokens" if arguments else ""), model

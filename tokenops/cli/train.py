@@ -3,22 +3,16 @@
 import argparse
 from pathlib import Path
 
-from . import CommandError
+from . import CommandError, patched
 
-#: options of methods: flag, type, and the name `apply_patch` has for it
-METHOD_OPTIONS: dict[str, tuple[type, str, str]] = {
-    "--r": (float, "r", "tokens merged in each block (tome); --merged-tokens under torchrun, which takes --r"),
-    "--keep-rate": (float, "keep_rate", "part of the tokens that each reducing block keeps (evit)"),
-    "--prune-ratio": (float, "prune_ratio", "part of the tokens that go through a pruned stage (evo_vit)"),
-    "--keeping-ratio": (float, "keeping_ratio", "part of the tokens that each slimming keeps (sit)"),
-    "--kind": (str, "kind", "how neighbours are merged (cait)"),
-}
 CHOICES = ("plain", "frd", "evit", "evo_vit", "cait", "dps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options; their names are those of timm's train.py where it has them."""
     _add_model(parser)
+    patched.add_method_arguments(parser)
+    _add_objective(parser)
     _add_data(parser)
     _add_training(parser)
 
@@ -32,10 +26,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--img-size", type=int, metavar="PX", help="default: the model's")
     add("--model-kwargs", nargs="*", default=[], metavar="NAME=VALUE", help="further arguments of the model")
     add("--drop-path", type=float, metavar="RATE", help="stochastic depth")
-    add("--method", metavar="NAME", help="patch the model with it: tome, evit, evo_vit, patch_slimming, sit, cait")
-    for flag, (kind, _, text) in METHOD_OPTIONS.items():
-        names = (flag, "--merged-tokens") if flag == "--r" else (flag,)  # torchrun takes --r for its own
-        add(*names, type=kind, metavar="R" if kind is float else "KIND", help=text)
+
+
+def _add_objective(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("objective").add_argument
     add("--objective", choices=CHOICES, default="plain", help="the loss and its schedule (default: %(default)s)")
     add("--teacher", metavar="NAME", help="the dense model to distil, a timm name")
     add("--teacher-checkpoint", type=Path, metavar="FILE", help="its weights")

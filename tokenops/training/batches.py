@@ -172,8 +172,10 @@ def eval_batches(loader: Any, process: int, processes: int) -> Any:
 def _known(loader: DataLoader) -> bool:
     """Whether a loader's order is one of the two that can be made again."""
     samplers = (RandomSampler, SequentialSampler)
-    again = type(loader.sampler) in samplers and not getattr(loader.sampler, "replacement", False)
-    return again and loader.batch_size is not None and not isinstance(loader.dataset, IterableDataset)
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None or type(loader.sampler) not in samplers:
+        return False
+    whole = len(loader.sampler) == len(loader.dataset)  # type: ignore[arg-type]
+    return whole and not getattr(loader.sampler, "replacement", False)
 
 
 def _options(loader: DataLoader) -> dict[str, Any]:

@@ -37,7 +37,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"resume: there is no file {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever a strange file provokes
+        raise ValueError(f"resume: {path} cannot be read: {error}") from None
     if not isinstance(state, dict) or "tokenops" not in state:
         raise ValueError(f"resume: {path} holds weights, but is no checkpoint of fit")
     return state

@@ -12,12 +12,10 @@ import torch
 from timm.data import Mixup
 from torch import nn
 
-from ..cli import CommandError
-from ..cli.train import METHOD_OPTIONS
+from ..cli import CommandError, patched
 from ..methods import init_from_teacher, load_checkpoint
 from ..methods.cait.blocks import convert_blocks, merge_tokens
 from ..methods.cait.pruning import ChannelPruner
-from ..patching import apply_patch
 from . import OBJECTIVES
 from .data import loader_of, open_images, transform_for
 from .loop import fit
@@ -28,9 +26,14 @@ def train_with(args: argparse.Namespace) -> None:
     """Trains, prints a line. Raises CommandError for what cannot be done."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda was asked for, but torch sees no GPU")
+    patched.at_least(1, batch_size=args.batch_size, epochs=args.epochs, grad_accum_steps=args.grad_accum_steps)
+    patched.at_least(0, workers=args.workers)
+    patched.method_options(args)  # what is wrong with them is said before a model is made
     torch.manual_seed(args.seed)
     try:
         train, val = data(args)
+        if args.num_classes is not None and args.num_classes < len(train.classes):
+            raise CommandError(f"--num-classes={args.num_classes}, but the data has {len(train.classes)} classes")
         model, teacher = models(args, len(train.classes))
         transformed(args, model, train, val)
         together = args.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
@@ -57,7 +60,7 @@ def train_with(args: argparse.Namespace) -> None:
             checkpoint_every=args.checkpoint_every,
             tensorboard=args.log_tensorboard,
             seed=args.seed,
-            device=args.device,
+            device="cpu" if args.device == "cpu" else None,
         )
     except (ValueError, TypeError, ImportError, OSError, FloatingPointError) as error:
         raise CommandError(str(error)) from error
@@ -87,6 +90,8 @@ def transformed(args: argparse.Namespace, model: nn.Module, train: Any, val: Any
 
 def models(args: argparse.Namespace, classes: int) -> tuple[nn.Module, nn.Module | None]:
     """The model, patched, and its teacher."""
+    if args.teacher and not args.teacher_pretrained and args.teacher_checkpoint is None:
+        raise CommandError("--teacher has no weights: give --teacher-pretrained or --teacher-checkpoint")
     sizes: dict[str, Any] = {"num_classes": args.num_classes or classes}
     if args.img_size is not None:
         sizes["img_size"] = args.img_size
@@ -95,8 +100,7 @@ def models(args: argparse.Namespace, classes: int) -> tuple[nn.Module, nn.Module
     model = _create(args.model, args.pretrained, args.initial_checkpoint, sizes | rates | further)
     teacher = None
     if args.teacher:
-        further = _arguments("--teacher-kwargs", args.teacher_kwargs)
-        teacher = _create(args.teacher, args.teacher_pretrained, args.teacher_checkpoint, sizes | further)
+        teacher = _teacher(args, sizes)
     elif args.teacher_checkpoint or args.from_teacher or args.objective in ("frd", "dps"):
         raise CommandError("--teacher is missing: --objective frd and dps, and --from-teacher, need the dense model")
     if args.from_teacher and teacher is not None:
@@ -104,18 +108,9 @@ def models(args: argparse.Namespace, classes: int) -> tuple[nn.Module, nn.Module
             init_from_teacher(model, teacher)
         except RuntimeError as error:
             raise CommandError(f"--from-teacher: {error}") from None
-    options = {
-        name: value for flag, (_, name, _) in METHOD_OPTIONS.items() if (value := _value(args, flag)) is not None
-    }
-    if args.method is None:
-        if options:
-            raise CommandError(f"{', '.join(options)} are options of a method, but there is no --method")
-        return model, teacher
     if args.method == args.objective == "cait":  # a pruner needs blocks that merge, not patched ones
-        return merge_tokens(model, **options), teacher
-    if "r" in options and options["r"] == int(options["r"]):
-        options["r"] = int(options["r"])
-    return apply_patch(model, args.method, **options), teacher
+        return merge_tokens(model, **patched.method_options(args)), teacher
+    return patched.apply(model, args), teacher
 
 
 def objective(args: argparse.Namespace, model: nn.Module, teacher: nn.Module | None, batches: int) -> Objective:
@@ -133,8 +128,16 @@ def objective(args: argparse.Namespace, model: nn.Module, teacher: nn.Module | N
     return OBJECTIVES[args.objective](model, **options)
 
 
-def _value(args: argparse.Namespace, flag: str) -> Any:
-    return getattr(args, flag.removeprefix("--").replace("-", "_"))
+def _teacher(args: argparse.Namespace, sizes: dict[str, Any]) -> nn.Module:
+    """The dense model. --img-size is for one that takes it: convolutions take images of any size."""
+    weights = args.teacher_pretrained, args.teacher_checkpoint
+    further = _arguments("--teacher-kwargs", args.teacher_kwargs)
+    try:
+        return _create(args.teacher, *weights, sizes | further)
+    except CommandError as error:
+        if "img_size" not in sizes or "unexpected keyword argument 'img_size'" not in str(error):
+            raise
+    return _create(args.teacher, *weights, {"num_classes": sizes["num_classes"]} | further)
 
 
 def _arguments(flag: str, given: list[str]) -> dict[str, Any]:

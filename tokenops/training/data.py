@@ -130,7 +130,7 @@ class TableImages(Images):
         classes: names of the classes; the column's own, or its values in order, if not given.
 
     Raises:
-        ValueError: there is no such column.
+        ValueError: there is no such column, or a class that is not in ``classes``.
     """
 
     def __init__(
@@ -149,9 +149,12 @@ class TableImages(Images):
         values = table[kinds[0]]
         own = getattr(features[kinds[0]], "names", None)
         if own is None:
-            own = sorted(set(values)) if classes is None else list(classes)
-            values = [own.index(value) for value in values]
-        super().__init__(values, [str(name) for name in own], train, transform)
+            own = [str(name) for name in (sorted(set(values)) if classes is None else classes)]
+            if extra := sorted({str(value) for value in values} - set(own)):
+                raise ValueError(f"the data set has classes {extra} that the training images do not have")
+            number = {name: i for i, name in enumerate(own)}
+            values = [number[str(value)] for value in values]
+        super().__init__(values, own, train, transform)
 
     def name(self, index: int) -> str:
         path = self.table[index][self.column].get("path")

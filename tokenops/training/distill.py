@@ -12,7 +12,7 @@ from ..methods.evit import EViT
 from ..methods.patch_slimming.dynamic import ranking_loss, teacher_lifespans
 from ..methods.sit import SiT
 from ..nn import ReverseTokenSlimming
-from .objectives import Metrics, Objective, decay_groups, logits_of, parameters_to_train
+from .objectives import Metrics, Objective, decay_groups, evaluating, logits_of, parameters_to_train
 
 #: how much faster than everything else reverse modules learn
 RTSM_LR_SCALE = 5.0
@@ -79,12 +79,10 @@ class FeatureRecalibration(Objective):
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         first = next(self.model.parameters())
         images = torch.zeros(1, 3, *size, device=first.device, dtype=first.dtype)
-        modes = {module: module.training for module in self.model.modules()}
         self._teachers[0].to(first.device)
-        _, ours = block_tokens(self.model.eval(), images)
+        with evaluating(self.model):
+            _, ours = block_tokens(self.model, images)
         _, theirs = block_tokens(self._teachers[0], images)
-        for module, mode in modes.items():
-            module.training = mode
         if len(ours) != len(theirs):
             raise ValueError(f"teacher has {len(theirs)} blocks, but the model has {len(ours)}")
         reverse: list[nn.Module] = []

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batches import eval_batches
-from .objectives import logits_of
+from .objectives import evaluating, logits_of
 
 
 class Totals:
@@ -39,7 +39,7 @@ def evaluate(model: nn.Module, loader: Any, accelerator: Any = None, amp: str = 
     """Loss and accuracy in per cent: ``eval_loss``, ``top1``, and ``top5`` where there are more than five classes.
 
     Args:
-        model: in any mode, which it keeps.
+        model: in any mode, which every module of it keeps.
         loader: of (images, classes); in several processes a DataLoader is shared out, every image once.
         accelerator: of the processes; one process without.
         amp: "no", "bf16" or "fp16".
@@ -50,20 +50,18 @@ def evaluate(model: nn.Module, loader: Any, accelerator: Any = None, amp: str = 
     device = next(model.parameters()).device
     if accelerator is not None:
         loader = eval_batches(loader, accelerator.process_index, accelerator.num_processes)
-    training = model.training
-    model.eval()
     sums, classes = torch.zeros(4, dtype=torch.float64, device=device), 0
-    for batch in loader:
-        if batch is None:  # no image of it could be read
-            continue
-        images, target = moved(batch, device)
-        with autocast(device, amp):
-            logits = logits_of(model(images)).float()
-        classes = logits.shape[1]
-        right = logits.topk(min(5, classes)).indices == target.unsqueeze(1)
-        loss = F.cross_entropy(logits, target, reduction="sum")
-        sums += torch.stack((loss, right[:, 0].sum(), right.sum(), torch.as_tensor(len(images), device=device)))
-    model.train(training)
+    with evaluating(model):
+        for batch in loader:
+            if batch is None:  # no image of it could be read
+                continue
+            images, target = moved(batch, device)
+            with autocast(device, amp):
+                logits = logits_of(model(images)).float()
+            classes = logits.shape[1]
+            right = logits.topk(min(5, classes)).indices == target.unsqueeze(1)
+            loss = F.cross_entropy(logits, target, reduction="sum")
+            sums += torch.stack((loss, right[:, 0].sum(), right.sum(), torch.as_tensor(len(images), device=device)))
     if accelerator is not None and accelerator.num_processes > 1:
         sums = accelerator.reduce(sums, reduction="sum")
     loss, first, five, images = sums.tolist()

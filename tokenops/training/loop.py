@@ -21,7 +21,7 @@ from .evaluation import Totals, autocast, evaluate, moved
 from .objectives import Objective
 from .report import Report
 
-#: the model alone, for `load_checkpoint`: the best, or without an evaluation the last
+#: the model alone: the best, or the last without an evaluation; that of a compacted one says its structure
 MODEL = "model.pt"
 
 
@@ -29,7 +29,8 @@ MODEL = "model.pt"
 class History:
     """What happened: a row for every epoch, as in the log; the best top-1; seconds of all sessions; what was skipped.
 
-    ``skipped`` is, for every epoch in which there were any, the images that could not be read.
+    ``best`` is of the epochs in which the objective was `final`, None while it is not. ``saved`` is the model's file,
+    if there is one. ``skipped`` is, for every epoch in which there were any, the images that could not be read.
     """
 
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -84,20 +85,20 @@ def fit(
         ema: decay of the averaged weights, which are then evaluated, too, and saved.
         mixup: timm.data.Mixup, or another function of (images, target).
         eval_loader: of the evaluation behind every epoch.
-        output: a folder for checkpoints (``last.pt``), the model (``model.pt``: the best; averaged with `ema`) and
-            ``log.csv``.
+        output: a folder for checkpoints (``last.pt``), the model (``model.pt``: the best, and the last until the
+            objective is `final`; averaged with `ema`) and ``log.csv``.
         resume: a checkpoint to go on from, or "auto": that of `output` if there is one.
         checkpoint_every: updates between checkpoints within an epoch; there is one behind every epoch.
         tensorboard: log for TensorBoard, too, in `output`.
         progress: show a bar, where rich is installed, and a line an epoch.
         seed: of everything random; a process adds its number for what it draws itself (dropped paths, mixup).
-        device: "cpu" where a GPU is not to be used.
+        device: "cpu" where a GPU is not to be used, else None.
 
     Returns:
         The `History`.
 
     Raises:
-        ValueError: an argument is out of range, or the checkpoint is of a run with other batches.
+        ValueError: an argument is out of range, or the checkpoint is of another run.
         FloatingPointError: the loss is not finite. The last checkpoint is from before.
         FileNotFoundError: there is no such checkpoint.
     """
@@ -116,6 +117,8 @@ def fit(
         raise ValueError(f"ema={ema}, but it must be at least 0 and below 1")
     if clip is not None and clip <= 0:
         raise ValueError(f"clip={clip}, but it must be above 0")
+    if device not in (None, "cpu"):
+        raise ValueError(f"device={device!r}, but it must be 'cpu', or None for the GPU of this process if it has one")
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # heads and modes that rest for a while
     accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[unused])
     amp = str(accelerator.mixed_precision) if amp is None else amp
@@ -140,7 +143,10 @@ def fit(
         run.check(state)
     run.prepare()
     if state is not None:
-        run.restore(state)
+        try:
+            run.restore(state)
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"resume: {source} is of another model or objective: {error}") from error
     with Report(folder, accelerator.is_main_process, progress, tensorboard) as report:
         return run.all_epochs(report)
 
@@ -250,11 +256,14 @@ class _Run:
         row |= self.checked(self.totals.means(self.accelerator))
         if self.eval_loader is not None:
             models = {"": self.objective.model, **({"ema_": self.ema.module} if self.ema is not None else {})}
-            for prefix, model in models.items():
-                scores = evaluate(model, self.eval_loader, self.accelerator, self.amp)
-                row |= {f"{prefix}{name}": value for name, value in scores.items()}
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # loaders draw seeds
+                for prefix, model in models.items():
+                    scores = evaluate(model, self.eval_loader, self.accelerator, self.amp)
+                    row |= {f"{prefix}{name}": value for name, value in scores.items()}
             top1 = row.get("ema_top1", row["top1"])
-            if history.best is None or top1 > history.best:
+            if not self.objective.final:
+                history.best = history.best_epoch = None
+            elif history.best is None or top1 > history.best:
                 history.best, history.best_epoch = top1, self.epoch
         row |= self.forget_skipped()
         history.rows.append(row)
@@ -291,12 +300,11 @@ class _Run:
         if not self.accelerator.is_main_process:
             return
         history = self.history
-        best = self.eval_loader is None or history.best_epoch == self.epoch - 1
+        best = self.eval_loader is None or history.best_epoch in (None, self.epoch - 1)
         if self.step == 0 and best:
             model = self.objective.model if self.ema is None else self.ema.module
             content = {"state_dict": model.state_dict(), **self.objective.extra_state(), "epoch": self.epoch - 1}
             checkpoint.write(self.output / MODEL, content)
-        if self.step == 0:
             history.saved = self.output / MODEL
         state = {
             "tokenops": 1,
@@ -348,6 +356,8 @@ class _Run:
         history.best, history.best_epoch = state["best"]
         if self.output is not None and (self.output / MODEL).is_file():
             history.saved = self.output / MODEL
+        elif self.output is not None:  # it is another folder: the next model is its best
+            history.best = history.best_epoch = None
         self.random, totals, skipped = state["processes"][self.accelerator.process_index]
         self.totals = Totals(totals, self.device)
         if skipped:

@@ -1,6 +1,7 @@
 """What a training minimises: an `Objective` holds the model and makes a loss of a batch; here, those of one model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,6 +78,11 @@ class Objective(nn.Module):
         """Whether weights can be averaged: not while a pruner changes what they are."""
         return True
 
+    @property
+    def final(self) -> bool:
+        """Whether the model runs as it will in the end: only epochs in which it does compete for the best one."""
+        return True
+
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint needs beside the state dict: tensors, numbers, strings."""
         return {}
@@ -99,6 +105,18 @@ class Objective(nn.Module):
         for teacher in self._teachers:
             teacher._apply(fn)
         return super()._apply(fn, recurse)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode within; every module of it has its own mode again afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def decay_groups(model: nn.Module, parameters: Sequence[Tensor], lr: float, weight_decay: float) -> list[dict]:
@@ -162,6 +180,8 @@ class Plain(Objective):
 class ShrinkingKeepRate(Plain):
     """EViT's training: the keep rate begins at 1 and shrinks to its end, see `EViT.keep_rate_at`.
 
+    The last epoch always has the rate of the end, however few epochs there are.
+
     Args:
         model: an `EViT`, or what `tokenops.apply_patch` made one.
         keep_rate: at the end; the smallest of the model's if not given.
@@ -184,20 +204,26 @@ class ShrinkingKeepRate(Plain):
             keep_rate = float(rates if isinstance(rates, (int, float)) else min(rates))
         self.keep_rate, self.start, self.end = keep_rate, start, end
         EViT.keep_rate_at(0, keep_rate, start, end)  # checks them
+        self.rate: float | None = None  # of the epoch
+
+    @property
+    def final(self) -> bool:
+        return self.rate == self.keep_rate
 
     def begin_epoch(self, epoch: float, epochs: int) -> None:
         model: Any = self.model
-        rate = EViT.keep_rate_at(epoch, self.keep_rate, self.start * epochs, self.end * epochs)
+        end = min(self.end * epochs, epochs - 1)
+        self.rate = EViT.keep_rate_at(epoch, self.keep_rate, min(self.start * epochs, end), end)
         if hasattr(model, "set_keep_rate"):
-            model.set_keep_rate(rate)
+            model.set_keep_rate(self.rate)
         else:
-            model.keep_rate = rate
+            model.keep_rate = self.rate
 
 
 class SlowFast(Objective):
     """Evo-ViT's training: two heads (Evo-LeViT: four), layer-wise for two thirds of the epochs, then stage-wise.
 
-    Evo-LeViT's trade-off of scores is learned only in the stage-wise part.
+    The last epoch is always stage-wise. Evo-LeViT's trade-off of scores is learned only in the stage-wise part.
 
     Args:
         model: an `EvoViT` or an `EvoLeViT`.
@@ -218,9 +244,13 @@ class SlowFast(Objective):
         if teacher is not None and not hasattr(model, "learn_tradeoff"):
             raise ValueError(f"teacher: {type(model).__name__} has no distillation heads, but an EvoLeViT has")
 
+    @property
+    def final(self) -> bool:
+        return bool(self.model.stage_wise)
+
     def begin_epoch(self, epoch: float, epochs: int) -> None:
         model: Any = self.model
-        model.stage_wise = EvoViT.schedule_at(epoch, epochs)
+        model.stage_wise = EvoViT.schedule_at(epoch, epochs) or epoch + 1 >= epochs
         if hasattr(model, "learn_tradeoff"):
             model.learn_tradeoff = model.stage_wise
 

@@ -37,6 +37,10 @@ class Pruned(Plain):
     def settled(self) -> bool:
         return self.pruner is None
 
+    @property
+    def final(self) -> bool:
+        return self.pruner is None
+
     def before_step(self) -> bool:
         """The pruner's step; one that has just ended has changed what the gradients are of."""
         if self.pruner is None:
@@ -73,4 +77,6 @@ class Pruned(Plain):
             self.model = restructure(plain, structure).to(first.device).train(self.model.training)
             self.pruner, self.compacted = None, True
         elif self.pruner is not None:
+            if "pruner" not in state:
+                raise ValueError("the checkpoint has no state of a pruner: it is of another objective")
             self.pruner.load_state_dict(state["pruner"])
