@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
         advance("making the model", 0.0)
         torch.manual_seed(args.seed)
         slim, weights, schedule = slimmed(args, photographs)
+        if not hasattr(slim, "tokenops_patch"):
+            raise CommandError("--checkpoint: of a compacted model nothing can be traced: use eval or bench")
         _, dense = patched.dense_of(slim, args)
         x = prepare(slim, photographs)
         with use_backend("auto"):

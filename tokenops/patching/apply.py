@@ -161,7 +161,8 @@ def apply_patch(model: Any, method: str, *, trace_source: bool = False, **option
         **options: those of the method.
 
     Returns:
-        The model. It runs one forward at a time.
+        The model. It runs one forward at a time. (With torch 2.11 transformers' ViT makes a mask where it is compiled,
+        which is refused.)
 
     Raises:
         TypeError: the model, its blocks or their attention are of another kind; or an option is not known. The model is
