@@ -22,7 +22,8 @@ def main() -> None:
     options.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     options.add_argument("--readme", type=Path, default=ROOT / "README.md")
     args = options.parse_args()
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(args.results.glob("*.json"))}
+    files = [path for path in sorted(args.results.glob("*.json")) if path.stem != "accuracy"]  # has its own table
+    results = {path.stem: json.loads(path.read_text()) for path in files}
     plots = importlib.util.find_spec("matplotlib") is not None
     if not plots:
         print("no plots: matplotlib is not installed")
