@@ -4,6 +4,7 @@ import pytest
 import torch
 from attend import EVERYTHING, FLOATS, PATHS, SCORES, attention, check, double, inputs, run, running
 from cases import ATTEND, DTYPES, Attend
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenops import _native, reference
@@ -207,11 +208,11 @@ def test_opcheck(backend, device):
         ((q[:0], k[:0], v[:0], None, None, None, None), "none", False),
     ):
         arguments = (*tensors, 0.3, kind, mean, True)
-        torch.library.opcheck(forward, arguments)
+        library.opcheck(forward, arguments)
         out, score, lse, _ = forward(*arguments)
         given = None if kind == "none" else torch.randn_like(score)
         dlse = torch.randn_like(lse) if mean else None
-        torch.library.opcheck(backward, (torch.randn_like(out), given, dlse, *tensors, out, lse, 0.3, kind, mean))
+        library.opcheck(backward, (torch.randn_like(out), given, dlse, *tensors, out, lse, 0.3, kind, mean))
 
 
 def test_compile(backend, device):

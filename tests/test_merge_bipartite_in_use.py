@@ -3,6 +3,7 @@
 import pytest
 import torch
 from merging_tokens import exact_metric, plain_merge
+from torch import library
 
 import tokenops
 from tokenops import _backends, reference, tome
@@ -62,15 +63,15 @@ def test_threads_change_nothing(device):
 def test_opcheck(backend, device):
     x, metric, sizes, w = torch.randn(2, 7, 4), torch.randn(2, 7, 3), torch.ones(2, 7), torch.ones(4)
     x, metric, sizes, w = (t.to(device) for t in (x, metric, sizes, w))
-    torch.library.opcheck(kernel("match_bipartite_fwd", backend), (metric, 2, 1))
+    library.opcheck(kernel("match_bipartite_fwd", backend), (metric, 2, 1))
     index = kernel("match_bipartite_fwd", backend)(metric, 2, 1)
     for some, weight, norm in ((None, None, False), (sizes, w, True), (sizes, None, True)):
         arguments = (x, index, 4, some, weight, None, 1, norm, 1e-5)
-        torch.library.opcheck(kernel("merge_bipartite_fwd", backend), arguments)
+        library.opcheck(kernel("merge_bipartite_fwd", backend), arguments)
         y, merged, *_ = kernel("merge_bipartite_fwd", backend)(*arguments)
-        torch.library.opcheck(kernel("merge_bipartite_bwd", backend), (y, index, some, merged, 1))
-    torch.library.opcheck(kernel("unmerge_bipartite_fwd", backend), (y, index, 1))
-    torch.library.opcheck(kernel("unmerge_bipartite_bwd", backend), (x, index, 4, 1))
+        library.opcheck(kernel("merge_bipartite_bwd", backend), (y, index, some, merged, 1))
+    library.opcheck(kernel("unmerge_bipartite_fwd", backend), (y, index, 1))
+    library.opcheck(kernel("unmerge_bipartite_bwd", backend), (x, index, 4, 1))
 
 
 @pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
