@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import Spread
 from rich.progress import Progress
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenops
+from measure import Spread
 from tokenops import training
 from tokenops.cli import machine
 from tokenops.cli.timing import clock, interleaved, ratio

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import PASSES, nbytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from measure import PASSES, nbytes
 from tokenops import masked_channel_attention, reference
 
 

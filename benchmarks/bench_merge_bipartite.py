@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import PASSES, SIZES, nbytes
-from peers import merge_as_published
 
+from measure import PASSES, SIZES, nbytes
+from published.vit import merge_as_published
 from tokenops import merge_bipartite, reference
 
 R = {True: 3, False: 13}  # by bench.quick

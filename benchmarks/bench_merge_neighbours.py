@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import PASSES, SIZES, nbytes
 
+from measure import PASSES, SIZES, nbytes
 from tokenops import merge_neighbours, reference
 
 GRIDS = {True: (4, 6), False: (14, 14)}  # by bench.quick

@@ -2,25 +2,23 @@
 
 import copy
 import importlib
-import sys
 from functools import partial
-from pathlib import Path
 
-import peers
 import pytest
 import torch
-from measure import nbytes
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenops
+from measure import nbytes
+from published import vit
+from published.sit import PublishedSiT
 from tokenops.cli.comparison import dense_form, made
 from tokenops.nn import convert_attention
 
 timm = pytest.importorskip("timm")
 importlib.import_module("tokenops.methods")  # registers the models
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from published_sit import PublishedSiT  # noqa: E402
 
 LVVIT_S = dict(embed_dim=384, num_heads=6, skip_lam=2.0)
 DEIT_S = dict(embed_dim=384, num_heads=6, stem="linear", mlp_ratio=4.0, qkv_bias=True, norm_eps=1e-6, aux_head=False)
@@ -144,10 +142,40 @@ def test_method(bench, compare, name, batch, how):
     assert row["kernels"] or how == "compiled"
 
 
+class Counter(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        returned = operator._schema.returns
+        view = bool(returned) and all(r.alias_info is not None and not r.alias_info.is_write for r in returned)
+        self.count += not view and operator is not torch.ops.aten._unsafe_view.default
+        return operator(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def operators(function, *args):
+    """How many operators a call dispatches; views are not counted."""
+    with Counter() as counter:
+        function(*args)
+    return counter.count
+
+
+def operators_a_block(model, vit, images):
+    """The same for one block, on average: the whole model without what a ViT with no blocks does."""
+    blocks, vit.blocks = vit.blocks, nn.Sequential()
+    try:
+        outside = operators(vit, images)
+    finally:
+        vit.blocks = blocks
+    return (operators(model, images) - outside) / len(blocks)
+
+
 #: patches, and what each is measured against: the same method as published, and the dense model
 PATCHES = {
-    "tome": (dict(r=13), partial(peers.ToMe, r=13)),
-    "evit": (dict(keep_rate=0.7), partial(peers.EViT, keep_rate=0.7)),
+    "tome": (dict(r=13), partial(vit.ToMe, r=13)),
+    "evit": (dict(keep_rate=0.7), partial(vit.EViT, keep_rate=0.7)),
 }
 
 
@@ -182,9 +210,9 @@ def test_patched(bench, compare, method, batch, capsys):
         device_time=False,
     )
     counts = {
-        "dense": peers.operators_a_block(dense, dense, x),
-        "published": peers.operators_a_block(published, published.vit, x),
-        "ours": peers.operators_a_block(model, model, x),
+        "dense": operators_a_block(dense, dense, x),
+        "published": operators_a_block(published, published.vit, x),
+        "ours": operators_a_block(model, model, x),
     }
     row["operators_a_block"] = {side: round(count, 2) for side, count in counts.items()}
     with capsys.disabled():

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from measure import PASSES, SIZES, nbytes
 
+from measure import PASSES, SIZES, nbytes
 from tokenops import reference, restore_tokens
 
 

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import PASSES, SIZES, nbytes
 
+from measure import PASSES, SIZES, nbytes
 from tokenops import reference, select_tokens
 
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import PASSES, nbytes
 
+from measure import PASSES, nbytes
 from tokenops import reference, token_mlp
 
 

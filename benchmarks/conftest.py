@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import measure
 import pytest
 import torch
+
+import measure
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -35,10 +35,10 @@ def commands(part: str, out: Path) -> list[tuple[str, ...]]:
             "cuda",
             "-k",
             "native and not compile and not opcheck",
-            "tests/test_restore_tokens.py",
-            "tests/test_select_tokens.py",
-            "tests/test_merge_neighbours.py",
-            "tests/test_merge_bipartite.py",
+            "tests/ops/test_restore_tokens.py",
+            "tests/ops/test_select_tokens.py",
+            "tests/ops/test_merge_neighbours.py",
+            "tests/ops/test_merge_bipartite.py",
         )
         # no caching allocator: an access one element past a tensor has to be one past its allocation
         return [

@@ -24,6 +24,42 @@ def device(request):
     return request.config.getoption("--device")
 
 
+def pytest_generate_tests(metafunc):
+    """A test that takes `backend` runs on every backend that its module's OPERATOR has on the device."""
+    if "backend" in metafunc.fixturenames:
+        from tokenops._backends import TABLE
+
+        operator, device = metafunc.module.OPERATOR, metafunc.config.getoption("--device")
+        paths = TABLE[operator][device]
+        if device == "cpu" and operator in COMPOSED:
+            paths = (*paths, "composed")
+        metafunc.parametrize("backend", paths, indirect=True)
+
+
+#: operators whose CPU path is torch's own kernels with compiled code between them, or without it: "composed"
+COMPOSED = ("soft_aggregate", "masked_channel_attention")
+
+
+@pytest.fixture
+def backend(request, device, monkeypatch):
+    """The name of the backend that runs the module's OPERATOR; what cannot run fails the test, unless it was not built
+    for want of a compiler."""
+    import torch
+
+    import tokenops
+    from tokenops import _backends
+
+    operator, name = request.module.OPERATOR, request.param
+    if name == "composed":
+        monkeypatch.setattr(f"tokenops._cpu.{operator}._compiled", lambda *tensors: False)
+        name = "native"
+    reason = _backends.why_not(operator, name, device, torch.float32)
+    if reason is not None and "no C++ compiler" in reason:
+        pytest.skip(reason)
+    with tokenops.use_backend(name):
+        yield name
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     import torch

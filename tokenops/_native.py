@@ -52,10 +52,13 @@ _capabilities = [tuple(map(int, name.rstrip("af+PTX").split("."))) for name in _
 _oldest_gpu = min(_capabilities, default=(0, 0))
 
 
-@torch.compiler.assume_constant_result
 def gpu_capability() -> tuple[int, int]:
     """Of the current GPU; a constant to torch.compile."""
     return torch.cuda.get_device_capability()
+
+
+# what torch.compiler.assume_constant_result does, without importing all of torch._dynamo (a test compares them)
+gpu_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(device: str) -> str | None:

@@ -1,0 +1,161 @@
+"""The benchmarks run, write valid results, and the report makes tables and plots of them. No time is asserted."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def bench(results, *arguments):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "--quick"]
+    done = subprocess.run(
+        [*command, f"--results={results}", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=BENCHMARKS,
+        env=os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """One session over the operators, a second one over a model: its rows are merged into the same file."""
+    folder = tmp_path_factory.mktemp("results")
+    operators = sorted(path.name for path in BENCHMARKS.glob("bench_*.py") if path.name != "bench_models.py")
+    bench(folder, *operators, "-k", "single or M98-C384")
+    (file,) = folder.glob("*.json")
+    before = json.loads(file.read_text())
+    bench(folder, "bench_models.py", "-k", "sit_lvvit_xsmall and batch and eager")
+    return folder, before, json.loads(file.read_text())
+
+
+def is_spread(value):
+    return len(value) == 3 and 0 < value[1] <= value[0] <= value[2]
+
+
+def test_every_row_is_complete(results):
+    _, _, after = results
+    operators = {row["operator"] for row in after["rows"].values()}
+    assert operators >= {"soft_aggregate", "soft_scatter", "restore_tokens", "token_mlp", "sit_lvvit_xsmall eager"}
+    assert operators >= {"attention class"}
+    for name, row in after["rows"].items():
+        assert name.startswith(f"{row['operator']} {row['passes']} ") and name.endswith(row["dtype"])
+        assert row["run"] in after["runs"] and row["dtype"] == "float32"
+        assert row["kernels"], f"{name}: none of our kernels ran"
+        assert is_spread(row["us"]) and row["bytes"] > 0 and row["flops"] >= 0 and row["floor_us"] > 0
+        assert row["of_floor"] == pytest.approx(row["floor_us"] / row["us"][0], rel=1e-2)
+        assert len(row["peers"]) >= 2
+        assert all(is_spread(peer["us"]) and is_spread(peer["ratio"]) for peer in row["peers"].values())
+
+
+def test_a_run_says_where_its_figures_come_from(results):
+    _, _, after = results
+    for run in after["runs"].values():
+        assert run["torch"] == torch.__version__ and run["threads"] == 1 and run["driver"] is None and run["device"]
+        assert run["copy_bytes_per_s"] > 0 and run["flops_per_s_float32"] > 0
+
+
+def test_attention_says_errors_and_memory(results):
+    rows = [row for row in results[2]["rows"].values() if row["operator"] == "attention class"]
+    assert len(rows) == 2
+    for row in rows:
+        assert {"eager", "sdpa flash", "sdpa math", "sdpa + row"} <= set(row["peers"])
+        for side in (row, *row["peers"].values()):
+            assert 0 < side["error"] < 1e-5 and side["peak_bytes"] > 0
+        matrix = 4 * row["shape"]["B"] * row["shape"]["H"] * row["shape"]["N"] ** 2
+        assert row["peers"]["eager"]["peak_bytes"] >= 2 * matrix  # the logits and their softmax
+
+
+def test_a_second_session_keeps_the_rows_of_the_first(results):
+    _, before, after = results
+    assert all(after["rows"][name] == row for name, row in before["rows"].items())
+    assert len(after["rows"]) == len(before["rows"]) + 1 and len(after["runs"]) == 2
+
+
+def test_a_model_row_says_what_is_realised(results):
+    row = results[2]["rows"]["sit_lvvit_xsmall eager forward B2 float32"]
+    dense = row["peers"]["lvvit_small"]
+    assert dense["flop_ratio"] > 1
+    assert dense["realised"] == pytest.approx(dense["ratio"][0] / dense["flop_ratio"], rel=1e-2)
+    assert "realised" not in row["peers"]["published"]
+
+
+def test_a_wrong_peer_is_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import measure
+
+    session = measure.Bench("cpu", torch.float32, quick=True, compiled="none")
+    sizes = dict(shape={"B": 1}, inputs=lambda: (torch.ones(3),), bytes=12, flops=0)
+    with pytest.raises(AssertionError, match="wrong and ours differ in result 0"):
+        session.compare("double", ours=lambda x: 2 * x, peers={"wrong": lambda x: 3 * x}, **sizes)
+    with pytest.raises(AssertionError, match="result 1"):  # the same values, but no gradient flows
+        peers = {"wrong": lambda x: (2 * x).detach() + 0 * x}
+        session.compare("double", ours=lambda x: 2 * x, peers=peers, passes="forward+backward", **sizes)
+    assert session.rows == {}
+
+
+def report():
+    spec = importlib.util.spec_from_file_location("report", BENCHMARKS / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_report_fills_the_readme_and_draws(results, tmp_path):
+    folder, _, after = results
+    stem = next(folder.glob("*.json")).stem
+    (folder / "accuracy.json").write_text('{"run": {}, "rows": {"dense": {}}}')  # that of accuracy.py is not read
+    assert stem.startswith("cpu")
+    readme = tmp_path / "README.md"
+    places = "<!-- results:cpu -->\nold\n<!-- /results -->\nbetween\n<!-- results:cpu models -->\n<!-- /results -->\n"
+    readme.write_text(f"# title\n{places}end\n")
+    command = [sys.executable, str(BENCHMARKS / "report.py"), "--results", str(folder), "--readme", str(readme)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    text = readme.read_text()
+    assert text.startswith("# title\n<!-- results:cpu -->\n\n|") and "old" not in text and "between" in text
+    assert text.count("| sit_lvvit_xsmall eager |") == 2
+    rows = after["rows"].values()
+    assert text.count("| soft_aggregate |") == sum(row["operator"] == "soft_aggregate" for row in rows)
+    assert text.endswith("<!-- /results -->\nend\n")
+    assert report().filled(text, {stem: after}) == text, "filling in again changes nothing"
+    for kind in ("operators", "models"):
+        assert (folder / f"{stem}-{kind}.png").stat().st_size > 5000
+
+
+def test_report_leaves_a_place_without_results(capsys):
+    text = "<!-- results:nvidia -->\nmeasured elsewhere\n<!-- /results -->"
+    assert report().filled(text, {"cpu-x": {"rows": {}, "runs": {}}}) == text
+    assert "results:nvidia stays as it is: no result file begins so (cpu-x)" in capsys.readouterr().out
+
+
+def test_accuracy_trains_measures_and_draws(tmp_path):
+    """The dense model and two methods, for an epoch each."""
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- accuracy -->\nold\n<!-- /accuracy -->\n")
+    options = "--seeds 1 --dense-epochs 1 --epochs 1 --rounds 2 --processes 1 --methods".split()
+    command = [sys.executable, str(BENCHMARKS / "accuracy.py"), *options, "SiT with FRD", "ToMe, not trained"]
+    command += ["--results", str(tmp_path), "--readme", str(readme)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "accuracy.json").read_text())["rows"]
+    dense = rows["dense"]["macs"]
+    for level, part in (("mild", 0.65), ("strong", 0.45)):
+        for name in ("SiT with FRD", "ToMe, not trained"):
+            row = rows[f"{name}, {level}"]
+            assert row["macs"] == pytest.approx(part * dense, rel=0.05) and is_spread(row["speed_up"])
+            assert len(row["accuracy"]) == 1 and 0 <= row["accuracy"][0] <= 100
+    assert "| SiT with FRD, strong |" in readme.read_text() and "old" not in readme.read_text()
+    assert (tmp_path / "accuracy.png").stat().st_size > 5000

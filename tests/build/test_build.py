@@ -1,0 +1,221 @@
+"""What setup.py makes: one wheel for every Python and torch, honest about what it holds; and kernels without spills."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import setuptools
+
+from tokenops import _native
+
+ROOT = Path(__file__).parents[2]
+MODERN = tuple(int(part) for part in setuptools.__version__.split(".")[:2]) >= (70, 1)
+
+needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
+
+
+NVCC = shutil.which("nvcc") or shutil.which(f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A copy of what a bare clone holds, so that building leaves no trace in this one."""
+    copy = tmp_path_factory.mktemp("sources") / "tokenops"
+    unwanted = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
+    for folder in ("csrc", "tokenops", "tests"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=unwanted)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+def python(*arguments, cwd, **environment):
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def wheel(sources, folder, mode):
+    if not MODERN:
+        pytest.skip(f"building wheels needs setuptools 70.1, this is {setuptools.__version__}")
+    shutil.rmtree(sources / "build", ignore_errors=True)
+    arguments = ("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--quiet", "--wheel-dir", folder, ".")
+    done = python(*arguments, cwd=sources, TOKENOPS_BUILD=mode)
+    assert done.returncode == 0, done.stderr
+    (made,) = Path(folder).glob("*.whl")
+    with zipfile.ZipFile(made) as archive:
+        archive.extractall(folder / "content")
+        return made.name, archive.namelist(), json.loads(archive.read("tokenops/_build_info.json"))
+
+
+def undefined(library):
+    """The symbols a library wants from others, without those of libc and libstdc++."""
+    listing = subprocess.check_output(["nm", "-D", "--undefined-only", library], text=True)
+    names = [line.split()[-1] for line in listing.splitlines()]
+    runtime = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_|^_ZNSt|^_ZSt\d+__throw_\w+$|^_ITM_\w+$|^__gmon_start__$")
+    return {name for name in names if not runtime.search(name)}
+
+
+def assert_stable(library):
+    strangers = {name for name in undefined(library) if not re.fullmatch(r"(aoti_)?torch_[a-z]\w*", name)}
+    assert not strangers, f"not of the stable ABI: {sorted(strangers)}"
+    assert undefined(library)  # nm saw something
+
+
+USE = """
+import torch, tokenops
+from tokenops import _backends, _native
+base, tokens, index = torch.zeros(1, 4, 2), torch.ones(1, 1, 2), torch.tensor([[1]])
+y = tokenops.restore_tokens(base, tokens, index)[0, :, 0].tolist()
+print(tokenops.__file__, y, _backends.choose("restore_tokens", "cpu", torch.float32), _native.why_not("cpu"), sep="|")
+"""
+
+
+def use(content):
+    done = python("-c", USE, cwd=content, PYTHONPATH=str(content), TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    place, y, backend, reason = done.stdout.strip().split("|")
+    assert place.startswith(str(content)) and y == "[0.0, 0.0, 1.0, 0.0]"
+    return backend, reason
+
+
+@needs_sources
+@needs_compiler
+def test_wheel(sources, tmp_path):
+    name, files, info = wheel(sources, tmp_path, "cpu")
+    assert re.fullmatch(r"tokenops-[\d.]+-cp310-abi3-linux_\w+\.whl", name)
+    assert {"tokenops/_C.abi3.so", "tokenops/py.typed", "tokenops/_triton/restore_tokens.py"} <= set(files)
+    assert all(re.match(r"tokenops/|tokenops-[\d.]+\.dist-info/", file) for file in files)
+    assert not [file for file in files if "test" in file or file.endswith((".cpp", ".cu", ".cuh", ".h"))]
+    assert any(file.endswith("LICENSE") for file in files)
+    assert info["cpu"] is None and info["cuda"] == "installed with TOKENOPS_BUILD=cpu" and info["torch"]
+    assert_stable(tmp_path / "content/tokenops/_C.abi3.so")
+    assert use(tmp_path / "content") == ("native", "None")
+
+
+@needs_sources
+def test_pure_wheel(sources, tmp_path):
+    name, files, info = wheel(sources, tmp_path, "none")
+    assert name.endswith("-py3-none-any.whl") and not [file for file in files if file.endswith(".so")]
+    assert info["cpu"] == info["cuda"] == "installed with TOKENOPS_BUILD=none"
+    assert use(tmp_path / "content") == ("reference", "installed with TOKENOPS_BUILD=none")
+
+
+@needs_sources
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"TOKENOPS_BUILD": "gpu"}, "TOKENOPS_BUILD='gpu', but it must be one of auto, cpu, cuda, none"),
+        ({"TOKENOPS_BUILD": "cpu", "CXX": "no-such"}, "TOKENOPS_BUILD=cpu, but that cannot be built: there was no C++"),
+        ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, "'Hopper' is not of the form 9.0, 9.0a or 9.0+PTX"),
+        ({"TORCH_CUDA_ARCH_LIST": "99.0", "TOKENOPS_BUILD": "cuda"}, "does not know 99.0"),
+    ],
+)
+def test_errors_in_words(sources, environment, words):
+    if "TORCH_CUDA_ARCH_LIST" in environment and NVCC is None:
+        pytest.skip("needs nvcc")
+    done = python("setup.py", "--version", cwd=sources, **environment)
+    assert done.returncode != 0 and words in done.stderr
+
+
+@needs_sources
+def test_without_tools_it_installs_and_says_why(sources, tmp_path):
+    done = python("setup.py", "build", "--build-lib", tmp_path, cwd=sources, TOKENOPS_BUILD="auto", CXX="no-such")
+    reason = "there was no C++ compiler when tokenops was installed"
+    assert done.returncode == 0 and f"C++ not built: {reason}" in done.stderr
+    assert use(tmp_path) == ("reference", reason)
+
+
+NVCC_THAT_FAILS = """#!/bin/sh
+case "$*" in
+  --list-gpu-code) echo sm_80; echo sm_90 ;;
+  --version) echo "release 13.0, V13.0.1" ;;
+  *) echo "nvcc fatal: no licence today" >&2; exit 1 ;;
+esac
+"""
+
+
+@needs_sources
+@needs_compiler
+def test_an_nvcc_that_fails_is_left_out_aloud_unless_it_was_asked_for(sources, tmp_path):
+    nvcc = tmp_path / "cuda/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(NVCC_THAT_FAILS)
+    nvcc.chmod(0o755)
+    build = ("setup.py", "build", "--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib")
+    environment = {"CUDA_HOME": str(tmp_path / "cuda"), "TORCH_CUDA_ARCH_LIST": ""}
+    done = python(*build, cwd=sources, TOKENOPS_BUILD="auto", **environment)
+    assert done.returncode == 0, done.stderr
+    assert "compute capability 10.0+PTX: left out" in done.stderr
+    assert "CUDA not built: nvcc failed when tokenops was installed: nvcc fatal: no licence today" in done.stderr
+    assert use(tmp_path / "lib") == ("native", "None")
+    done = python(*build, cwd=sources, TOKENOPS_BUILD="cuda", **environment)
+    assert done.returncode != 0 and "TOKENOPS_BUILD=cuda, but that cannot be built" in done.stderr
+
+
+@needs_sources
+def test_source_distribution_holds_the_native_sources(sources, tmp_path):
+    done = python("setup.py", "--quiet", "sdist", "--dist-dir", tmp_path, cwd=sources, TOKENOPS_BUILD="none")
+    assert done.returncode == 0, done.stderr
+    (made,) = tmp_path.glob("*.tar.gz")
+    listing = subprocess.check_output(["tar", "tzf", made], text=True)
+    for source in (ROOT / "csrc").rglob("*.*"):
+        assert f"/{source.relative_to(ROOT)}\n" in listing
+
+
+def test_this_library_is_stable():
+    if _native.why_not("cpu") is not None:
+        pytest.skip(_native.why_not("cpu"))
+    assert_stable(_native.LIBRARY)
+
+
+def test_info_tells_what_was_built():
+    info = _native.info()
+    assert info["cpu"] == _native.why_not("cpu")
+    if info["cuda"] is None:
+        assert info["architectures"] and info["nvcc"]
+
+
+# The CUDA kernels
+
+
+@needs_sources
+@needs_compiler
+@needs_nvcc
+def test_one_library_holds_cuda_too_and_still_loads(sources, tmp_path):
+    folders = ("--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib")
+    done = python("setup.py", "build", *folders, cwd=sources, TOKENOPS_BUILD="cuda", TORCH_CUDA_ARCH_LIST="9.0+PTX")
+    assert done.returncode == 0, done.stderr
+    info = json.loads((tmp_path / "lib/tokenops/_build_info.json").read_text())
+    assert info["cuda"] is None and info["architectures"] == ["9.0", "9.0+PTX"] and info["nvcc"]
+    library = tmp_path / "lib/tokenops/_C.abi3.so"
+    assert_stable(library)
+    assert b"restore_tokens_bwd_kernel" in library.read_bytes()
+    assert use(tmp_path / "lib") == ("native", "None")
+
+
+@needs_sources
+@needs_nvcc
+@pytest.mark.parametrize("capability", (80, 90, 100))
+def test_cuda_kernels_do_not_spill(tmp_path, capability):
+    import torch
+
+    include = Path(torch.__file__).parent / "include"
+    command = [NVCC, "-O3", "-std=c++17", "-Xptxas=-v", f"-arch=sm_{capability}", f"-I{include}", "-cubin"]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-o", tmp_path / "kernels.cubin"]
+    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        done = subprocess.run([*command, source], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        kernels = re.findall(r"Compiling entry function '(\w+)'", done.stderr)
+        stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+        shared = [int(number) for number in re.findall(r"(\d+) bytes smem", done.stderr)]
+        assert len(kernels) == len(stacks) >= 8 and shared and max(shared) <= 48 * 1024
+        assert [k for k, numbers in zip(kernels, stacks, strict=True) if numbers != ("0", "0", "0")] == []

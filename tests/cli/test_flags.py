@@ -1,0 +1,143 @@
+"""Flags of the commands: what they become, models they make, and errors in words."""
+
+import argparse
+
+import pytest
+import torch
+
+from support.commands import MODEL, SMALL, evaluate, needed, parsed, run, timm
+from tokenops.cli import CommandError, bench, patched, slim
+
+
+def test_a_checkpoint_of_the_patched_model(tmp_path):
+    arguments = [*SMALL, "--method", "sit", "--keeping-ratio", 0.6]
+    model, source = patched.make(parsed(bench, *arguments))
+    assert source == ""
+    torch.save(model.state_dict(), tmp_path / "sit.pth")
+    again, source = patched.make(parsed(bench, *arguments, "--checkpoint", tmp_path / "sit.pth"))
+    assert source.endswith("sit.pth") and len(again.state_dict()) > len(
+        timm.create_model(MODEL, img_size=64).state_dict()
+    )
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    name, dense = patched.dense_of(again, parsed(bench, *arguments))
+    assert dense.state_dict().keys() == timm.create_model(MODEL, img_size=64).state_dict().keys() and hasattr(
+        again, "tokenops_patch"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ("tome --r 8", {"r": 8}),
+        ("tome --r 8 --inflect -1 --no-prop-attn", {"r": (8, -1.0), "prop_attn": False}),
+        ("tome --r 4 3 2", {"r": [4, 3, 2]}),
+        ("evit --keep-rate 0.6", {"keep_rate": 0.6}),
+        ("evit --keep-rate 1 0.5 --fuse-token", {"keep_rate": [1.0, 0.5], "fuse_token": True}),
+        ("evo_vit --stages 2 4 --tradeoff 0.3", {"stages": [2, 4], "tradeoff": 0.3}),
+        ("patch_slimming --counts 17 9 1", {"schedule": [17, 9, 1]}),
+        ("sit --locations 3", {"locations": [3]}),
+        (
+            "cait --points 2:vertical 4:horizontal --kind scalar",
+            {"points": {2: "vertical", 4: "horizontal"}, "kind": "scalar"},
+        ),
+        ("none", {}),
+    ],
+)
+def test_options_of_methods(flags, options):
+    assert patched.method_options(parsed(bench, "--method", *flags.split())) == options
+
+
+def test_every_option_is_one_of_its_method():
+    """What `apply_patch` calls them."""
+    from inspect import signature
+
+    from tokenops.patching.apply import METHODS
+
+    assert set(patched.METHODS) == {"none", *METHODS}
+    aside = {"inflect", "counts"}  # parts of r and of schedule
+    for option in patched.OPTIONS:
+        assert option.name in aside or option.name in signature(METHODS[option.method]).parameters, option.name
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "words"),
+    [
+        (bench, [], "--method none, and small_vit_for_commands reduces nothing: choose a --method, tome, evit"),
+        (bench, ["--method", "tome"], "--method tome needs --r"),
+        (bench, ["--method", "patch_slimming"], "--method patch_slimming needs --schedule or --counts"),
+        (bench, ["--method", "evit", "--r", "3"], "--r belongs to --method tome, not to evit"),
+        (bench, ["--method", "tome", "--r", "3", "4", "--inflect", "1"], "--inflect goes with one number of --r"),
+        (bench, ["--method", "evit", "--keep-rate", "2"], "--method evit: keep_rate=2, but it must be above 0"),
+        (bench, ["--method", "patch_slimming", "--counts", "9"], "--method patch_slimming: "),
+        (bench, ["--method", "patch_slimming", "--schedule", "no.json"], "--schedule: cannot read no.json: No such"),
+        (bench, ["--method", "patch_slimming", "--schedule", __file__], "must be JSON"),
+        (bench, ["--method", "cait", "-b", "0"], "--batch-size=0, but it must be at least 1"),
+        (bench, ["--method", "cait", "--repeats", "0"], "--repeats=0, but it must be at least 1"),
+        (bench, ["--method", "cait", "--output", "a.txt"], "--output a.txt: the name must end in .csv or .json"),
+        (bench, ["--method", "cait", "--output", f"{__file__}/a.csv"], "--output: cannot write"),
+        (bench, ["--method", "cait", "--device", "tpu"], "--device tpu, but it must be cpu, cuda"),
+        (bench, ["--method", "cait", "--device", "meta"], "--device meta, but it must be cpu, cuda"),
+        (bench, ["--method", "cait", "--amp", "--dtype", "bfloat16"], "--amp and --dtype bfloat16"),
+        (
+            bench,
+            ["--method", "cait", "--model", "deit_huge"],
+            "--model: timm knows no model 'deit_huge'; near it are: deit3",
+        ),
+        (bench, ["--method", "cait", "--model", "resnet18", "--img-size", "64"], "cannot make resnet18"),
+        (bench, ["--method", "cait", "--num-classes", "0"], "--num-classes=0, but it must be at least 1"),
+        (bench, ["--method", "cait", "--checkpoint", "no.pth"], "--checkpoint: there is no file no.pth"),
+        (bench, ["--method", "cait", "--checkpoint", __file__], "holds no weights"),
+        (bench, ["--method", "cait", "--model", "sit_deit_tiny"], "--method cait: apply_patch"),
+        (
+            bench,
+            ["--method", "cait", "--model", "lvvit_tiny", "--pretrained"],
+            "--pretrained, but no weights of lvvit_tiny can be downloaded",
+        ),
+        (slim, ["--method", "none"], "--method none slims nothing: choose one of tome"),
+        (slim, ["--output", "slim.csv"], "--output slim.csv: the name must end in .png"),
+        (slim, ["--output", "slim.svg"], "--output slim.svg: the name must end in .png"),
+        (slim, ["--data-dir", "."], "--data-dir goes with --method patch_slimming"),
+        (
+            slim,
+            ["--method", "patch_slimming", "--data-dir", "nowhere"],
+            "--data-dir nowhere has no image that can be read",
+        ),
+        (slim, ["--method", "patch_slimming", "--granularity", "0"], "--granularity=0, but it must be at least 1"),
+        (slim, ["--save", f"{__file__}/a.pth"], "--save: cannot write"),
+        (slim, ["nowhere.jpg"], "there is no file nowhere.jpg"),
+        (evaluate, [], "--data-dir nowhere, --split val: there is no folder nowhere"),
+        (evaluate, ["--sweep", "1"], "--sweep goes with --method tome, evit, evo_vit, sit, not with none"),
+        (evaluate, ["--method", "evit", "--keep-rate", "0.5", "--sweep", "1"], "--sweep sets --keep-rate: give one"),
+        (evaluate, ["--workers", "-1"], "--workers=-1, but it must be at least 0"),
+    ],
+)
+def test_errors_in_words(command, arguments, words, tmp_path, monkeypatch):
+    needed(command)
+    monkeypatch.chdir(tmp_path)
+    required = ["--data-dir", "nowhere"] if command is evaluate else []
+    size = [] if "--model" in arguments else SMALL
+    with pytest.raises(CommandError) as error:
+        run(command, *required, *size, *arguments)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("command", [bench, evaluate, slim])
+def test_help_names_every_option(command):
+    needed(command)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    text = parser.format_help()
+    for flag in ("--model", "--method", "--batch-size", "--device", *(option.flag for option in patched.OPTIONS)):
+        assert flag in text, flag
+
+
+def test_points_are_a_block_and_an_axis(capsys):
+    with pytest.raises(SystemExit):
+        parsed(bench, "--points", "2-vertical")
+    assert "'2-vertical', but it must be a block and horizontal or vertical: 2:horizontal" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(CommandError, match="--device cuda:1 was asked for, but torch sees no GPU"):
+        run(bench, "--method", "cait", "--device", "cuda:1")

@@ -1,0 +1,385 @@
+"""CAIT's merged models compute what plain PyTorch written down here does, and stay timm's models."""
+
+import copy
+import doctest
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import SwiGLU
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ResPostBlock
+from torch import nn
+
+import tokenops
+from support.cait_merging import KINDS, MODELS, POINTS, SMALL, by_slices, dense, merged
+from support.models import all_close, close, gradients, images, train_a_little
+from tokenops.methods import EViT, LVViT, SiT, cait
+from tokenops.methods.cait import (
+    Block,
+    Merge,
+    Mlp,
+    Structure,
+    UnmergedMaps,
+    blocks,
+    convert_blocks,
+    merge_tokens,
+    merged_maps,
+    unmerge_tokens,
+)
+
+
+def literal(model, x):
+    """Logits and every block's tokens of a merged model, row by row, in plain PyTorch."""
+    P, (height, width) = model.num_prefix_tokens, model.patch_embed.grid_size
+    x = model.embed(x) if isinstance(model, LVViT) else model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    layers = []
+    for block in model.blocks:
+        attn, y = block.attn, block.norm1(x)
+        q, k, v = attn.qkv(y).unflatten(2, (3, attn.num_heads, -1)).unbind(2)
+        weights = torch.einsum("bqhd,bkhd->bhqk", attn.q_norm(q), attn.k_norm(k)).mul(q.shape[3] ** -0.5).softmax(dim=3)
+        y = attn.proj(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
+        x = x + block.alpha * block.ls1(y)
+        mlp, y = block.mlp, block.norm2(x)
+        y = mlp.fc2(mlp.norm(F.gelu(mlp.fc1(y)))) if isinstance(mlp, Mlp) else mlp(y)
+        x = x + block.alpha * block.ls2(y)
+        if block.merge is not None:
+            axis = block.merge.axis
+            y = by_slices(block.merge, x[:, P:].unflatten(1, (height, width)), axis)
+            height, width = y.shape[1:3]
+            x = torch.cat((x[:, :P], y.flatten(1, 2)), dim=1)
+        layers.append(x)
+    return model.forward_head(model.norm(x)), layers
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_conversion_changes_nothing(name):
+    model = dense(name)
+    x = images(model)
+    expected, names = model(x), list(model.state_dict())
+    assert convert_blocks(model) is model and all(type(block) is Block for block in model.blocks)
+    assert list(model.state_dict()) == names
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+    first = model.blocks[0]
+    assert convert_blocks(model).blocks[0] is first  # again: nothing to do
+    mask = torch.ones(model.num_prefix_tokens + 16, model.num_prefix_tokens + 16).tril().bool()
+    if name != "lvvit":
+        masked = model.forward_features(x, attn_mask=mask)
+        torch.testing.assert_close(masked, dense_again(model, name).forward_features(x, attn_mask=mask))
+
+
+def dense_again(model, name):
+    """timm's model with the weights of a converted one."""
+    plain = MODELS[name]().eval()
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layout", ["raster", "block"])
+def test_merged_models_are_the_literal_ones(name, layout):
+    for kind in KINDS:
+        model = merged(name, kind=kind, layout=layout)
+        x = images(model)
+        logits, (expected, layers) = model(x), literal(model, x)
+        close(logits, expected)
+        for i in (0, 1, 2, 3):
+            tokens = model.forward_intermediates(x, [i], output_fmt="NLC", return_prefix_tokens=True)[1][0]
+            tokens, prefix = tokens if isinstance(tokens, tuple) else (tokens, tokens[:, :0])
+            P = model.num_prefix_tokens
+            close(prefix, layers[i][:, :P])
+            raster = tokens  # behind the second merge
+            if layout == "block" and i < 2:  # (i, j, dy) to (i, dy, j)
+                raster = tokens.unflatten(1, (2, 2, 2)).transpose(2, 3).flatten(1, 3)
+            close(raster, layers[i][:, P:])
+        all_close(gradients(model, logits.square().mean()), gradients(model, expected.square().mean()))
+
+
+@torch.no_grad()
+def test_it_runs_the_operators(ran_kernels):
+    for kind in ("average", "channel", "content"):
+        model = merged(kind=kind)
+        with ran_kernels() as names:
+            model(images(model))
+        assert names == {"masked_channel_attention_fwd.native", "merge_neighbours_fwd.native"}
+
+
+def test_odd_grids_and_many_merges():
+    points = {0: "vertical", 1: "horizontal", 2: "vertical", 3: "horizontal"}
+    for kind in KINDS:
+        model = merged("distilled", points, kind, img_size=(80, 112))  # 5 x 7, 3 x 7, 3 x 4, 2 x 4, 2 x 2
+        x = images(model)
+        close(model(x), literal(model, x)[0])
+        assert [block.merge.merged_grid for block in model.blocks] == [(3, 7), (3, 4), (2, 4), (2, 2)]
+    model = merged(points={0: "horizontal", 1: "vertical", 2: "horizontal"}, layout="block", img_size=96)  # 6 x 6
+    assert [block.merge.layout for block in model.blocks[:3]] == ["block", "block", "raster"]
+    x = images(model)
+    close(model(x), literal(model, x)[0])
+
+
+def plain_form(monkeypatch):
+    monkeypatch.setattr(Block, "commutes", property(lambda self: False))
+
+
+@pytest.mark.parametrize("kind", ["average", "scalar"])
+@pytest.mark.parametrize("name", ["deit", "deit3", "lvvit", "scaled mlp", "no bias"])
+def test_merging_before_fc2_changes_nothing(name, kind, monkeypatch):
+    points = {0: "horizontal", 2: "horizontal"}  # 4 x 5, 4 x 3, 4 x 2: lone columns
+    model = merged(name, points, kind, img_size=(64, 80), drop_path_rate=0.5)
+    seen = []
+    for block in model.blocks:
+        block.mlp.mask = torch.rand_like(block.mlp.fc1.weight[:, 0])
+        block.mlp.fc2.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    x = images(model, 4)
+
+    def run(train):
+        torch.manual_seed(1)
+        logits = model.train(train)(x)
+        return logits, gradients(model, logits.square().mean())
+
+    for train in (False, True):
+        assert [block.commutes for block in model.blocks] == [True, False, True, False]
+        (logits, grads), tokens = run(train), list(seen)
+        seen.clear()
+        with monkeypatch.context() as patch:
+            plain_form(patch)
+            expected, expected_grads = run(train)
+        close(logits, expected)
+        all_close(grads, expected_grads)
+        assert tokens == [13, 13, 9, 9] and seen == [21, 13, 13, 9]
+        seen.clear()
+
+
+def test_dropout_behind_fc2_is_of_every_token():
+    model = merged(proj_drop_rate=0.1)
+    seen = []
+    model.blocks[0].mlp.fc2.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    for train in (True, False):
+        model.train(train)(images(model))
+    assert seen == [17, 9]
+
+
+@torch.no_grad()
+def test_hidden_channels_are_masked():
+    model = convert_blocks(dense("scaled mlp"))
+    mlp, x = model.blocks[0].mlp, torch.randn(2, 7, 48)
+    mlp.mask = torch.rand(192)
+    close(mlp(x), mlp.fc2(mlp.norm(F.gelu(mlp.fc1(x))) * mlp.mask))
+    assert "blocks.0.mlp.mask" in model.state_dict() and Mlp.from_timm(mlp).mask is mlp.mask
+    mlp.mask = nn.Parameter(mlp.mask)
+    assert Block(model.blocks[0]).mlp.mask is mlp.mask and mlp.mask in set(model.parameters())
+
+
+def test_other_models_and_blocks_are_refused():
+    for block_fn in (ParallelScalingBlock, DiffParallelScalingBlock, ResPostBlock):
+        model = MODELS["deit"](block_fn=block_fn)
+        with pytest.raises(TypeError, match=f"block 0: .*{block_fn.__name__}"):
+            convert_blocks(model)
+        assert type(model.blocks[0]) is block_fn
+    with pytest.raises(TypeError, match="DiffAttention"):
+        convert_blocks(MODELS["deit"](attn_layer="diff"))
+    sizes = dict(img_size=64, embed_dim=48, num_heads=3, num_classes=5)
+    for model in (
+        timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=1),
+        timm.create_model("resnet10t"),
+        EViT(depth=4, reduction_loc=(1,), **sizes),
+        SiT(stage_blocks=(1, 1), **sizes),
+        nn.Linear(2, 2),
+    ):
+        for function in (convert_blocks, merge_tokens):
+            with pytest.raises(TypeError, match=f"{function.__name__} takes .* but got {type(model).__name__}"):
+                function(model)
+    with pytest.raises(TypeError, match="from_timm takes timm.layers.Mlp"):
+        Mlp.from_timm(SwiGLU(8))
+
+
+def test_errors_of_merging():
+    for kwargs, message in (
+        (dict(points={4: "vertical"}), "points has block 4, but blocks are numbered 0 to 3"),
+        (dict(points={-1: "vertical"}), "points has block -1"),
+        (dict(points={"1": "vertical"}), "points has block '1'"),
+        (dict(points={1: "up"}), "axis='up'"),
+        (dict(points={1: "vertical"}, kind="max"), "kind='max'"),
+        (dict(points={1: "vertical"}, kind=("scalar", "scalar")), "kind=.* has 2 values, but there are 1 points"),
+        (dict(layout="hilbert"), "layout='hilbert'"),
+        (dict(points={1: "vertical"}, layout="block"), "layout='block' merges horizontally, then vertically"),
+    ):
+        model = dense()
+        with pytest.raises(ValueError, match=message):
+            merge_tokens(model, **kwargs)
+        assert type(model.blocks[0]) is not Block  # unchanged
+    for kwargs, message in (
+        (dict(depth=2), "points must be given for a model of 2 blocks"),
+        (dict(dynamic_img_size=True), "dynamic_img_size=True"),
+        (dict(patch_drop_rate=0.1), "patch_drop_rate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_tokens(MODELS["deit"](**kwargs))
+    with pytest.raises(ValueError, match="even sides"):
+        merge_tokens(dense(img_size=80), layout="block")
+    with pytest.raises(ValueError, match="merged already"):
+        merge_tokens(merged())
+    for layout in ("raster", "block"):
+        model = merged(layout=layout)
+        with pytest.raises(ValueError, match="attn_mask and is_causal must be None and False"):
+            model.forward_features(images(model), is_causal=True)
+        model.set_input_size((96, 96))
+        with pytest.raises(ValueError, match="grid"):
+            model(torch.randn(1, 3, 96, 96))
+
+
+def test_subclasses_bring_their_maps_along():
+    class Own(timm.models.VisionTransformer):
+        pass
+
+    class Merging(UnmergedMaps, Own):
+        pass
+
+    with pytest.raises(TypeError, match="got Own: derive it from UnmergedMaps"):
+        merge_tokens(Own(**SMALL))
+    model = merge_tokens(Merging(**SMALL), POINTS)
+    assert type(model) is Merging and model.forward_intermediates(torch.randn(1, 3, 64, 64))[1][3].shape[2:] == (4, 4)
+
+
+@pytest.mark.parametrize("layout", ["raster", "block"])
+@pytest.mark.parametrize("name", ["deit", "distilled", "no prefix", "lvvit"])
+@torch.no_grad()
+def test_maps_cover_the_full_grid(name, layout):
+    model = merged(name, {1: "horizontal", 2: "vertical"}, layout=layout, img_size=(64, 96))  # 4 x 6
+    P, x = model.num_prefix_tokens, images(model)
+    layers = literal(model, x)[1]
+    final, maps = model.forward_intermediates(x, return_prefix_tokens=True, norm=True)
+    close(final, model.forward_features(x))
+    for i, (found, merges) in enumerate(zip(maps, ((), ("horizontal",), *[("horizontal", "vertical")] * 2))):
+        found, prefix = found if isinstance(found, tuple) else (found, final[:, :0])
+        whole = model.norm(tokenops.unmerge_neighbours(layers[i], (4, 6), merges, prefix=P))
+        close(found, whole[:, P:].transpose(1, 2).unflatten(2, (4, 6)))
+        close(prefix, whole[:, :P])
+    tokens = model.forward_intermediates(x, [1], output_fmt="NLC", intermediates_only=True)[0]
+    smooth = unmerge_tokens(model, tokens, 1, prefix=0, mode="bilinear")
+    close(smooth, tokenops.unmerge_neighbours(layers[1], (4, 6), ("horizontal",), prefix=P, mode="bilinear")[:, P:])
+    last = model.forward_intermediates(x, 1, stop_early=True, intermediates_only=True)
+    assert len(last) == 1 and torch.equal(last[0], model.forward_intermediates(x, [3])[1][0])
+    with pytest.raises(ValueError, match="output_fmt='NHWC'"):
+        model.forward_intermediates(x, output_fmt="NHWC")
+    if name != "lvvit":
+        found = model.forward_intermediates(x, [2], output_dict=True)
+        close(found["image_intermediates"][0], model.forward_intermediates(x, [2])[1][0])
+    else:
+        logits, layers = model.forward_distill(x)
+        close(logits, model(x))
+        for layer, found in zip(layers, model.forward_intermediates(x)[1]):
+            close(layer, found.flatten(2).transpose(1, 2))
+
+
+def test_features_only():
+    for name, kwargs in (("cait_deit_tiny_patch16_224", {}), ("cait_lvvit_tiny", {})):
+        features = timm.create_model(
+            name,
+            features_only=True,
+            out_indices=(0, 2),
+            structure=Structure((Merge(0, "vertical"),)),
+            **SMALL,
+            **kwargs,
+        )
+        assert [f.shape for f in features(torch.randn(2, 3, 64, 64))] == [(2, 48, 4, 4)] * 2
+        assert features.feature_info.reduction() == [16, 16] and len(features.model.blocks) == 3
+
+
+@pytest.mark.parametrize("layout", ["raster", "block"])
+def test_merged_maps(layout):
+    model = merge_tokens(dense(img_size=(64, 96)), POINTS, layout=layout)
+    x = images(model)
+    maps = merged_maps(model, x)
+    assert [m.tolist() for m in maps] == [
+        [[0, 0, 1, 1, 2, 2], [3, 3, 4, 4, 5, 5], [6, 6, 7, 7, 8, 8], [9, 9, 10, 10, 11, 11]]
+        if layout == "raster"
+        else [[0, 0, 2, 2, 4, 4], [1, 1, 3, 3, 5, 5], [6, 6, 8, 8, 10, 10], [7, 7, 9, 9, 11, 11]],
+        [[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2], [3, 3, 4, 4, 5, 5], [3, 3, 4, 4, 5, 5]],
+    ]
+    assert merged_maps(dense(), x) == []
+
+
+def test_trains():
+    for name, kind in (("deit3", "average"), ("deit", "scalar"), ("deit", "channel"), ("distilled", "linear")):
+        model = merged(name, kind=kind)
+        x, target = images(model, 4), torch.arange(4)
+        train_a_little(model, lambda: F.cross_entropy(model(x), target))
+    model = merge_tokens(dense(), POINTS, "content")  # from the start: the weights are 0, the norm gets none yet
+    assert gradients(model, F.cross_entropy(model(x), target))["blocks.0.merge.score.weight"].any()
+
+
+def test_gradient_checkpointing_changes_nothing_and_recomputes():
+    for name in ("deit", "lvvit"):
+        model = merged(name, kind="scalar", drop_path_rate=0.5).train()
+        x, calls = images(model), []
+        model.blocks[2].mlp.fc1.register_forward_pre_hook(lambda *_: calls.append(1))
+
+        def run():
+            torch.manual_seed(1)
+            loss = model(x).square().mean()
+            return loss, gradients(model, loss)
+
+        loss, grads = run()
+        assert len(calls) == 1
+        if name == "deit":
+            model.set_grad_checkpointing()
+        model.grad_checkpointing = True
+        again, checkpointed = run()
+        assert len(calls) == 3 and torch.equal(loss, again)
+        all_close(checkpointed, grads)
+
+
+@pytest.mark.parametrize(
+    "kind, layout, train",
+    [("scalar", "raster", False), ("scalar", "raster", True), ("linear", "block", False), ("content", "block", True)],
+)
+def test_compiles_whole(kind, layout, train):
+    model = merged(kind=kind, layout=layout, depth=2, points={0: "horizontal", 1: "vertical"}).train(train)
+    x, more = images(model), images(model, 5)
+    torch._dynamo.reset()
+    if train:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        expected = gradients(model, model(x).square().mean())
+        all_close(gradients(model, compiled(x).square().mean()), expected)
+    else:
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+        with torch.inference_mode():
+            close(compiled(x), model(x))
+            with torch.compiler.set_stance("fail_on_recompile"):
+                close(compiled(more), model(more))
+
+
+@torch.no_grad()
+def test_low_precision_runs():
+    for kind in KINDS:
+        model = merged(kind=kind)
+        x = images(model, 4)
+        exact = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            auto = model(x)
+        pure = model.bfloat16()(x.bfloat16())
+        assert auto.dtype == pure.dtype == torch.bfloat16
+        for got in (auto, pure):
+            assert (got - exact).norm() <= 0.1 * exact.norm()
+
+
+def test_stays_a_model_of_timm():
+    for name in ("deit", "distilled", "lvvit"):
+        model = merged(name, kind="channel", layout="block")
+        x = images(model)
+        assert isinstance(model, type(MODELS[name]()))
+        assert torch.equal(copy.deepcopy(model)(x), model(x)) and torch.equal(
+            pickle.loads(pickle.dumps(model))(x), model(x)
+        )
+        other = merged(name, kind="channel", layout="block")
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(x), model(x)) and not any("order" in key for key in model.state_dict())
+        model.reset_classifier(3)
+        assert model(x).shape == (2, 3)
+
+
+def test_examples():
+    for module, examples in ((blocks, 3), (cait, 3)):
+        assert doctest.testmod(module) == (0, examples)

@@ -1,0 +1,298 @@
+"""Evo-ViT on DeiT computes, costs and trains what was published (published_evo_vit.py is the oracle)."""
+
+import copy
+import doctest
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from published.evo_vit import PublishedEvoViT
+from support.models import SMALL, all_close, close, flops, gradients, images, meta, operators_between, train_a_little
+from support.weights import spread
+from tokenops.methods import evo_vit, load_checkpoint
+from tokenops.methods.evo_vit import EvoViT, evo_vit_loss
+
+#: millions of parameters without the class head, and giga multiply-adds, as published
+COSTS = {
+    "evo_deit_tiny_patch16_224": (5.72, 0.818),
+    "evo_deit_small_patch16_224": (22.05, 3.033),
+    "evo_deit_base_patch16_224": (86.57, 11.658),
+    "evo_deit_small_patch16_384": (22.20, 9.881),
+    "evo_deit_base_patch16_384": (86.86, 36.112),
+}
+#: more than was published: the numbers of blocks, of stages, of tokens (of 16; one is dropped, one stays, all stay)
+CONFIGURATIONS = {
+    "published": {},
+    "short": dict(depth=5, stages=(1, 3), prune_ratio=(1, 0.5, 0.5, 0.25, 0.25), tradeoff=(1, 0.3, 0.5, 0.7, 0)),
+    "one dropped": dict(depth=6, stages=(2, 4), prune_ratio=(1, 1) + (0.94,) * 4, tradeoff=(0.2, 0.9) + (0.5,) * 4),
+    "one kept": dict(depth=3, stages=(1,), prune_ratio=(1, 0.07, 0.07), tradeoff=(0, 1, 1)),
+    "all kept": dict(depth=3, stages=(1, 2), prune_ratio=(1, 1, 1), tradeoff=(1, 0.5, 0.5)),
+    "some stages": dict(depth=4, stages=(1, 2, 3), prune_ratio=(1, 0.5, 1, 0.5), tradeoff=(1, 0.5, 0.4, 1)),
+    "all in the end": dict(depth=4, stages=(2, 3), prune_ratio=(1, 1, 0.5, 1), tradeoff=(0.5, 0.5, 0.4, 1)),
+}
+
+
+def small(**kwargs):
+    model = spread(timm.create_model("evo_deit_tiny_patch16_224", **{**SMALL, **kwargs})).eval()
+    model.img_size = model.patch_embed.img_size
+    return model
+
+
+def against_the_oracle(stage_wise=True, **kwargs):
+    published = spread(PublishedEvoViT(**SMALL, **kwargs, stage_wise=stage_wise)).eval()
+    with torch.no_grad():
+        for qk in published.qks.parameters():  # what is looked at differs from block to block
+            qk.mul_(5)
+    model = small(**kwargs, stage_wise=stage_wise)
+    model.load_state_dict(published.state_dict(), strict=True)
+    return model, published, images(model, 3)
+
+
+@pytest.mark.parametrize("stage_wise", [True, False])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_outputs_equal_the_published_computation(name, stage_wise):
+    model, published, x = against_the_oracle(stage_wise, **CONFIGURATIONS[name])
+    logits, expected = model(x), published(x)
+    close(logits, expected)
+    maps = model.kept_maps(x)
+    for there, places in zip(maps, published.chosen, strict=True):
+        assert there.shape == (3, 4, 4)
+        assert torch.equal(there.flatten(1), torch.zeros(3, 16, dtype=torch.bool).scatter(1, places, True))
+    # eval mode is differentiable; there the class head has no part in it
+    grads = gradients(model, logits.square().mean())
+    other = model.state_dict()
+    expected = gradients(published, expected.square().mean())
+    assert not any("_cls" in key for key in grads)
+    all_close(grads, renamed(expected))
+    model.train(), published.train()
+    (pooled, cls), expected = model(x), published(x)
+    close(pooled, expected[0])
+    close(cls, expected[1])
+    loss, expected = (sum(t.square().mean() for t in pair) for pair in ((pooled, cls), expected))
+    all_close(gradients(model, loss), renamed(gradients(published, expected)))
+    assert all(torch.equal(value, other[key]) for key, value in model.state_dict().items())
+
+
+def renamed(state):
+    """Published names to timm's, of a depth that is seen."""
+    found = {}
+    for key, value in state.items():
+        module, _, rest = key.partition(".")
+        i, _, rest = rest.partition(".")
+        if module == "qks":
+            found[f"blocks.{i}.attn.qkv.{rest[3:]}"] = torch.cat((value, state[f"vs.{i}.v.{rest[3:]}"]))
+        elif module in ("norms", "projs"):
+            found[f"blocks.{i}.{'norm1' if module == 'norms' else 'attn.proj'}.{rest}"] = value
+        elif module != "vs":
+            found[key] = value
+    return found
+
+
+@torch.no_grad()
+def test_images_are_independent_of_the_batch_and_modes_differ():
+    model, published, x = against_the_oracle()
+    published(x)
+    first, second = (stage.sort(dim=1).values for stage in published.chosen)
+    assert not torch.equal(first, second)
+    for model.stage_wise in (True, False):
+        close(torch.cat([model(image[None]) for image in x]), model(x))
+    layer_wise, model.stage_wise = model(x), True
+    assert (layer_wise - model(x)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_state_dicts(tmp_path):
+    model, published, x = against_the_oracle()
+    torch.save({"model": published.state_dict(), "epoch": 299}, tmp_path / "published.pth")
+    other = load_checkpoint(small(), tmp_path / "published.pth")
+    assert torch.equal(other(x), model(x))
+    other = small()
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(other(x), model(x)) and set(other.state_dict()) == set(model.state_dict())
+    # without a class head: all of its entries are left out, and nothing else is
+    slim = small().remove_cls()
+    for state in (published.state_dict(), model.state_dict(), slim.state_dict()):
+        slim.load_state_dict(state, strict=True)
+    assert {key for key in model.state_dict() if "_cls" in key} == set(model.state_dict()) - set(slim.state_dict())
+    # within another module
+    torch.nn.Sequential(other).load_state_dict({f"0.{k}": v for k, v in published.state_dict().items()}, strict=True)
+    for broken, message in (("vs.3.v.weight", "Missing.*blocks.3.attn.qkv.weight"), ("head_cls.bias", "head_cls.bias")):
+        state = published.state_dict()
+        del state[broken]
+        with pytest.raises(RuntimeError, match=message):
+            small().load_state_dict(state, strict=True)
+
+
+@torch.no_grad()
+def test_deit_loads_and_starts_both_heads():
+    deit = spread(timm.create_model("deit_tiny_patch16_224", **SMALL)).eval()
+    model = small(stages=())
+    model.load_state_dict(deit.state_dict(), strict=True)
+    x = images(model)
+    close(model.train()(x)[1], deit(x))  # nothing is pruned, and the class head is DeiT's
+    close(model.eval()(x), model.head(model.norm(deit.forward_intermediates(x, 1)[1][0].mean((2, 3)))))
+    assert torch.equal(model.norm_cls.bias, deit.norm.bias) and model.kept_maps(x) == []
+    for name in COSTS:
+        deit = meta(name[4:].replace("384", "224"), img_size=int(name[-3:]))
+        meta(name).load_state_dict(deit.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_parameters_and_flops_are_the_published_ones(name):
+    model = meta(name).eval()
+    assert sum(p.numel() for p in model.head_cls.parameters()) == 1000 * (model.embed_dim + 1)
+    assert model.for_inference() is model
+    x = torch.empty(1, 3, *model.patch_embed.img_size, device="meta")
+    parameters, gmacs = COSTS[name]
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.005)
+    assert flops(model, x) / 2e9 == pytest.approx(gmacs, rel=1e-3)
+    kept = model.patch_embed.num_patches // 2
+    assert [int(ratio * 2 * kept) for _, _, ratio in model.runs()] == [2 * kept, kept, kept]
+
+
+@torch.no_grad()
+def test_scores_are_computed_where_they_are_needed():
+    def blocks_with_scores(model):
+        found = []
+        for i, block in enumerate(model.blocks):
+            block.attn.register_forward_pre_hook(
+                lambda _, args, kwargs, i=i: found.append(i) if kwargs.get("scores") else None, with_kwargs=True
+            )
+        model(images(model))
+        return found
+
+    assert blocks_with_scores(small()) == [3, 4, 5, 6, 7]
+    assert blocks_with_scores(small(stage_wise=False)) == [3, 4, 5, 6, 7, 8, 9, 10]
+    assert blocks_with_scores(small(stages=(4,))) == [3]
+    assert blocks_with_scores(small(prune_ratio=1.0)) == []
+
+
+def test_the_choice_is_one_launch():
+    names = operators_between(small(), "blocks.3.mlp.fc2", "blocks.4.attn.qkv")
+    assert names == ["aten.add.Tensor", "tokenops.select_tokens_fwd.native"]
+
+
+def test_schedule():
+    modes = [EvoViT.schedule_at(epoch, 300) for epoch in range(300)]
+    assert modes == [False] * 200 + [True] * 100
+    assert [EvoViT.schedule_at(epoch, 10) for epoch in range(10)] == [False] * 7 + [True] * 3
+
+
+@pytest.mark.parametrize("stage_wise", [True, False])
+def test_trains(stage_wise):
+    model = small(stage_wise=stage_wise, init_values=0.1, qk_norm=True)
+    x, target = images(model, 4), torch.arange(4)
+    train_a_little(model, lambda: evo_vit_loss(model(x), target))
+
+
+def test_loss():
+    logits, cls, target = torch.randn(4, 5), torch.randn(4, 5), torch.arange(4)
+    expected = (F.cross_entropy(logits, target) + F.cross_entropy(cls, target)) / 2
+    close(evo_vit_loss((logits, cls), target), expected)
+    close(evo_vit_loss(logits, target), F.cross_entropy(logits, target))
+    close(evo_vit_loss((logits, cls), logits, F.mse_loss), F.mse_loss(cls, logits) / 2)
+
+
+def test_gradient_checkpointing_changes_nothing_and_recomputes():
+    model, calls = small(drop_path_rate=0.5).train(), []
+    x = images(model)
+    model.blocks[4].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def run():
+        torch.manual_seed(1)
+        loss = sum(t.square().mean() for t in model(x))
+        return loss, gradients(model, loss)
+
+    loss, grads = run()
+    model.set_grad_checkpointing()
+    again, checkpointed = run()
+    assert len(calls) == 3 and torch.equal(loss, again)
+    all_close(checkpointed, grads)
+
+
+@pytest.mark.parametrize("train, stage_wise", [(False, False), (True, True)])
+def test_compiles_whole(train, stage_wise):
+    model = small(depth=3, stages=(1, 2), stage_wise=stage_wise).train(train)
+    x, more = images(model), images(model, 5)
+    torch._dynamo.reset()
+    if train:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        expected = gradients(model, evo_vit_loss(model(x), torch.arange(2)))
+        all_close(gradients(model, evo_vit_loss(compiled(x), torch.arange(2))), expected)
+    else:
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+        with torch.inference_mode():
+            close(compiled(x), model(x))
+            with torch.compiler.set_stance("fail_on_recompile"):
+                close(compiled(more), model(more))
+
+
+@pytest.mark.parametrize("stage_wise", [True, False])
+def test_low_precision_runs(stage_wise):
+    model = small(stage_wise=stage_wise)
+    x = images(model, 4)
+    exact = model(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        auto = model(x)
+        train_a_little(model, lambda: evo_vit_loss(model(x), torch.arange(4)), steps=2)
+    assert auto.dtype == torch.bfloat16 and (auto - exact).norm() <= 0.1 * exact.norm()
+    assert model.eval().bfloat16()(x.bfloat16()).isfinite().all()
+
+
+def test_other_parts_of_timm():
+    model = small(norm_layer="rmsnorm", reg_tokens=2, drop_rate=0.1)
+    x = images(model)
+    features = model.forward_features(x)
+    assert features.shape == (2, 2, 48) and model.forward_head(features, pre_logits=True).shape == (2, 48)
+    close(model.forward_head(features), model(x))
+    model.reset_classifier(7)
+    assert [logits.shape for logits in model.train()(x)] == [(2, 7)] * 2
+    assert not torch.equal(model.head.weight, model.head_cls.weight) and model.num_classes == 7
+    model.remove_cls().reset_classifier(3)
+    assert model(x).shape == (2, 3) and model.head_cls is None
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 48)
+    assert [logits.shape for logits in small(num_classes=0).train()(x)] == [(2, 48)] * 2
+    with pytest.raises(NotImplementedError, match="its blocks see different tokens"):
+        timm.create_model("evo_deit_tiny_patch16_224", features_only=True, **SMALL)
+    with pytest.raises(ValueError, match="global_pool='token'"):
+        model.reset_classifier(3, "token")
+    with pytest.raises(ValueError, match="attn_mask and is_causal must be"):
+        model.forward_features(x, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (dict(prune_ratio=0), "prune_ratio=0, but it must be above 0 and at most 1"),
+        (dict(prune_ratio=[0.5] * 12), "prune_ratio=.*must be 1 before block 4"),
+        (dict(prune_ratio=0.06), "prune_ratio=0.06 keeps none of 16 tokens"),
+        (dict(prune_ratio=[1, 0.5]), "prune_ratio has 2 values"),
+        (dict(tradeoff=-0.1), "tradeoff=-0.1, but it must be at least 0 and at most 1"),
+        (dict(stages=(0, 8)), r"stages=\(0, 8\), but it must be ascending block numbers from 1 to 11"),
+        (dict(depth=2), r"stages=\(0, 1\)"),
+        (dict(global_pool="token"), "global_pool='token'.*'avg'"),
+        (dict(class_token=False), "class_token=False"),
+        (dict(attn_drop_rate=0.1), "attn_drop_rate=0.1"),
+    ],
+)
+def test_errors_of_construction(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        small(**kwargs)
+
+
+def test_is_a_timm_model():
+    assert set(timm.list_models("evo_deit_*")) == set(COSTS)
+    model = small()
+    x = images(model)
+    assert isinstance(model, timm.models.VisionTransformer)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), model(x))
+        other.load_state_dict(PublishedEvoViT(**SMALL).state_dict(), strict=True)
+        assert not torch.equal(other(x), model(x))
+    layer = timm.models.group_parameters(model, model.group_matcher(), reverse=True)
+    assert set(layer) == {name for name, _ in model.named_parameters()}
+    assert doctest.testmod(evo_vit) == (0, 1)

@@ -1,0 +1,399 @@
+"""PS-ViT and DPS-ViT compute what masks would, cost what the formula says, and are models like those they came from."""
+
+import copy
+import doctest
+import importlib
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import ParallelThingsBlock
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from support.weights import spread
+from tokenops.methods import LVViT, patch_slimming
+from tokenops.methods.patch_slimming import (
+    Schedule,
+    apply,
+    apply_dynamic,
+    blocks,
+    impact_scores,
+    published_counts,
+    ranking_loss,
+)
+from tokenops.nn import Attention, convert_attention
+
+DEIT = dict(img_size=64, embed_dim=48, num_heads=3, depth=4, num_classes=5)
+GRID, COUNTS = (4, 4), (14, 14, 6, 1)
+#: every kind of model: the published ones, what timm's blocks can have besides, and our attention with its masks
+KINDS = {
+    "deit": lambda: timm.create_model("deit_tiny_patch16_224", **DEIT),
+    "layerscale, qk_norm, gate": lambda: gated(
+        timm.create_model("vit_tiny_patch16_224", init_values=0.5, no_embed_class=True, pre_norm=True, **DEIT)
+    ),
+    "lvvit": lambda: LVViT(img_size=64, embed_dim=48, num_heads=3, depth=4, num_classes=5, skip_lam=2.0),
+    "channel masks": lambda: masked(timm.create_model("deit_tiny_patch16_224", **DEIT)),
+}
+
+
+def gated(model):
+    for block in model.blocks:
+        block.attn = Attention(48, 3, qkv_bias=True, qk_norm=True, scale_norm=True, gated=True, norm_layer=nn.LayerNorm)
+    return model
+
+
+def masked(model):
+    convert_attention(model)
+    for block in model.blocks:
+        block.attn.qk_mask, block.attn.v_mask = torch.rand(2, 3, 16).unbind(0)
+    return model
+
+
+def dense(kind="deit"):
+    return spread(KINDS[kind]()).eval()
+
+
+def schedule(counts=COUNTS):
+    return Schedule.from_counts(counts, GRID, torch.randperm(16).tolist())
+
+
+def images(batch=2):
+    return torch.randn(batch, 3, 64, 64)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def literal(model, x, masks):
+    """Patch Slimming by masks (L, B, 1+N) on all tokens: dead rows are zeros, dead keys have no weight."""
+    x = blocks.embed_tokens(model, x)
+    alive = torch.ones(x.shape[:2], dtype=torch.bool)
+    for block, mask in zip(model.blocks, masks, strict=True):
+        attention = Attention.from_timm(block.attn)
+        bias = torch.zeros(x.shape[:2]).masked_fill(~alive, float("-inf"))[:, None, None]
+        a = attention(block.norm1(x), key_bias=bias.expand(-1, attention.num_heads, -1, -1))
+        if isinstance(model, LVViT):
+            x = x + a / 2
+            x = x + block.mlp(block.norm2(x)) / 2
+        else:
+            x = x + block.ls1(a)
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+        x = x * mask.unsqueeze(2)
+        alive = mask
+    return model.forward_head(model.norm(x))
+
+
+def masks_of(order, counts=COUNTS):
+    """(L, B, 1+N) masks that keep the first patches of an order (B, N)."""
+    masks = torch.zeros(len(counts), order.shape[0], 1 + order.shape[1], dtype=torch.bool)
+    masks[..., 0] = True
+    for mask, n in zip(masks, counts):
+        mask.scatter_(1, order[:, : n - 1] + 1, True)
+    return masks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n_out", [1, 7, 16, 17])
+@torch.no_grad()
+def test_surviving_rows_are_the_whole_block_s(kind, n_out):
+    model = dense(kind).double()
+    block, x = model.blocks[1], torch.randn(2, 17, 48, dtype=torch.float64)
+    torch.testing.assert_close(blocks.slim_block(block, x, n_out), block(x)[:, :n_out], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_static_model_is_the_literal_masked_one(kind):
+    model, x = dense(kind), images()
+    plan = schedule()
+    slim = apply(model, plan)
+    close(slim(x), literal(model, x, masks_of(torch.tensor(plan.order).expand(2, -1))))
+    assert not torch.allclose(slim(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_dynamic_model_is_the_literal_masked_one(kind):
+    model, x = dense(kind), images(3)
+    counts = (17, 17, 6, 1)
+    slim = apply_dynamic(model, counts, after=2)
+    spread(slim.scorer)
+    order = slim.patch_order(x)
+    assert len(order.unique(dim=0)) == 3 and torch.equal(order.sort().values, torch.arange(16).expand(3, -1))
+    close(slim(x), literal(model, x, masks_of(order, counts)))
+
+
+@torch.no_grad()
+def test_nothing_dropped_is_the_dense_model(ran_kernels):
+    model, x = dense(), images()
+    with ran_kernels() as names:
+        assert torch.equal(apply(model, Schedule.from_counts((17,) * 4, GRID, range(16)))(x), model(x))
+    assert not names
+    close(apply_dynamic(model, (17,) * 4)(x), model(x))
+    with ran_kernels() as names:
+        apply(model, schedule())(x)
+    assert names == {"masked_channel_attention_fwd.native"}
+
+
+def test_no_gather_but_the_first():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Gathers(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found.extend([str(func)] if "index" in str(func) or "gather" in str(func) else [])
+            return func(*args, **(kwargs or {}))
+
+    found = []
+    with Gathers(), torch.no_grad():
+        apply(dense(), schedule((16, 12, 6, 1)))(images())
+    assert found == ["aten.index_select.default"]
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: impact_scores(dense(), images(), 5, COUNTS), ValueError, "layer=5, but it must be 1 to 4"),
+        (lambda: impact_scores(dense(), images(), 2, (17, 1)), ValueError, "counts has 2 layers, but the model has 4"),
+        (
+            lambda: ranking_loss(torch.zeros(2, 3), torch.zeros(3)),
+            ValueError,
+            r"be \(B, N\), but got \(2, 3\) and \(3,\)",
+        ),
+        (lambda: apply(dense(), schedule((6, 1))), ValueError, "schedule has 2 layers, but the model has 4 blocks"),
+        (lambda: apply(dense(), Schedule.from_counts(COUNTS, (2, 8))), ValueError, "2 x 8 patches, .* 4 x 4"),
+        (lambda: apply(dense(), COUNTS), TypeError, "must be a patch_slimming.Schedule, but got tuple"),
+        (lambda: apply(nn.Linear(2, 2), schedule()), TypeError, "but got Linear"),
+        (lambda: apply(of("deit_tiny_distilled_patch16_224"), schedule()), TypeError, "VisionTransformerDistilled"),
+        (lambda: apply(of(reg_tokens=2), schedule()), ValueError, "model has 3 such tokens"),
+        (lambda: apply(of(class_token=False, global_pool="avg"), schedule()), ValueError, "0 such tokens"),
+        (lambda: apply(of(global_pool="avg"), schedule()), ValueError, "global_pool='avg'"),
+        (lambda: apply(of(dynamic_img_size=True), schedule()), ValueError, "dynamic_img_size=True"),
+        (lambda: apply(of(patch_drop_rate=0.5), schedule()), ValueError, "patch_drop_rate"),
+        (lambda: apply(of(block_fn=ParallelThingsBlock), schedule()), TypeError, "ParallelThingsBlock"),
+        (lambda: apply_dynamic(dense(), (17, 17, 5)), ValueError, "counts has 3 layers, but the model has 4 blocks"),
+        (lambda: apply_dynamic(dense(), (17, 16, 5, 1)), ValueError, "layer 2 16 tokens, but tokens are scored after"),
+        (lambda: apply_dynamic(dense(), (17, 17, 5, 1), 4), ValueError, "after=4, but it must be 0 to 3"),
+        (lambda: apply_dynamic(dense(), (17, 17, 5, 1), 1.0), TypeError, "after must be an int"),
+        (lambda: apply_dynamic(dense(), (17, 17, 18, 1)), ValueError, "layer 3 18 tokens"),
+    ],
+)
+def test_errors(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def of(name="deit_tiny_patch16_224", **kwargs):
+    return timm.create_model(name, **{**DEIT, **kwargs})
+
+
+def flops(model, x):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind, hidden", [("deit", 192), ("lvvit", 144)])
+def test_report_is_what_the_flop_counter_counts(kind, hidden):
+    model, plan = dense(kind), schedule((17, 12, 6, 1))
+    report = plan.report(48, hidden)
+    x = torch.randn(1, 17, 48)
+    for line, block in zip(report, model.blocks, strict=True):
+        counted = flops(lambda x, line=line, block=block: blocks.slim_block(block, x, line.tokens), x)
+        assert counted == 2 * line.macs and x.shape[1] == line.tokens_in
+        assert line.dense_macs == report[0].macs
+        x = x[:, : line.tokens]
+    assert [line.layer for line in report] == [1, 2, 3, 4]
+    around = flops(lambda x: model.head(blocks.embed_tokens(model, x)[:, 0]), images(1))
+    assert flops(apply(model, plan), images(1)) == 2 * plan.macs(48, hidden) + around
+
+
+@pytest.mark.parametrize("name", published_counts)
+def test_published_costs(name):
+    with torch.device("meta"):
+        model = timm.create_model(name if "lvvit" in name else name + "_patch16_224").eval()
+    assert model.counts == published_counts[name]
+    gmacs = flops(model, torch.empty(1, 3, 224, 224, device="meta")) / 2e9
+    assert gmacs == pytest.approx(patch_slimming.published_gmacs.get(name, 10.04), rel=0.02)
+    doc = timm.models.model_entrypoint(name if "lvvit" in name else name + "_patch16_224").__doc__
+    assert float(doc.split(" GMAC")[0].split(" ")[-1]) == pytest.approx(gmacs, abs=0.0501 if "base" in name else 0.0051)
+    report = patch_slimming.counts_report(model.counts, 196, model.embed_dim, model.blocks[0].mlp.fc1.out_features)
+    assert sum(line.macs for line in report) < gmacs * 1e9
+
+
+def test_weights_go_in_and_out():
+    model, x = dense(), images()
+    other, plan = dense(), schedule()
+    slim = apply(model, plan)
+    assert slim.blocks[0].attn.qkv.weight is model.blocks[0].attn.qkv.weight
+    assert set(slim.state_dict()) == {*model.state_dict(), "lifespan"}
+    slim.load_state_dict(other.state_dict(), strict=True)
+    assert slim.schedule == plan and torch.equal(slim(x), apply(other, plan)(x))
+    fresh, state = apply(dense(), schedule((17, 9, 9, 9))), slim.state_dict()
+    fresh.load_state_dict(state, strict=True)  # brings its schedule
+    assert fresh.schedule == plan and torch.equal(fresh(x), slim(x))
+    with torch.device("meta"):
+        empty = apply(KINDS["deit"](), fresh.schedule)
+    empty.to_empty(device="cpu").load_state_dict(state)
+    assert torch.equal(empty.eval()(x), slim(x))
+    for wrong, message in ((torch.zeros(9).long(), "size mismatch|must be 16"), (torch.full((16,), 9), "0 to 4")):
+        with pytest.raises(RuntimeError, match=message):
+            slim.load_state_dict({**state, "lifespan": wrong})
+
+
+@pytest.mark.parametrize("kind", ["deit", "lvvit"])
+def test_is_a_plain_module(kind):
+    for slim in (apply(dense(kind), schedule()), apply_dynamic(dense(kind), (17, 17, 6, 1))):
+        x = images()
+        assert isinstance(slim, type(dense(kind)))
+        assert torch.equal(copy.deepcopy(slim)(x), slim(x))
+        assert torch.equal(pickle.loads(pickle.dumps(slim))(x), slim(x))
+        fresh = copy.deepcopy(slim)
+        spread(fresh).load_state_dict(slim.state_dict(), strict=True)
+        assert torch.equal(fresh(x), slim(x))
+        assert slim.double()(x.double()).dtype == torch.float64
+
+
+def test_slimming_again_and_the_other_way():
+    model, x = dense(), images()
+    slim, plan = apply(model, schedule()), schedule((16, 8, 8, 1))
+    assert torch.equal(apply(slim, plan)(x), apply(model, plan)(x))
+    assert slim.counts == COUNTS and "lifespan" not in model.state_dict()
+    dynamic = apply_dynamic(slim, (17, 17, 6, 1))
+    assert "lifespan" not in dynamic.state_dict() and dynamic.scorer.norm.weight.shape == (48,)
+    back = apply(dynamic, slim.schedule)
+    assert set(back.state_dict()) == set(slim.state_dict())
+    assert torch.equal(back(x), slim(x))
+
+
+@pytest.mark.parametrize("kind", ["deit", "lvvit"])
+@torch.no_grad()
+def test_kept_maps_and_layers(kind):
+    x = images(3)
+    model = dense(kind)
+    plan = schedule()
+    static, dynamic = apply(model, plan), spread(apply_dynamic(copy.deepcopy(model), (17, 17, 6, 6)))
+    maps = static.kept_maps(x)
+    for m, mask in zip(maps, (plan.masks[0], plan.masks[2], plan.masks[3]), strict=True):
+        assert [i for i in range(16) if m[1].flatten()[i]] == list(mask)
+    maps = dynamic.kept_maps(x)
+    assert [m.sum((1, 2)).tolist() for m in maps] == [[16] * 3, [5] * 3]
+    output = dynamic.forward_layers(x)
+    assert torch.equal(output.logits, dynamic(x)) and output.scores.shape == (3, 16)
+    assert [layer.shape[1] for layer in output.layers] == [17, 17, 6, 6]
+    assert output.places[1].tolist() == [list(range(16))] * 3
+    found = torch.zeros(3, 16, dtype=torch.bool).scatter(1, output.places[2], True)
+    assert torch.equal(found, maps[1].flatten(1))
+    assert torch.equal(output.places[2], output.scores.topk(5).indices)
+    logits, layers = static.forward_distill(x)
+    assert torch.equal(logits, static(x)) and [layer.shape for layer in layers] == [(3, n - 1, 48) for n in COUNTS]
+    # what the first layer keeps is what the dense model has there
+    first = model.blocks[0](blocks.embed_tokens(model, x))[:, 1:]
+    places = static.forward_layers(x).places[0]
+    close(layers[0], first.gather(1, places.unsqueeze(2).expand(-1, -1, 48)))
+    assert static.forward_layers(x).scores is None
+    with pytest.raises(NotImplementedError, match="forward_layers"):
+        static.forward_intermediates(x)
+
+
+@pytest.mark.parametrize("kind", ["deit", "lvvit"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_reaches_every_parameter(kind, checkpointing):
+    model, x, y = apply(dense(kind), schedule()).train(), images(8), torch.arange(8) % 5
+    model.set_grad_checkpointing(checkpointing)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        assert not [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_checkpointing_and_dropout():
+    model, x = apply(dense(), schedule()).train(), images()
+    calls = []
+    model.blocks[2].norm1.register_forward_pre_hook(lambda *_: calls.append(1))
+    model(x).sum().backward()
+    grad = model.pos_embed.grad.clone()
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    model(x).sum().backward()
+    assert len(calls) == 3
+    close(model.pos_embed.grad, grad)
+    dropping = apply(of(attn_drop_rate=0.9, drop_path_rate=0.9), schedule())
+    assert not torch.equal(dropping.train()(x), dropping(x))
+    assert torch.equal(dropping.eval()(x), dropping(x))
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(dynamic, train):
+    model = apply_dynamic(dense(), (17, 17, 6, 1)) if dynamic else apply(dense(), schedule())
+    model.train(train)
+    x = images()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.set_grad_enabled(train):
+        expected = model(x)
+        close(compiled(x), expected)
+    if train:
+        expected.square().sum().backward()
+        grad = model.patch_embed.proj.weight.grad.clone()
+        model.zero_grad()
+        compiled(x).square().sum().backward()
+        close(model.patch_embed.proj.weight.grad, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_low_precision_stays_close(dtype):
+    model, x = apply(dense(), schedule()), images(4)
+    exact = copy.deepcopy(model).double()(x.double())
+    with torch.autocast("cpu", dtype):
+        auto = model(x)
+    pure = model.to(dtype)(x.to(dtype))
+    for got in (auto, pure):
+        assert got.dtype == dtype and (got - exact).norm() <= 8 * torch.finfo(dtype).eps * exact.norm()
+
+
+def test_images_of_another_size():
+    model = apply(dense(), schedule())
+    model.set_input_size((64, 80))
+    with pytest.raises(ValueError, match="20 patches, but the model is slimmed for 16"):
+        model(torch.randn(1, 3, 64, 80))
+
+
+def test_names_for_timm(tmp_path):
+    names = {f"ps_deit_{size}_patch16_224" for size in ("tiny", "small", "base")} | {"ps_lvvit_small"}
+    names |= {"dps_deit_tiny_patch16_224", "dps_deit_small_patch16_224", "dps_lvvit_small"}
+    assert set(timm.list_models(["ps_*", "dps_*"])) == names
+    plan = schedule()
+    plan.save(tmp_path / "plan.json")
+    slim = timm.create_model("ps_deit_tiny_patch16_224", schedule=str(tmp_path / "plan.json"), **DEIT).eval()
+    assert slim.schedule == plan and isinstance(slim, patch_slimming.PatchSlimming)
+    model, x = dense(), images()
+    torch.save(apply(model, schedule((13, 9, 5, 1))).state_dict(), tmp_path / "slim.pth")
+    kwargs = dict(DEIT, schedule=plan, checkpoint_path=str(tmp_path / "slim.pth"))
+    loaded = timm.create_model("ps_deit_tiny_patch16_224", **kwargs).eval()
+    assert loaded.counts == (13, 9, 5, 1)  # the checkpoint's
+    assert torch.equal(loaded(x), apply(model, loaded.schedule)(x))
+    dynamic = timm.create_model("dps_deit_tiny_patch16_224", counts=(17, 6, 6, 1), after=1, **DEIT)
+    groups = timm.models.group_parameters(dynamic, dynamic.group_matcher(), reverse=True)
+    assert groups["scorer.out.weight"] == groups["blocks.0.norm1.weight"]
+    small = dict(img_size=64, embed_dim=48, num_heads=3, depth=4)
+    assert timm.create_model("ps_lvvit_small", schedule=plan, **small).blocks[0].alpha == 0.5
+    with pytest.raises(ValueError, match="schedule has 12 layers, but the model has 4"):
+        timm.create_model("ps_deit_tiny_patch16_224", **DEIT)
+    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+        timm.create_model("ps_deit_tiny_patch16_224", pretrained=True)
+
+
+@pytest.mark.parametrize("module", ["", ".schedule", ".slim", ".dynamic"])
+def test_examples_in_the_docstrings(module):
+    result = doctest.testmod(importlib.import_module("tokenops.methods.patch_slimming" + module))
+    assert result.attempted and not result.failed

@@ -1,0 +1,237 @@
+"""The SiT models compute, cost and train what was published (published/sit.py is the oracle)."""
+
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import tokenops
+from published.sit import PublishedSiT
+from support.models import close, flops, images, meta
+from support.sit_models import loss_and_gradients, tiny
+from support.weights import spread
+from tokenops.methods import init_from_teacher
+
+LVVIT = dict(num_heads=6, embed_dim=384, skip_lam=2.0)
+#: what the published configurations are, for the oracle
+PUBLISHED = {
+    "sit_lvvit_tiny": dict(LVVIT, num_heads=5, embed_dim=320, stage_blocks=(1, 1, 1, 11)),
+    "sit_lvvit_xsmall": dict(LVVIT, stage_blocks=(1, 1, 1, 13)),
+    "sit_lvvit_small": dict(LVVIT, stage_blocks=(9, 3, 2, 2)),
+    "sit_lvvit_medium": dict(LVVIT, num_heads=8, embed_dim=512, stage_blocks=(10, 4, 3, 3)),
+    "sit_lvvit_large": dict(
+        num_heads=12, embed_dim=768, skip_lam=3.0, stem="conv6", img_size=288, stage_blocks=(10, 4, 3, 7)
+    ),
+}
+TEACHER = {
+    "lvvit_tiny": "sit_lvvit_tiny",
+    "lvvit_small": "sit_lvvit_small",
+    "lvvit_medium": "sit_lvvit_medium",
+    "lvvit_large": "sit_lvvit_large",
+}
+#: millions of parameters (in inference, of the reverse modules) and giga multiply-adds, as published
+COSTS = {
+    "sit_lvvit_tiny": (15.87, 14.0, 0.987),
+    "sit_lvvit_xsmall": (25.63, 21.8, 1.482),
+    "sit_lvvit_small": (25.63, 11.1, 4.016),
+    "sit_lvvit_medium": (55.64, 25.3, 8.019),
+    "sit_lvvit_large": (148.17, 78.8, 34.314),
+    "lvvit_tiny": (15.69, 0, 3.457),
+    "lvvit_small": (25.37, 0, 5.532),
+    "lvvit_medium": (55.20, 0, 11.839),
+    "lvvit_large": (147.17, 0, 55.974),
+}
+DEIT = dict(stem="linear", mlp_ratio=4.0, qkv_bias=True, norm_eps=1e-6, aux_head=False)
+#: every architecture, small: the keyword arguments that shrink it, and the oracle's
+SMALL = dict(embed_dim=64, num_heads=2, stage_blocks=(1, 1, 1, 2), img_size=96, num_classes=10)
+SHRUNK = {
+    "sit_lvvit_small": dict(SMALL, skip_lam=2.0),
+    "sit_lvvit_large": dict(SMALL, skip_lam=3.0, stem="conv6"),
+    "sit_deit_small": dict(SMALL, **DEIT),
+}
+
+
+def against_the_oracle(name, sizes, batch):
+    published = spread(PublishedSiT(**sizes)).eval()
+    kwargs = {key: sizes[key] for key in SMALL if key in sizes} if sizes.get("num_classes") else {}
+    model = timm.create_model(name, **kwargs).eval()
+    model.load_state_dict(published.state_dict(), strict=True)
+    return model, published, images(model, batch)
+
+
+@pytest.mark.parametrize("name", SHRUNK)
+@torch.no_grad()
+def test_outputs_equal_the_published_computation(name, ran_kernels):
+    model, published, x = against_the_oracle(name, SHRUNK[name], 3)
+    with ran_kernels() as names:
+        logits = model(x)
+    assert names == {"soft_aggregate_fwd.native", "masked_channel_attention_fwd.native"}
+    close(logits, published(x)[0])
+    for module in (model, published):
+        module.train()
+        for part in module.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):
+                part.eval()
+    logits, layers = model.forward_distill(x)
+    expected, _, expected_layers = published(x)
+    close(logits, expected)
+    assert len(layers) == len(expected_layers) == 5
+    for ours, theirs in zip(layers, expected_layers, strict=True):
+        assert ours.shape == (3, 36, 64)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+@torch.no_grad()
+def test_full_size_xsmall_equals_the_published_computation():
+    model, published, x = against_the_oracle("sit_lvvit_xsmall", PUBLISHED["sit_lvvit_xsmall"], 1)
+    expected = published(x)[0]
+    close(model(x), expected)
+    close(model.for_inference()(x), expected)
+
+
+@torch.no_grad()
+def test_dense_teacher_equals_the_published_computation():
+    sizes = dict(SMALL, skip_lam=2.0, slim=False)
+    published = spread(PublishedSiT(**sizes)).eval()
+    model = timm.create_model("lvvit_small", embed_dim=64, num_heads=2, depth=5, img_size=96, num_classes=10).eval()
+    model.load_state_dict(published.state_dict(), strict=True)
+    x = images(model)
+    logits, layers = model.forward_distill(x)
+    expected, expected_layers = published(x)
+    close(logits, expected)
+    close(model(x), expected)
+    close(torch.stack(layers), torch.stack(expected_layers))
+    close(model.for_inference()(x), expected)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_official_state_dict_loads_strictly(name):
+    with torch.device("meta"):
+        official = PublishedSiT(**PUBLISHED[name]).state_dict()
+    meta(name).load_state_dict(official, strict=True)
+    stripped = {key: value for key, value in official.items() if not key.startswith("rtsm.")}
+    slim = meta(name).drop_rtsm()
+    slim.load_state_dict(official, strict=True)
+    slim.load_state_dict(stripped, strict=True)
+    assert {key: value.shape for key, value in slim.state_dict().items()} == {k: v.shape for k, v in stripped.items()}
+    meta(name, rtsm=False).load_state_dict(stripped, strict=True)
+    with pytest.raises(RuntimeError, match="Missing key.*rtsm"):
+        meta(name).load_state_dict(stripped, strict=True)
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_parameters_and_flops_are_the_published_ones(name):
+    model = meta(name).eval()
+    size = {key: p.numel() / 1e6 for key, p in model.named_parameters()}
+    reverse = sum(value for key, value in size.items() if key.startswith("rtsm"))
+    parameters, expected_reverse, gmacs = COSTS[name]
+    assert sum(size.values()) - reverse == pytest.approx(parameters, abs=0.005)
+    assert reverse == pytest.approx(expected_reverse, abs=0.05)
+    assert flops(model, torch.empty(1, 3, *model.img_size, device="meta")) / 2e9 == pytest.approx(gmacs, rel=1e-3)
+
+
+def test_our_kernels_are_counted_like_the_reference():
+    model = tiny()
+    x = images(model)
+
+    def training_step():
+        with FlopCounterMode(display=False) as counter:
+            logits, layers = model.forward_distill(x)
+            (logits.sum() + sum(layer.sum() for layer in layers)).backward()
+        return counter.get_total_flops()
+
+    ours = flops(model, x), training_step()
+    with tokenops.use_backend("reference"):
+        plain = flops(model, x), training_step()
+    assert ours[0] == plain[0]
+    hidden = 2 * sum(2 * 32 * m.mlp1.fc1.weight.numel() for m in model.rtsm if hasattr(m, "mlp1"))
+    tokens = [1 + model.tokens_per_stage[sum(i > end for end in model.slim_after)] for i in range(len(model.blocks))]
+    logits = 2 * len(x) * model.embed_dim * sum(n * n for n in tokens)
+    assert ours[1] == plain[1] + hidden + logits  # what the backward passes compute again
+
+
+def test_tokens_per_stage():
+    assert meta("sit_lvvit_large").tokens_per_stage == [324, 162, 81, 40]
+    for name in ("sit_lvvit_tiny", "sit_lvvit_small", "sit_deit_base"):
+        assert meta(name).tokens_per_stage == [196, 98, 49, 24]
+    assert meta("sit_deit_small").slim_after == [2, 5, 8]
+    assert meta("sit_lvvit_medium").slim_after == [9, 13, 16]
+
+
+@torch.no_grad()
+def test_deit_is_timms_deit():
+    deit = timm.create_model("deit_tiny_patch16_224").eval()
+    x = torch.randn(1, 3, 224, 224)
+    unslimmed = init_from_teacher(timm.create_model("sit_deit_tiny", stage_blocks=(12,)).eval(), deit)
+    close(unslimmed(x), deit(x))
+    for size in ("tiny", "small", "base"):
+        init_from_teacher(meta(f"sit_deit_{size}"), meta(f"deit_{size}_patch16_224"))
+
+
+def test_students_start_from_their_teachers():
+    for teacher, student in (*TEACHER.items(), ("lvvit_small", "sit_lvvit_xsmall")):
+        init_from_teacher(meta(student), meta(teacher))
+    teacher = tiny("lvvit_small", depth=4, stage_blocks=None)
+    student = tiny()
+    before = student.tsm[0].weight[1].weight.clone()
+    assert init_from_teacher(student, teacher.state_dict()) is student
+    assert torch.equal(student.blocks[3].mlp.fc1.weight, teacher.blocks[3].mlp.fc1.weight)
+    assert torch.equal(student.tsm[0].weight[1].weight, before)
+    with pytest.raises(RuntimeError, match="lacks .*blocks.4"):
+        init_from_teacher(tiny(stage_blocks=(1, 1, 3)), teacher)
+    with pytest.raises(RuntimeError, match="should not, .*blocks.3"):
+        init_from_teacher(tiny(stage_blocks=(1, 1, 1)), teacher)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        init_from_teacher(tiny(embed_dim=64), teacher)
+
+
+def test_gradients_reach_every_parameter(ran_kernels):
+    model = tiny().train()
+    with ran_kernels() as names:
+        loss, grads = loss_and_gradients(model, images(model))
+    assert {"soft_aggregate_bwd.native", "token_mlp_bwd.native"} <= names
+    assert set(grads) == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, grad in grads.items():
+        assert torch.isfinite(grad).all(), name
+        if name.endswith("weight.3.bias"):  # the softmax over the tokens cancels it
+            assert grad.abs().max() < 1e-6
+        else:
+            assert grad.any(), name
+
+
+def test_gradients_equal_the_published_ones():
+    model, published, x = against_the_oracle("sit_lvvit_small", SHRUNK["sit_lvvit_small"], 2)
+    _, grads = loss_and_gradients(model, x)
+    published.forward_distill = lambda x: (published.train()(x)[0], published(x)[2])
+    for part in published.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.train = lambda mode=True: None
+    _, expected = loss_and_gradients(published, x)
+    assert set(grads) == set(expected)
+    for name, grad in expected.items():
+        assert (grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-6, name
+
+
+def test_gradient_checkpointing_changes_nothing_and_recomputes():
+    model = tiny().train()
+    x = images(model)
+    calls = []
+    model.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    loss, grads = loss_and_gradients(model, x)
+    assert len(calls) == 1
+    model.set_grad_checkpointing()
+    checkpointed, again = loss_and_gradients(model, x)
+    assert len(calls) == 3
+    assert torch.equal(loss, checkpointed)
+    for name, grad in grads.items():
+        close(again[name], grad)
+
+
+@pytest.mark.parametrize("rate", ["drop_path_rate", "drop_rate"])
+def test_dropping_acts_in_training_only(rate):
+    model = tiny(**{rate: 0.9})
+    x = images(model, 8)
+    assert torch.equal(model(x), model(x))
+    model.train()
+    model.patch_embed.eval()
+    assert not torch.equal(model(x), model(x))

@@ -1,0 +1,439 @@
+"""select_tokens: what it means, that every backend makes the same choice to the bit, and what it says to bad input."""
+
+import math
+
+import pytest
+import torch
+
+import tokenops
+from support.cases import DTYPES, SELECT, SELECT_LARGE, Select
+from support.selection import OPTIONS, compare, double, inputs, run, terms
+from tokenops import _backends, reference
+from tokenops._schemas import kernel
+
+NAN, INF = math.nan, math.inf
+select_tokens = tokenops.select_tokens
+
+
+OPERATOR = "select_tokens"  # of the `backend` fixture
+
+
+# What the operator means: tables to learn it from.
+
+TABLE = [
+    # scores                 k  order    index
+    ([0.1, 0.4, 0.3, 0.2], 2, "score", [1, 2]),
+    ([0.1, 0.3, 0.2, 0.4], 2, "score", [3, 1]),
+    ([0.1, 0.3, 0.2, 0.4], 2, "index", [1, 3]),
+    ([1, 2, 2, 2], 2, "score", [1, 2]),  # equal: the lower index
+    ([2, 1, 2, 1], 3, "score", [0, 2, 1]),
+    ([2, 1, 2, 1], 3, "index", [0, 1, 2]),
+    ([0.0, -0.0, 0.0, -0.0], 3, "score", [0, 1, 2]),  # the same number
+    ([NAN, -INF, NAN, 0], 3, "score", [3, 1, 0]),  # NaN behind every number
+    ([NAN, NAN, NAN, NAN], 2, "index", [0, 1]),
+    ([INF, NAN, INF, 3e38], 3, "index", [0, 2, 3]),
+    ([-1, -2, -1e-45, -3], 2, "score", [2, 0]),  # a subnormal number
+    ([5, 6, 7, 8], 0, "score", []),
+    ([5, 6, 7, 8], 4, "score", [3, 2, 1, 0]),
+]
+
+
+@pytest.mark.parametrize("scores, k, order, expected", TABLE)
+def test_table(backend, device, scores, k, order, expected):
+    x = torch.arange(5.0, device=device).reshape(1, 5, 1)
+    for dtype in (torch.float32, torch.float64):
+        chosen = select_tokens(x, torch.tensor([scores], dtype=dtype, device=device), k, order=order)
+        assert chosen.index.tolist() == [expected]
+        assert chosen.tokens.flatten().tolist() == [0, *(i + 1 for i in expected)]
+        assert chosen.companions == () and chosen.normed is None and chosen.lengths is None
+
+
+RESTS = [
+    # x                        k  rest        normalize  the last token
+    ([9, 10, 20, 30, 40], 2, "mean", True, 15),
+    ([9, 10, 20, 30, 40], 2, "weighted", False, 10 * 1 + 20 * 2),
+    ([9, 10, 20, 30, 40], 2, "weighted", True, (10 * 1 + 20 * 2) / 3),
+    ([9, 10, 20, 30, 40], 0, "mean", True, 25),
+    ([9, 10, 20, 30, 40], 4, "mean", True, 0),
+    ([9, 10, 20, 30, 40], 4, "weighted", True, 0),
+]
+
+
+@pytest.mark.parametrize("x, k, rest, normalize, last", RESTS)
+def test_rest(backend, device, x, k, rest, normalize, last):
+    x = torch.tensor(x, dtype=torch.float32, device=device).reshape(1, -1, 1)
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0]], device=device)
+    chosen = select_tokens(x, scores, k, rest=rest, normalize=normalize, order="index")
+    assert chosen.tokens.shape == (1, k + 2, 1)
+    assert chosen.tokens.flatten().tolist() == pytest.approx([*x[0, :1, 0].tolist(), *x[0, 5 - k :, 0].tolist(), last])
+
+
+def test_weights_that_sum_to_zero_are_not_divided(backend, device):
+    x = torch.tensor([0.0, 1, 2, 3], device=device).reshape(1, 4, 1)
+    scores = torch.tensor([[1.0, -1.0, 5.0]], device=device, requires_grad=True)
+    chosen = select_tokens(x, scores, 1, rest="weighted")
+    assert chosen.tokens.flatten().tolist() == [0, 3, 1 * 1 - 1 * 2]
+    chosen.tokens.sum().backward()
+    assert scores.grad.tolist() == [[1, 2, 0]]
+
+
+def test_counts(backend, device):
+    """Images that keep different numbers: what is beyond is zeros, and the rest follows the last kept token."""
+    x = torch.arange(12.0, device=device).reshape(2, 6, 1) + 1
+    scores = torch.tensor([[1.0, 5, 4, 3, 2], [9, 8, 7, 6, 5]], device=device)
+    counts = torch.tensor([1, 3], device=device)
+    chosen = select_tokens(x, scores, 3, counts=counts, companions=(scores,))
+    assert chosen.tokens[..., 0].tolist() == [[1, 3, 0, 0], [7, 8, 9, 10]]
+    assert chosen.index.tolist() == [[1, -1, -1], [0, 1, 2]]
+    assert chosen.companions[0].tolist() == [[5, 0, 0], [9, 8, 7]]
+    assert chosen.lengths.tolist() == [2, 4]
+    fused = select_tokens(x, scores, 3, counts=counts, rest="mean")
+    assert fused.tokens[..., 0].tolist() == [[1, 3, (2 + 4 + 5 + 6) / 4, 0, 0], [7, 8, 9, 10, 11.5]]
+    assert fused.lengths.tolist() == [3, 5]
+
+
+def test_counts_go_to_attention_and_back(backend, device):
+    x, scores = torch.randn(2, 7, 8, device=device), torch.rand(2, 6, device=device)
+    chosen = select_tokens(x, scores, 4, counts=torch.tensor([2, 4], device=device))
+    q = chosen.tokens.unsqueeze(1)
+    with tokenops.use_backend("auto"):
+        out = tokenops.masked_channel_attention(q, q, q, key_lengths=chosen.lengths).squeeze(1)
+        alone = chosen.tokens[:1, :3].unsqueeze(1)
+        torch.testing.assert_close(out[0, :3], tokenops.masked_channel_attention(alone, alone, alone)[0, 0])
+    y = tokenops.restore_tokens(x, out, chosen.index)  # -1 goes nowhere
+    changed = (y != x).any(dim=2).sum(dim=1)
+    assert changed.tolist() == [3, 5]
+
+
+def test_gradient_of_the_rest(backend, device):
+    x = torch.tensor([0.0, 10, 20, 30], device=device).reshape(1, 4, 1).requires_grad_()
+    scores = torch.tensor([[1.0, 3.0, 5.0]], device=device, requires_grad=True)
+    y = select_tokens(x, scores, 1, rest="weighted").tokens
+    assert y.flatten().tolist() == [0, 30, (10 + 60) / 4]
+    y.backward(torch.tensor([[[2.0], [3.0], [4.0]]], device=device))
+    assert x.grad.flatten().tolist() == [2, 1, 3, 3]
+    assert scores.grad.tolist() == [[4 * (10 - 17.5) / 4, 4 * (20 - 17.5) / 4, 0]]
+
+
+# Every backend against the reference.
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", (*SELECT, *SELECT_LARGE), ids=str)
+def test_forward_and_backward(backend, device, poisoned, ran_kernels, case, dtype):
+    slow = backend == "triton" and device == "cpu"
+    if slow and case in SELECT_LARGE:
+        pytest.skip("the interpreter takes minutes; its tiles are covered by smaller sizes")
+    for number, option in enumerate(OPTIONS):
+        if slow and (number + case.N + case.k) % 3 != (*DTYPES, torch.float64).index(dtype) % 3:
+            continue  # each case meets every option in one dtype or another
+        if slow and dtype == torch.bfloat16 and option[0] != "none" and option[4]:
+            continue  # the interpreter cuts bf16 off where it should round, and the norm is taken of that
+        tensors = inputs(case, dtype, (torch.float32, dtype, torch.float64)[number % 3], device, *option[3:])
+        with ran_kernels() as names:
+            *ours, upstream = run(select_tokens, tensors, case.k, case.prefix, option)
+        assert names == {f"select_tokens_fwd.{backend}", f"select_tokens_bwd.{backend}"}
+        *plain, _ = run(reference.select_tokens, tensors, case.k, case.prefix, option, upstream)
+        *truth, _ = run(reference.select_tokens, double(tensors), case.k, case.prefix, option, upstream)
+        weighted = option[0] == "weighted" and option[1] and tensors["scores"].numel() and case.C
+        compare(ours, plain, truth, terms(tensors, truth, upstream, case.prefix) if weighted else 0.0)
+        *again, _ = run(select_tokens, tensors, case.k, case.prefix, option, upstream)
+        for first, second in zip(ours, again, strict=True):  # deterministic
+            assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_same_choice_everywhere(device):
+    """Indices of every backend equal the reference's to the bit, on scores full of ties and special values."""
+    special = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 1e-45, -1e-45, 3e38, -NAN, 0.5], device=device)
+    for dtype in (*DTYPES, torch.float64):
+        scores = special[torch.randint(len(special), (3, 50), device=device)].to(dtype)
+        scores[2] = scores[2].masked_fill(torch.rand(50, device=device) < 0.8, 0.25)
+        x = torch.randn(3, 51, 4, device=device)
+        for k in (0, 1, 20, 49, 50):
+            for order in ("score", "index"):
+                expected = reference.select_tokens(x, scores, k, order=order)[1]
+                for backend in ("native", "triton"):
+                    with tokenops.use_backend(backend):
+                        assert torch.equal(select_tokens(x, scores, k, order=order).index, expected), (backend, k)
+
+
+LAYOUTS = {
+    "channels first": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "images last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "every second": lambda t: torch.stack((t, torch.full_like(t, NAN)), dim=-1).flatten(-2)[..., ::2],
+    "shifted": lambda t: torch.nn.functional.pad(t, (1, 2), value=NAN)[..., 1:-2],
+    "one image for all": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(backend, device, poisoned, layout):
+    lay, option = LAYOUTS[layout], OPTIONS[2]
+    case = Select(3, 13, 6, 24, 1, "aligned where it is contiguous")
+    for dtype in (torch.float16, torch.float32):  # the interpreter cuts bf16 off where it should round
+        tensors = inputs(case, dtype, dtype, device, False, True)
+        for name in ("x", "scores", "size"):
+            arranged = {**tensors, name: lay(tensors[name])}
+            *ours, upstream = run(select_tokens, arranged, 6, 1, option)
+            upstream = {n: lay(t) if t.dim() == 3 else t for n, t in upstream.items()}
+            *ours, _ = run(select_tokens, arranged, 6, 1, option, upstream)
+            *plain, _ = run(reference.select_tokens, arranged, 6, 1, option, upstream)
+            *truth, _ = run(reference.select_tokens, double(arranged), 6, 1, option, upstream)
+            compare(ours, plain, truth, terms(arranged, truth, upstream, 1))
+
+
+def test_nan_and_infinity_of_tokens_stay_where_they_are(backend, device):
+    x = torch.tensor([NAN, 1.0, INF, NAN, 2.0], device=device).reshape(1, 5, 1)
+    scores = torch.tensor([[1.0, 4.0, 3.0, 2.0]], device=device)
+    y = select_tokens(x, scores, 2, rest="mean").tokens.flatten().tolist()
+    assert str(y) == "[nan, inf, nan, 1.5]"
+
+
+@pytest.mark.parametrize("rest, normalize", [("none", True), ("weighted", True), ("weighted", False), ("mean", True)])
+def test_gradcheck(backend, device, rest, normalize):
+    def leaf(*shape):
+        return torch.rand(shape, dtype=torch.float64, device=device).requires_grad_()
+
+    scores = torch.tensor([[0.3, 0.9, 0.5, 0.1], [0.2, 0.6, 0.8, 0.4]], dtype=torch.float64, device=device)
+    x, size, weight, bias = leaf(2, 5, 3), leaf(2, 4), leaf(3), leaf(3)
+
+    def f(x, scores, size, weight, bias):
+        chosen = select_tokens(
+            x, scores, 2, rest=rest, normalize=normalize, companions=(size,), norm=(weight, bias, 1e-3)
+        )
+        return chosen.tokens, chosen.normed, chosen.companions[0]
+
+    scores.requires_grad_(rest == "weighted")
+    fast = backend == "triton" and device == "cpu"  # interpreted
+    assert torch.autograd.gradcheck(f, (x, scores, size, weight, bias), fast_mode=fast)
+
+
+def test_norm_without_weight_or_bias(backend, device):
+    x, scores = torch.randn(2, 6, 8, device=device, requires_grad=True), torch.rand(2, 5, device=device)
+    for norm in ((None, None, 1e-6), (torch.rand(8, device=device), None, 0.1)):
+        chosen = select_tokens(x, scores, 3, norm=norm)
+        expected = torch.nn.functional.layer_norm(chosen.tokens, (8,), *norm)
+        torch.testing.assert_close(chosen.normed, expected)
+        (ours,) = torch.autograd.grad(chosen.normed.square().sum(), x, retain_graph=True)
+        (plain,) = torch.autograd.grad(expected.square().sum(), x)
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("dtype", (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64, torch.bfloat16))
+def test_companions_of_every_size(backend, device, dtype):
+    x, scores = torch.randn(2, 6, 3, device=device), torch.rand(2, 5, device=device)
+    given = torch.randint(0, 100, (2, 5), device=device).to(dtype)
+    for companions in ((given,), (given, scores), (given, scores, given.t().contiguous().t()), (given,) * 4):
+        chosen = select_tokens(x, scores, 3, companions=companions)
+        expected = [companion.gather(1, chosen.index) for companion in companions]
+        assert all(torch.equal(a, b) for a, b in zip(chosen.companions, expected, strict=True))
+
+
+# torch's machinery
+
+
+def test_opcheck(backend, device):
+    x, scores, size = torch.randn(2, 6, 4, device=device), torch.rand(2, 5, device=device), torch.rand(2, 5)
+    size, counts = size.to(device), torch.tensor([1, 3], device=device)
+    weight = torch.ones(4, device=device)
+    for rest, norm in (("none", False), ("normalized", True), ("mean", False)):
+        arguments = (x, scores, 3, counts, [size], weight, None, 1, rest, True, norm, 1e-5)
+        torch.library.opcheck(kernel("select_tokens_fwd", backend), arguments)
+        tokens, index, _, _, fused, (followed,) = kernel("select_tokens_fwd", backend)(*arguments)
+        given = (x, fused) if rest == "normalized" else (None, None)
+        arguments = (tokens, [followed], index, scores, counts, *given, 1, rest)
+        torch.library.opcheck(kernel("select_tokens_bwd", backend), arguments)
+
+
+@pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
+def test_compile(device, compiler):
+    def f(x, scores, weight, k):
+        chosen = select_tokens(
+            x * 2, scores, k, rest="weighted", companions=(scores,), norm=(weight, None, 1e-6), order="index"
+        )
+        return chosen.tokens.sin() + chosen.normed, chosen.companions[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=compiler)
+    for B, N, k, C in ((2, 6, 2, 4), (3, 9, 5, 8)) if compiler == "aot_eager" else ((2, 6, 2, 4),):
+        made = torch.randn(B, 1 + N, C), torch.rand(B, N), torch.rand(C)
+        results = []
+        for function in (f, compiled):
+            leaves = [t.to(device).requires_grad_() for t in (t.clone() for t in made)]
+            y, followed = function(*leaves, k)
+            results.append((y, followed, *torch.autograd.grad(y.square().sum() + followed.sum(), leaves)))
+        for ours, eager in zip(*results, strict=True):
+            torch.testing.assert_close(ours, eager)
+
+
+def test_inference_mode_func_grad_and_autocast(backend, device):
+    x, scores = torch.randn(2, 6, 4, device=device), torch.rand(2, 5, device=device)
+    with torch.inference_mode():
+        assert torch.equal(select_tokens(x, scores, 2).tokens, reference.select_tokens(x, scores, 2)[0])
+    functions = select_tokens, reference.select_tokens
+    losses = [lambda x, s, f=f: f(x, s, 2, rest="weighted")[0].square().sum() for f in functions]
+    for ours, plain in zip(*(torch.func.grad(loss, argnums=(0, 1))(x, scores) for loss in losses), strict=True):
+        torch.testing.assert_close(ours, plain)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert select_tokens(x, scores, 2, norm=(None, None, 1e-6)).normed.dtype == torch.float32
+
+
+def test_only_the_gradients_asked_for(backend, device):
+    x, scores = torch.randn(2, 6, 4, device=device), torch.rand(2, 5, device=device, requires_grad=True)
+    chosen = select_tokens(x, scores, 2, companions=(scores,))
+    chosen.companions[0].sum().backward()  # by way of the companion alone
+    assert scores.grad.sum(dim=1).tolist() == [2, 2] and x.grad is None
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        y = select_tokens(x, scores, 2, rest="weighted").tokens
+        (first,) = torch.autograd.grad(y.square().sum(), scores, create_graph=True)
+        first.sum().backward()
+
+
+# Bad input
+
+
+def good():
+    return {"x": torch.zeros(2, 6, 3), "scores": torch.zeros(2, 5), "k": 2}
+
+
+BAD = [
+    ({"x": [1.0]}, TypeError, "x must be a tensor"),
+    ({"x": torch.zeros(6, 3)}, ValueError, r"x must have shape \(B,P\+N,C\), but got \(6, 3\)"),
+    ({"x": torch.zeros(2, 6, 3, dtype=torch.int32)}, TypeError, "x must be float16"),
+    ({"scores": torch.zeros(2, 5, dtype=torch.int64)}, TypeError, "scores must be float16"),
+    ({"scores": torch.zeros(3, 5)}, ValueError, "scores has 3 images, but x has 2"),
+    ({"scores": torch.zeros(2, 6)}, ValueError, "scores has 6 tokens, but x has 6 tokens, 5 after a prefix of 1"),
+    ({"k": 300}, ValueError, "k=300, but x has 5 tokens after a prefix of 1: 0 to 5 is allowed"),
+    ({"k": -1}, ValueError, "k=-1"),
+    ({"k": 2.0}, TypeError, "k must be an int, but got 2.0"),
+    ({"k": True}, TypeError, "k must be an int"),
+    ({"prefix": 7}, ValueError, "prefix=7"),
+    ({"rest": "sum"}, ValueError, "rest='sum', but it must be one of 'none', 'weighted', 'mean'"),
+    ({"order": "best"}, ValueError, "order='best', but it must be one of 'score', 'index'"),
+    ({"normalize": None}, TypeError, "normalize must be True or False"),
+    ({"counts": [1, 2]}, TypeError, "counts must be a tensor"),
+    ({"counts": torch.zeros(2)}, TypeError, "counts must be int64"),
+    ({"counts": torch.zeros(3, dtype=torch.int64)}, ValueError, "counts has 3 images"),
+    ({"companions": torch.zeros(2, 5)}, TypeError, "companions must be a tuple of tensors, but got Tensor"),
+    ({"companions": (torch.zeros(2, 5),) * 5}, ValueError, "companions has 5 entries, but at most 4"),
+    ({"companions": (torch.zeros(2, 6),)}, ValueError, r"companions\[0\] must have shape \(2, 5\), but got \(2, 6\)"),
+    ({"companions": (torch.zeros(2, 5, dtype=torch.complex64),)}, TypeError, r"companions\[0\] must be real"),
+    ({"norm": torch.ones(3)}, TypeError, r"norm must be \(weight, bias, eps\)"),
+    ({"norm": (torch.ones(4), None, 1e-5)}, ValueError, "norm's weight has 4 channels, but x has 3"),
+    ({"norm": (None, torch.ones(1, 3), 1e-5)}, ValueError, "norm's bias must have shape"),
+    ({"norm": (None, None, -1.0)}, ValueError, "norm's eps must be a number of at least 0"),
+    ({"x": torch.zeros(1, 16386, 1), "scores": torch.zeros(1, 16385)}, ValueError, "at most 16384 are allowed"),
+]
+
+
+@pytest.mark.parametrize("change, kind, words", BAD, ids=[words for _, _, words in BAD])
+def test_errors_in_words(change, kind, words):
+    with pytest.raises(kind, match=f"select_tokens: .*{words}"):
+        select_tokens(**{**good(), **change})
+
+
+def test_counts_out_of_range(backend, device):
+    x, scores = torch.randn(2, 6, 3, device=device), torch.rand(2, 5, device=device)
+    counts = torch.tensor([[-3, 9], [0, 0]], device=device).t()[:, 0]
+    if device == "cpu" and backend == "native":
+        with pytest.raises(IndexError, match=r"counts\[0\]=-3, but it must be between 0 and k=2"):
+            select_tokens(x, scores, 2, counts=counts)
+        return
+    chosen = select_tokens(x, scores, 2, counts=counts)  # not looked at: the nearest that is allowed
+    nearest = select_tokens(x, scores, 2, counts=torch.tensor([0, 2], device=device))
+    assert torch.equal(chosen.tokens, nearest.tokens) and torch.equal(chosen.index, nearest.index)
+    assert chosen.lengths.tolist() == [1, 3]
+
+
+def test_counts_of_any_stride(backend, device):
+    x, scores = torch.randn(3, 6, 2, device=device), torch.rand(3, 5, device=device)
+    for counts in (torch.tensor([2], device=device).expand(3), torch.tensor([3, 9, 1, 9, 2], device=device)[::2]):
+        results = []
+        for given in (counts, counts.clone()):
+            leaf = x.clone().requires_grad_()
+            y = select_tokens(leaf, scores, 3, counts=given, rest="mean").tokens
+            results.append((y, *torch.autograd.grad(y.square().sum(), leaf)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_very_small_and_very_unequal_weights(backend, device):
+    """Sums below the smallest normal number, and fp64 scores that fp32 does not reach (all zeros then: not divided)."""
+    x = torch.tensor([1.0, 2, 3, 4], device=device).reshape(1, 4, 1)
+    for small, expected in ((1e-40, 20 / 6), (1e-30, 20 / 6)):
+        scores = torch.tensor([[1.0, small, 2 * small, 3 * small]], device=device)
+        leaf = x.clone().requires_grad_()
+        y = select_tokens(leaf, scores, 1, prefix=0, rest="weighted").tokens
+        assert y[0, 1].item() == pytest.approx(expected, rel=1e-3)
+        (dx,) = torch.autograd.grad(y[0, 1], leaf)
+        assert dx.flatten().tolist() == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6], rel=1e-3)
+    scores = torch.tensor([[1.0, 1e-50, 2e-50, 3e-50]], dtype=torch.float64, device=device)
+    for function in (select_tokens, reference.select_tokens):
+        assert function(x, scores, 1, prefix=0, rest="weighted")[0].flatten().tolist() == [1, 0]
+
+
+def test_the_norm_of_a_constant_row_is_zero(device):
+    if device == "cuda":
+        pytest.skip("as exact as torch's there, within rounding")
+    x = torch.randn(2, 40, 1).expand(2, 40, 384)
+    normed = select_tokens(x, torch.rand(2, 39), 20, norm=(None, None, 1e-6)).normed
+    plain = torch.nn.functional.layer_norm(x.contiguous(), (384,))
+    assert normed.abs().max() <= max(2 * plain.abs().max(), 1e-6)
+
+
+def test_gradients_that_nobody_asked_for(backend, device):
+    """Results that depend on nothing that needs a gradient need none, and forward mode is refused, not ignored."""
+    x, scores, weight = (
+        torch.randn(2, 6, 4, device=device),
+        torch.rand(2, 5, device=device),
+        torch.ones(4, device=device),
+    )
+    size = torch.rand(2, 5, device=device, requires_grad=True)
+    chosen = select_tokens(x, scores, 2, companions=(size,), norm=(weight.requires_grad_(), weight, 1e-6))
+    assert not chosen.tokens.requires_grad and chosen.normed.requires_grad and chosen.companions[0].requires_grad
+    chosen = select_tokens(x, scores.requires_grad_(), 2)
+    assert not chosen.tokens.requires_grad
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(lambda x: select_tokens(x, scores.detach(), 2).tokens, (x,), (torch.ones_like(x),))
+
+
+def test_as_many_tokens_as_are_allowed(device):
+    x, scores = torch.randn(1, 16385, 2, device=device), torch.rand(1, 16384, device=device).bfloat16()
+    with tokenops.use_backend("native"):
+        for order in ("score", "index"):
+            ours = select_tokens(x, scores, 5000, order=order)
+            assert torch.equal(ours.index, reference.select_tokens(x, scores, 5000, order=order)[1])
+
+
+def test_the_compiled_code_checks_again(device):
+    """Called past the public function, the kernels still refuse what they cannot take."""
+    if device == "cpu" and _backends.why_not("select_tokens", "native", device, torch.float32):
+        pytest.skip(_backends.why_not("select_tokens", "native", device, torch.float32))
+    x, scores = torch.zeros(2, 6, 4, device=device), torch.zeros(2, 5, device=device)
+    forward = dict(
+        x=x, scores=scores, k=2, counts=None, companions=[], weight=None, bias=None, prefix=1, rest="none",
+        best_first=True, norm=False, eps=0.0,
+    )  # fmt: skip
+    changes = [
+        {"x": x[0]}, {"scores": scores[:, :4]}, {"scores": scores.long()}, {"k": 6}, {"k": -1}, {"prefix": 9},
+        {"rest": "some"}, {"counts": torch.zeros(3, dtype=torch.int64, device=device)}, {"companions": [scores] * 5},
+        {"companions": [scores[:1]]}, {"norm": True, "weight": torch.zeros(3, device=device)},
+    ]  # fmt: skip
+    for change in changes:
+        with pytest.raises(RuntimeError, match="must"):
+            kernel("select_tokens_fwd", "native")(*{**forward, **change}.values())
+    index = torch.zeros(2, 2, dtype=torch.int64, device=device)
+    backward = dict(
+        dtokens=x[:, :3], dcompanions=[], index=index, scores=scores, counts=None, x=None, fused=None, prefix=1,
+        rest="none",
+    )  # fmt: skip
+    changes = [{"dtokens": x}, {"index": index.int()}, {"rest": "weighted"}, {"dcompanions": [scores]}, {"prefix": -1}]
+    for change in changes:
+        with pytest.raises(RuntimeError, match="must"):
+            kernel("select_tokens_bwd", "native")(*{**backward, **change}.values())
+
+
+def test_automatic_choice(device, ran_kernels):
+    with ran_kernels() as names:
+        select_tokens(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in good().items()})
+    reason = _backends.why_not("select_tokens", "native", device, torch.float32)
+    assert names == ({"select_tokens_fwd.native"} if reason is None else set())

@@ -1,0 +1,421 @@
+"""soft_aggregate and soft_scatter: what they mean, and that every backend computes it, values and gradients."""
+
+import pytest
+import torch
+
+import tokenops
+from support.cases import AGGREGATE, DTYPES, Aggregate
+from support.tolerance import assert_as_good_as_plain
+from tokenops import _native, reference
+
+INF = float("inf")
+
+
+OPERATOR = "soft_aggregate"  # of the `backend` fixture
+
+
+def test_compiled_weights_are_used(monkeypatch, ran_kernels, device):
+    """Where there is compiled code the CPU path runs it."""
+    if device == "cuda" or _native.why_not("cpu") is not None:
+        pytest.skip(f"no compiled code for {device}")
+    x, w, scale, _ = inputs(AGGREGATE[0], torch.float32, device)
+    ran = []
+    for name in ("aggregation_weights_fwd", "aggregation_weights_bwd"):
+        kernel = getattr(torch.ops.tokenops, name)
+        monkeypatch.setattr(
+            torch.ops.tokenops, name, lambda *a, kernel=kernel, name=name: (ran.append(name), kernel(*a))[1]
+        )
+    tokenops.soft_aggregate(x.requires_grad_(), w, scale=scale, prefix=1).sum().backward()
+    assert ran == ["aggregation_weights_fwd", "aggregation_weights_bwd"]
+
+
+def inputs(case, dtype, device, mask=False, spread=2.0):
+    x = torch.randn(case.B, case.prefix + case.N, case.C, dtype=dtype, device=device)
+    w = spread * torch.randn(case.B, case.N, case.M, dtype=dtype, device=device)
+    keep = torch.rand(case.B, case.N, device=device) > 0.3 if mask else None
+    scale = torch.tensor([[[1.25]]], dtype=dtype, device=device)
+    return x, w, scale, keep
+
+
+def run(function, tensors, dy=None):
+    """The result and the gradients of the tensors that are there."""
+    leaves = [
+        None if t is None else t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors
+    ]
+    y = function(*leaves)
+    dy = torch.ones_like(y) if dy is None else dy.to(y.dtype)
+    grads = torch.autograd.grad(y, [t for t in leaves if t is not None], dy, allow_unused=True)
+    return y.detach(), *grads
+
+
+def delta_terms(dy, y):
+    """The size of what is subtracted in dw = A * (G - D), D = sum over the channels of dy * y."""
+    terms = (dy.double() * y).abs().sum(dim=-1)
+    return terms.max().item() if terms.numel() else 0.0
+
+
+# What the operators mean: tables to learn them from.
+
+
+def test_a_slot_is_a_weighted_mean_of_the_tokens(device):
+    x = torch.tensor([[[100.0], [1.0], [2.0], [4.0]]], device=device)  # a class token and three tokens
+    w = torch.tensor([[[0.0, 0.0], [0.0, 0.0], [0.0, INF]]], device=device).nan_to_num(posinf=1e4)
+    y = tokenops.soft_aggregate(x, w, prefix=1)
+    torch.testing.assert_close(y[0, :, 0], torch.tensor([100.0, 7 / 3, 4.0], device=device))
+
+
+def test_scale_sharpens(device):
+    x = torch.tensor([[[0.0], [1.0]]], device=device)
+    w = torch.tensor([[[0.0], [1.0]]], device=device).log1p()  # weights 1 : 2, and 1 : 8 at scale 3
+    for scale, expected in ((None, 2 / 3), (3, 8 / 9), (torch.tensor(3.0, device=device), 8 / 9)):
+        y = tokenops.soft_aggregate(x, w, scale=scale)
+        torch.testing.assert_close(y.item(), expected, atol=1e-6, rtol=0)
+
+
+def test_a_token_is_a_mixture_of_slots(device):
+    z = torch.tensor([[[3.0], [9.0]]], device=device)
+    w = torch.tensor([[[0.0, 0.0], [-INF, 0.0], [2.0, -INF]]], device=device)
+    torch.testing.assert_close(tokenops.soft_scatter(z, w)[0, :, 0], torch.tensor([6.0, 9.0, 3.0], device=device))
+
+
+def test_reference_is_the_papers_formula():
+    x, w = torch.randn(2, 9, 4, dtype=torch.float64), torch.randn(2, 8, 3, dtype=torch.float64)
+    e = torch.exp(0.7 * w)
+    expected = torch.einsum("bnm,bnc->bmc", e / e.sum(dim=1, keepdim=True), x[:, 1:])
+    y = reference.soft_aggregate(x, w, scale=0.7, prefix=1)
+    torch.testing.assert_close(y, torch.cat((x[:, :1], expected), dim=1))
+
+
+# Every backend against fp64 truth.
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", AGGREGATE, ids=str)
+@pytest.mark.parametrize("extras", ["plain", "scale", "mask"])
+def test_as_good_as_plain(case, dtype, extras, backend, device):
+    if extras != "plain" and case.N > 100 and dtype != torch.float32:
+        pytest.skip("the large cases take the extras in one dtype")
+    x, w, scale, mask = inputs(case, dtype, device, mask=extras == "mask")
+    scale = None if extras == "plain" else scale
+    dy = torch.randn(case.B, case.prefix + case.M, case.C, device=device)
+
+    def ours(x, w, scale):
+        return tokenops.soft_aggregate(x, w, scale=scale, mask=mask, prefix=case.prefix)
+
+    def plain(x, w, scale):
+        return reference.soft_aggregate(x, w, scale=scale, mask=mask, prefix=case.prefix)
+
+    double = [t if t is None else t.double() for t in (x, w, scale)]
+    results = (run(ours, (x, w, scale), dy), run(plain, (x, w, scale), dy), run(plain, double, dy.to(dtype).double()))
+    for what, a, b, truth in zip(("y", "dx", "dw", "dscale"), *results):
+        if what == "dscale":  # one number, the sum of many that cancel: its error is measured against theirs
+            torch.testing.assert_close(a.double(), truth, rtol=0.02, atol=0.02 * max(1.0, dy.numel() ** 0.5))
+        else:
+            assert_as_good_as_plain(a, b, truth, what, delta_terms(dy, results[2][0]) if what == "dw" else 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dscale_is_as_good_as_plain(dtype, backend, device):
+    errors = {"ours": [], "plain": []}
+    for seed in range(12):
+        torch.manual_seed(seed)
+        x, w, scale, _ = inputs(AGGREGATE[0], dtype, device)
+        dy = torch.randn(2, 6, 16, device=device)
+
+        def dscale(f, *leaves):
+            return run(lambda x, w, s: f(x, w, scale=s, prefix=1), leaves, dy.to(dtype))[3].double()
+
+        truth = dscale(reference.soft_aggregate, x.double(), w.double(), scale.double())
+        errors["ours"].append((dscale(tokenops.soft_aggregate, x, w, scale) - truth).abs().item())
+        errors["plain"].append((dscale(reference.soft_aggregate, x, w, scale) - truth).abs().item())
+    assert sum(errors["ours"]) <= 2 * sum(errors["plain"]) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scatter_as_good_as_plain(dtype, backend, device):
+    for M, N, C in ((12, 33, 20), (98, 196, 64), (1, 5, 3), (6, 1, 8)):
+        z = torch.randn(2, M, C, dtype=dtype, device=device)
+        w = 2 * torch.randn(2, N, M, dtype=dtype, device=device)
+        dy = torch.randn(2, N, C, device=device).to(dtype)
+        results = (
+            run(tokenops.soft_scatter, (z, w), dy),
+            run(reference.soft_scatter, (z, w), dy),
+            run(reference.soft_scatter, (z.double(), w.double()), dy.double()),
+        )
+        for what, a, b, truth in zip(("y", "dz", "dw"), *results):
+            cancels = delta_terms(dy, results[2][0]) if what == "dw" else 0.0
+            assert_as_good_as_plain(a, b, truth, f"{what} at M={M} N={N}", cancels)
+
+
+TINY = Aggregate(2, 4, 3, 2, 1, "few enough elements for numerical derivatives in the interpreter")
+
+
+def test_gradcheck(backend, device):
+    if device == "cuda":
+        pytest.skip("the Triton matrix kernels take no float64 on a GPU")
+    for masked in (False, True):
+        x, w, scale, mask = inputs(TINY, torch.float64, device, mask=masked)
+        leaves = [t.requires_grad_() for t in (x, w, scale)]
+        assert torch.autograd.gradcheck(
+            lambda x, w, s: tokenops.soft_aggregate(x, w, scale=s, mask=mask, prefix=1), leaves
+        )
+    z, w = torch.randn(1, 3, 2, dtype=torch.float64), torch.randn(1, 4, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda z, w: tokenops.soft_scatter(z, w, scale=0.7), (z.requires_grad_(), w.requires_grad_())
+    )
+
+
+def test_gradcheck_of_the_reference():
+    x, w, scale, keep = inputs(AGGREGATE[0], torch.float64, "cpu", mask=True)
+    keep[0] = False
+    leaves = [t.requires_grad_() for t in (x, w, scale)]
+    assert torch.autograd.gradcheck(
+        lambda x, w, s: reference.soft_aggregate(x, w, scale=s, mask=keep, prefix=1), leaves
+    )
+
+
+# Values at the edges.
+
+
+def test_no_token_counts(backend, device):
+    """An image without a valid token gives zeros and zero gradients, never NaN; masked tokens are not even read."""
+    x, w, scale, _ = inputs(AGGREGATE[0], torch.float32, device)
+    mask = torch.ones(2, 12, dtype=torch.bool, device=device)
+    mask[0] = False
+    mask[1, 3:] = False
+    x[0, 1:] = INF
+    x[1, 4:] = float("nan")
+    y, dx, dw, dscale = run(lambda x, w, s: tokenops.soft_aggregate(x, w, scale=s, mask=mask, prefix=1), (x, w, scale))
+    assert (y[0, 1:] == 0).all() and (y[:, 0] == x[:, 0]).all() and y[1].isfinite().all()
+    assert (dx[0, 1:] == 0).all() and (dx[1, 4:] == 0).all() and (dw[0] == 0).all() and (dw[1, 3:] == 0).all()
+    assert dx.isfinite().all() and dw.isfinite().all() and dscale.isfinite().all()
+    torch.testing.assert_close(y[1:], tokenops.soft_aggregate(x[1:, :4], w[1:, :3], scale=scale, prefix=1))
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.5, 0.0])
+def test_logits_of_minus_infinity_leave_a_token_out(scale, backend, device):
+    x, w, _, _ = inputs(AGGREGATE[0], torch.float32, device)
+    w[0, :4] = -INF
+    w[1, :, 2] = -INF  # a slot with no token at all
+    learned = torch.tensor(scale, device=device)
+    y, dx, dw, dscale = run(lambda x, w, s: tokenops.soft_aggregate(x, w, scale=s, prefix=1), (x, w, learned))
+    expected = run(lambda x, w, s: reference.soft_aggregate(x, w, scale=s, prefix=1), (x, w, learned))
+    for a, b in zip((y, dx, dw, dscale), expected):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b)
+    assert (y[1, 3] == 0).all() and (dw[0, :4] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_huge_logits(dtype, backend, device):
+    x, w, _, _ = inputs(AGGREGATE[5], dtype, device)
+    w = torch.where(w > 0, 1e4, -1e4).to(dtype) + w
+    for a, b in zip(
+        run(lambda x, w: tokenops.soft_aggregate(x, w, prefix=1), (x, w)),
+        run(lambda x, w: reference.soft_aggregate(x, w, prefix=1), (x, w)),
+    ):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=2e-2 if dtype != torch.float32 else 1e-5, atol=2e-2)
+
+
+def test_nan_stays_in_its_image(backend, device):
+    x, w, scale, _ = inputs(AGGREGATE[0], torch.float32, device)
+    clean = tokenops.soft_aggregate(x, w, scale=scale, prefix=1)
+    x[0, 5, 3] = float("nan")
+    w[0, 2, 1] = float("nan")
+    y = tokenops.soft_aggregate(x, w, scale=scale, prefix=1)
+    assert y[0].isnan().any() and torch.equal(y[1], clean[1])
+
+
+# Layouts, dtypes, modes.
+
+
+def layouts(t):
+    yield "transposed", t.transpose(1, 2).contiguous().transpose(1, 2)
+    yield "batch in the middle", t.transpose(0, 1).contiguous().transpose(0, 1)
+    wide = torch.full((t.shape[0], t.shape[1] + 1, 2 * t.shape[2] + 1), float("nan"), dtype=t.dtype, device=t.device)
+    wide[:, 1:, 1::2] = t
+    yield "every second channel of a slice", wide[:, 1:, 1::2]
+
+
+def test_layouts(backend, device):
+    case = AGGREGATE[5]
+    x, w, scale, mask = inputs(case, torch.float32, device, mask=True)
+
+    def f(x, w):
+        return tokenops.soft_aggregate(x, w, scale=scale, mask=mask, prefix=case.prefix)
+
+    expected = run(f, (x, w))
+    for _, other in layouts(x):
+        for a, b in zip(run(f, (other, w)), expected):
+            torch.testing.assert_close(a, b)
+    for _, other in layouts(w):
+        for a, b in zip(run(f, (x, other)), expected):
+            torch.testing.assert_close(a, b)
+    mask = mask.t().contiguous().t()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(run(f, (x, w)), expected))
+    same = w[:1].expand_as(w)  # logits shared by the images: a stride of 0
+    torch.testing.assert_close(f(x, same), f(x, same.contiguous()))
+
+
+def test_offsets_beyond_32_bits(backend, device):
+    """Rows 2**30 elements apart: memory that is reserved, but of which only a few pages are touched."""
+    if device == "cuda":
+        pytest.skip("a GPU reserves no memory that it does not back")
+    step = 2**30
+    x = torch.empty(3 * step + 4, dtype=torch.float32).as_strided((1, 4, 4), (0, step, 1))
+    x.copy_(torch.randn(1, 4, 4))
+    w = torch.randn(1, 4, 2)
+    torch.testing.assert_close(tokenops.soft_aggregate(x, w), tokenops.soft_aggregate(x.contiguous(), w))
+    far = torch.empty(2 * step + 2, dtype=torch.float32).as_strided((1, 2, 2), (0, 2 * step, 1))
+    far.copy_(w[:, :2])
+    torch.testing.assert_close(tokenops.soft_aggregate(x[:, :2], far), tokenops.soft_aggregate(x[:, :2], w[:, :2]))
+
+
+def test_expanded_gradient(backend, device):
+    x, w, _, _ = inputs(AGGREGATE[0], torch.float32, device)
+    leaves = x.requires_grad_(), w.requires_grad_()
+    tokenops.soft_aggregate(x, w, prefix=1).sum().backward()  # dy has strides of 0
+    expected = torch.autograd.grad(reference.soft_aggregate(x, w, prefix=1).sum(), leaves)
+    torch.testing.assert_close((x.grad, w.grad), expected)
+
+
+def test_mixed_dtypes(backend, device):
+    """The result has the tokens' dtype, each gradient its own tensor's."""
+    x, w, scale, _ = inputs(AGGREGATE[0], torch.float32, device)
+    x, scale = x.bfloat16(), scale.half()
+    y, dx, dw, dscale = run(lambda x, w, s: tokenops.soft_aggregate(x, w, scale=s, prefix=1), (x, w, scale))
+    assert (y.dtype, dx.dtype, dw.dtype, dscale.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32, torch.float16)
+    truth = reference.soft_aggregate(x.double(), w.double(), scale=scale.double(), prefix=1)
+    torch.testing.assert_close(y.double(), truth, rtol=2e-2, atol=2e-2)
+
+
+def test_autocast_changes_nothing(backend, device):
+    x, w, scale, _ = inputs(AGGREGATE[0], torch.float32, device)
+
+    def f(x, w, s):
+        return tokenops.soft_aggregate(x, w, scale=s, prefix=1)
+
+    expected = run(f, (x, w, scale))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(run(f, (x, w, scale)), expected))
+
+
+def test_deterministic(backend, device):
+    x, w, scale, mask = inputs(AGGREGATE[6], torch.float32, device, mask=True)
+    first, second = (
+        run(lambda x, w, s: tokenops.soft_aggregate(x, w, scale=s, mask=mask, prefix=1), (x, w, scale))
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_the_kernel_that_was_asked_for_runs(backend, ran_kernels, device):
+    x, w, _, _ = inputs(AGGREGATE[0], torch.float32, device)
+    with ran_kernels() as names:
+        tokenops.soft_aggregate(x.requires_grad_(), w, prefix=1).sum().backward()
+    assert names == {f"soft_aggregate_fwd.{backend}", f"soft_aggregate_bwd.{backend}"}
+    with ran_kernels() as names, torch.inference_mode():
+        tokenops.soft_scatter(x.detach(), w.new_zeros(2, 3, 13))
+    assert names == {f"soft_aggregate_fwd.{backend}"}
+
+
+def test_the_automatic_choice(ran_kernels, device):
+    x, w, _, _ = inputs(AGGREGATE[0], torch.float32, device)
+    with ran_kernels() as names:
+        tokenops.soft_aggregate(x, w, prefix=1)
+    assert names == {"soft_aggregate_fwd.triton" if device == "cuda" else "soft_aggregate_fwd.native"}
+    with ran_kernels() as names, tokenops.use_backend("reference"):
+        tokenops.soft_aggregate(x, w, prefix=1)
+    assert names == set()
+
+
+def test_opcheck(backend, device):
+    x, w, scale, mask = inputs(AGGREGATE[0], torch.float32, device, mask=True)
+    fwd = getattr(torch.ops.tokenops.soft_aggregate_fwd, backend)
+    bwd = getattr(torch.ops.tokenops.soft_aggregate_bwd, backend)
+    turned = w.transpose(1, 2).contiguous().transpose(1, 2)
+    for arguments in ((x, w, scale, 1.0, mask, 1), (x, turned, None, 0.5, None, 1), (x[:0], w[:0], None, 1.0, None, 1)):
+        torch.library.opcheck(fwd, arguments)
+        y, saved = fwd(*arguments)
+        torch.library.opcheck(bwd, (torch.randn_like(y), *arguments[:5], y, saved, 1))
+
+
+def test_compile(backend, device):
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def compiled(x, w, scale):
+        return tokenops.soft_aggregate(2 * x, w, scale=scale, prefix=1)
+
+    for case in (AGGREGATE[0], AGGREGATE[5]):
+        x, w, scale, _ = inputs(case, torch.float32, device)
+        expected = run(lambda x, w, s: tokenops.soft_aggregate(2 * x, w, scale=s, prefix=1), (x, w, scale))
+        for a, b in zip(run(compiled, (x, w, scale)), expected):
+            torch.testing.assert_close(a, b)
+
+
+def test_inductor(device):
+    def f(z, w):
+        return tokenops.soft_scatter(z.relu(), w).sum(dim=1)
+
+    z, w = torch.randn(2, 3, 8, device=device), torch.randn(2, 5, 3, device=device)
+    for a, b in zip(run(torch.compile(f, fullgraph=True, dynamic=True), (z, w)), run(f, (z, w))):
+        torch.testing.assert_close(a, b)
+
+
+def test_functional_gradient(backend, device):
+    x, w, _, _ = inputs(AGGREGATE[0], torch.float32, device)
+    g = torch.func.grad(lambda x: tokenops.soft_aggregate(x, w, prefix=1).square().sum())(x)
+    expected = torch.func.grad(lambda x: reference.soft_aggregate(x, w, prefix=1).square().sum())(x)
+    torch.testing.assert_close(g, expected)
+
+
+def test_second_derivatives_are_refused(backend, device):
+    x, w, _, _ = inputs(AGGREGATE[0], torch.float32, device)
+    y = tokenops.soft_aggregate(x.requires_grad_(), w, prefix=1)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+# Errors in words.
+
+X, W = torch.zeros(2, 5, 3), torch.zeros(2, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (dict(x=[1], w=W), TypeError, "x must be a tensor .B,P.N,C., but got list"),
+        (dict(x=X[0], w=W), ValueError, r"x must have shape .B,P.N,C., but got .5, 3."),
+        (dict(x=X.long(), w=W), TypeError, "x must be float16, .* but got torch.int64"),
+        (dict(x=X, w=W), ValueError, "w has 4 tokens, but x after a prefix of 0 has 5"),
+        (dict(x=X, w=W[:1], prefix=1), ValueError, "w has 1 images, but x has 2"),
+        (dict(x=X, w=W, prefix=6), ValueError, "prefix=6, but it must be between 0 and the 5 tokens"),
+        (dict(x=X, w=W, prefix=-1), ValueError, "prefix=-1"),
+        (dict(x=X, w=W, prefix=1.0), TypeError, "prefix must be an int, but got 1.0"),
+        (dict(x=X, w=W, prefix=1, mask=torch.ones(2, 4)), TypeError, "mask must be bool, but got torch.float32"),
+        (dict(x=X, w=W, prefix=1, mask=torch.ones(2, 5) > 0), ValueError, "mask has 5 tokens, but w has 4"),
+        (dict(x=X, w=W, prefix=1, scale=torch.ones(2)), ValueError, r"scale must have one element, but got shape .2,."),
+        (dict(x=X, w=W, prefix=1, scale="1"), TypeError, "scale must be a number, .* but got '1'"),
+        (dict(x=X, w=W.to("meta"), prefix=1), ValueError, "w is on meta, but the other tensors are on cpu"),
+    ],
+)
+def test_errors(arguments, error, words):
+    with pytest.raises(error, match=f"soft_aggregate: {words}"):
+        tokenops.soft_aggregate(**arguments)
+
+
+def test_scatter_errors():
+    with pytest.raises(ValueError, match="soft_scatter: w has 6 slim tokens, but z has 5"):
+        tokenops.soft_scatter(X, W)
+
+
+def test_an_impossible_backend_says_why():
+    with pytest.raises(ValueError, match="backend='cudnn', but it must be one of auto, native, triton, reference"):
+        tokenops.use_backend("cudnn")
+    with (
+        tokenops.use_backend("native"),
+        pytest.raises(RuntimeError, match="asked for but cannot run: .* no native path on meta"),
+    ):
+        tokenops.soft_aggregate(X.to("meta"), W.to("meta"), prefix=1)

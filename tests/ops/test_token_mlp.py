@@ -1,0 +1,235 @@
+"""token_mlp: what it means, and that every backend computes it, values and gradients, without the hidden tensor."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tokenops
+from support.cases import DTYPES, TOKEN_MLP, TokenMlp
+from support.tolerance import assert_as_good_as_plain
+from tokenops import reference
+
+NAMES = ("dz", "dw1", "db1", "dw2", "db2")
+
+
+OPERATOR = "token_mlp"  # of the `backend` fixture
+
+
+def inputs(case, dtype, device):
+    """z, w1, b1, w2, b2, with activations where the GELU bends."""
+    B, M, R, N, C = case[:5]
+    z = torch.randn(B, M, C, device=device)
+    w1, b1 = torch.randn(R, M, device=device) / max(M, 1) ** 0.5, torch.randn(R, device=device) / 2
+    w2, b2 = torch.randn(N, R, device=device) / max(R, 1) ** 0.5, torch.randn(N, device=device)
+    return [t.to(dtype) for t in (z, w1, b1, w2, b2)]
+
+
+def run(function, tensors, dy):
+    """The result and the gradients of the tensors that are there."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    y = function(*leaves)
+    return y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy.to(y.dtype))
+
+
+def test_a_table(device):
+    """Identity weights: two tokens through a GELU, their sum and difference out."""
+    z = torch.tensor([[[1.0, -1.0], [0.0, 2.0]]], device=device)
+    w1, w2 = torch.eye(2, device=device), torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=device)
+    y = tokenops.token_mlp(z, w1, None, w2, torch.tensor([0.0, 10.0], device=device))
+    expected = [[0.8413447, -0.1586553 + 1.9544997], [10.8413447, 10 - 0.1586553 - 1.9544997]]
+    torch.testing.assert_close(y[0], torch.tensor(expected, device=device))
+
+
+def test_reference_is_the_papers_formula():
+    z, w1, b1, w2, b2 = inputs(TOKEN_MLP[0], torch.float64, "cpu")
+    pre = torch.einsum("rm,bmc->brc", w1, z) + b1[:, None]
+    hidden = pre * 0.5 * (1 + torch.erf(pre / 2**0.5))
+    expected = torch.einsum("nr,brc->bnc", w2, hidden) + b2[:, None]
+    torch.testing.assert_close(reference.token_mlp(z, w1, b1, w2, b2), expected)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", TOKEN_MLP, ids=str)
+def test_as_good_as_plain(case, dtype, backend, device):
+    tensors = inputs(case, dtype, device)
+    dy = torch.randn(case.B, case.N, case.C, device=device).to(dtype)
+    results = (
+        run(tokenops.token_mlp, tensors, dy),
+        run(reference.token_mlp, tensors, dy),
+        run(reference.token_mlp, [t.double() for t in tensors], dy.double()),
+    )
+    for what, ours, plain, truth in zip(("y", *NAMES), *results):
+        assert_as_good_as_plain(ours, plain, truth, what)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_without_biases(dtype, backend, device):
+    z, w1, _, w2, _ = inputs(TOKEN_MLP[0], dtype, device)
+    dy = torch.randn(z.shape[0], w2.shape[0], z.shape[2], device=device).to(dtype)
+
+    def f(z, w1, w2, op=tokenops.token_mlp):
+        return op(z, w1, None, w2, None)
+
+    results = (
+        run(f, (z, w1, w2), dy),
+        run(lambda *t: f(*t, reference.token_mlp), (z, w1, w2), dy),
+        run(lambda *t: f(*t, reference.token_mlp), (z.double(), w1.double(), w2.double()), dy.double()),
+    )
+    for what, ours, plain, truth in zip(("y", "dz", "dw1", "dw2"), *results):
+        assert_as_good_as_plain(ours, plain, truth, what)
+
+
+def test_gradcheck(backend, device):
+    if device == "cuda":
+        pytest.skip("the Triton matrix kernels take no float64 on a GPU")
+    tensors = [t.requires_grad_() for t in inputs(TokenMlp(2, 2, 3, 2, 2, "few elements"), torch.float64, device)]
+    assert torch.autograd.gradcheck(tokenops.token_mlp, tensors)
+
+
+def test_gradcheck_of_the_reference():
+    tensors = [t.requires_grad_() for t in inputs(TOKEN_MLP[0], torch.float64, "cpu")]
+    assert torch.autograd.gradcheck(reference.token_mlp, tensors)
+
+
+def test_layouts(backend, device):
+    """Every tensor transposed or sliced from a larger one full of NaN."""
+    tensors = inputs(TOKEN_MLP[0], torch.float32, device)
+    case = TOKEN_MLP[0]
+    dy = torch.randn(case.B, case.N, case.C, device=device)
+    expected = run(tokenops.token_mlp, tensors, dy)
+
+    def turned(t):
+        return t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t
+
+    def sliced(t):
+        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), float("nan"), device=device)
+        wide[..., 1::2] = t
+        return wide[..., 1::2]
+
+    for change in (turned, sliced):
+        for a, b in zip(run(tokenops.token_mlp, [change(t) for t in tensors], change(dy)), expected):
+            torch.testing.assert_close(a, b)
+    z, w1, b1, w2, b2 = tensors
+    leaf = z.requires_grad_()
+    tokenops.token_mlp(leaf, w1, b1, w2, b2).sum().backward()  # dy has strides of 0
+    (dz,) = torch.autograd.grad(reference.token_mlp(leaf, w1, b1, w2, b2).sum(), leaf)
+    torch.testing.assert_close(leaf.grad, dz)
+
+
+def test_the_hidden_tensor_never_exists(backend, device):
+    """No tensor of B * R * C elements is made, forward or backward; plain PyTorch makes several."""
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(
+                t.numel()
+                for t in (out if isinstance(out, (tuple, list)) else (out,))
+                if torch.is_tensor(t) and t.is_floating_point()
+            )
+            return out
+
+    case = TokenMlp(16, 3, 40, 5, 64, "the hidden tensor is by far the largest")
+    tensors = inputs(case, torch.float32, device)
+    dy = torch.randn(case.B, case.N, case.C, device=device)
+    implementation = __import__(
+        f"tokenops._{'cpu' if backend == 'native' else 'triton'}.token_mlp", fromlist=["token_mlp_fwd"]
+    )
+    with Sizes():
+        implementation.token_mlp_fwd(*tensors)
+        implementation.token_mlp_bwd(dy, *tensors[:4])
+    assert 0 < max(sizes) <= case.B * case.R * case.C // 4
+    sizes.clear()
+    with Sizes():
+        reference.token_mlp(*tensors)
+    assert max(sizes) == case.B * case.R * case.C
+
+
+def test_autocast(backend, device):
+    """The dtype of the tokens decides: autocast computes in it, and casts weights of another dtype to it."""
+    z, *weights = inputs(TOKEN_MLP[0], torch.float32, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        inside = tokenops.token_mlp(z, *weights)
+        low = tokenops.token_mlp(z.bfloat16(), *(w.requires_grad_() for w in weights))
+    assert torch.equal(inside, tokenops.token_mlp(z, *(w.detach() for w in weights)))
+    assert low.dtype == torch.bfloat16
+    low.float().sum().backward()
+    assert all(w.grad.dtype == torch.float32 for w in weights)
+    with pytest.raises(TypeError, match="token_mlp: w1 must have z's dtype torch.bfloat16, but got torch.float32"):
+        tokenops.token_mlp(z.bfloat16(), *weights)
+
+
+def test_nan_stays_in_its_image(backend, device):
+    z, *weights = inputs(TOKEN_MLP[0], torch.float32, device)
+    clean = tokenops.token_mlp(z, *weights)
+    z[0, 1, 2] = float("nan")
+    y = tokenops.token_mlp(z, *weights)
+    assert y[0, :, 2].isnan().all() and torch.equal(y[1], clean[1])
+    assert not y[0, :, 3].isnan().any()
+
+
+def test_deterministic(backend, device):
+    tensors = inputs(TOKEN_MLP[2], torch.float32, device)
+    dy = torch.randn(TOKEN_MLP[2].B, TOKEN_MLP[2].N, TOKEN_MLP[2].C, device=device)
+    first, second = run(tokenops.token_mlp, tensors, dy), run(tokenops.token_mlp, tensors, dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_the_kernel_that_was_asked_for_runs(backend, ran_kernels, device):
+    z, *weights = inputs(TOKEN_MLP[0], torch.float32, device)
+    with ran_kernels() as names:
+        tokenops.token_mlp(z.requires_grad_(), *weights).sum().backward()
+    assert names == {f"token_mlp_fwd.{backend}", f"token_mlp_bwd.{backend}"}
+
+
+def test_opcheck(backend, device):
+    z, w1, b1, w2, b2 = inputs(TOKEN_MLP[0], torch.float32, device)
+    forward = getattr(torch.ops.tokenops.token_mlp_fwd, backend)
+    backward = getattr(torch.ops.tokenops.token_mlp_bwd, backend)
+    for bias in ((b1, b2), (None, None)):
+        torch.library.opcheck(forward, (z, w1, bias[0], w2, bias[1]))
+        dy = torch.randn(z.shape[0], w2.shape[0], z.shape[2], device=device)
+        torch.library.opcheck(backward, (dy, z, w1, bias[0], w2))
+        torch.library.opcheck(backward, (dy[:0], z[:0], w1, bias[0], w2))
+
+
+def test_compile(backend, device):
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def compiled(*tensors):
+        return tokenops.token_mlp(*tensors)
+
+    for case in (TOKEN_MLP[0], TOKEN_MLP[2]):
+        tensors = inputs(case, torch.float32, device)
+        dy = torch.randn(case.B, case.N, case.C, device=device)
+        for a, b in zip(run(compiled, tensors, dy), run(tokenops.token_mlp, tensors, dy)):
+            torch.testing.assert_close(a, b)
+
+
+def test_functional_gradient(backend, device):
+    z, *weights = inputs(TOKEN_MLP[0], torch.float32, device)
+    g = torch.func.grad(lambda z: tokenops.token_mlp(z, *weights).square().sum())(z)
+    torch.testing.assert_close(g, torch.func.grad(lambda z: reference.token_mlp(z, *weights).square().sum())(z))
+
+
+Z, W1, B1, W2, B2 = torch.zeros(2, 3, 4), torch.zeros(5, 3), torch.zeros(5), torch.zeros(6, 5), torch.zeros(6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((Z[0], W1, B1, W2, B2), ValueError, r"z must have shape .B,M,C., but got .3, 4."),
+        ((Z, W1.t(), B1, W2, B2), ValueError, r"w1 has 5 columns, but z .its tokens. has 3"),
+        ((Z, W1, B1, W2[:, 1:], B2), ValueError, r"w2 has 4 columns, but w1 .its rows. has 5"),
+        ((Z, W1, B2, W2, B2), ValueError, r"b1 has 6 elements, but w1 .its rows. has 5"),
+        ((Z, W1, B1, W2, B2[None]), ValueError, r"b2 must have shape .N., but got .1, 6."),
+        ((Z, W1, B1, W2.double(), B2), TypeError, "w2 must have z's dtype torch.float32, but got torch.float64"),
+        ((Z.long(), W1, B1, W2, B2), TypeError, "z must be float16, .* but got torch.int64"),
+        ((Z, None, B1, W2, B2), TypeError, "w1 must be a tensor .R,M., but got NoneType"),
+        ((Z, W1.to("meta"), B1, W2, B2), ValueError, "w1 is on meta, but the other tensors are on cpu"),
+    ],
+)
+def test_errors(arguments, error, words):
+    with pytest.raises(error, match=f"token_mlp: {words}"):
+        tokenops.token_mlp(*arguments)

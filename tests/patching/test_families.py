@@ -1,0 +1,217 @@
+"""apply_patch on every family of timm: nothing changes where nothing is reduced, and a patched model is a model."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from timm.layers import Attention
+
+import tokenops
+from support.patched_models import CHOOSING, FAMILIES, METHODS, ROTARY, images, model_of, tokens_behind
+from support.weights import redrawn
+from tokenops.nn import convert_attention
+from tokenops.patching import apply_patch, families, remove_patch
+
+BEHIND = {  # tokens behind each block, of 16 patches and no prefix
+    "tome": [13, 10, 7],
+    "evit": [9, 9, 6],
+    "evo_vit": [16, 16, 16],  # hooks see the end of a stage
+    "patch_slimming": [12, 8, 3],
+    "sit": [16, 8, 4],
+    "cait": [8, 4, 4],
+}
+CASES = [
+    *((family, method) for family in FAMILIES for method in METHODS),
+    *((family, method) for family in ROTARY for method in CHOOSING),
+]
+
+
+def options(family, method, reduce):
+    if family == "dynamic" and method in ("patch_slimming", "sit", "cait"):
+        pytest.skip("needs a fixed grid")
+    return (CHOOSING if family in ROTARY else METHODS)[method][reduce]
+
+
+@pytest.mark.parametrize("family, method", CASES)
+def test_nothing_changes_where_nothing_is_reduced(family, method):
+    model, x = model_of(family), images()
+    expected, kind = model(x), type(model)
+    assert apply_patch(model, method, **options(family, method, False)) is model
+    assert type(model) is kind
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family, method", CASES)
+def test_tokens_become_fewer_and_everything_learns(family, method):
+    model, x = model_of(family), images()
+    model(x).square().sum().backward()
+    learnt = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    model.zero_grad()
+    expected, prefix = model(x), model.num_prefix_tokens
+    apply_patch(model, method, **options(family, method, True))
+    counts = [prefix + n for n in BEHIND[method]]
+    if method == "evit" and family in ROTARY:
+        counts = [prefix + n for n in (8, 8, 4)]
+    if method == "tome" and (model.global_pool != "token" or model.attn_pool is not None):
+        counts[-1] = prefix + 16  # brought back
+    assert tokens_behind(model, x) == counts
+    y = model(x)
+    assert y.shape == expected.shape and not torch.allclose(y, expected, atol=1e-3)
+    y.square().sum().backward()
+    missing = {name for name in learnt if model.get_parameter(name).grad is None}
+    assert not missing
+    assert model.tokenops_patch.state is None
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *ROTARY, "gated", "converted"])
+def test_attention_by_the_operator_is_the_blocks_own(family):
+    model = model_of(family if family in {**FAMILIES, **ROTARY} else "norms")
+    if family == "gated":
+        for block in model.blocks:
+            block.attn = Attention(32, num_heads=2, gated=True, qkv_bias=True)
+        redrawn(model)
+    if family == "converted":
+        convert_attention(model)
+        model.blocks[1].attn.qk_mask, model.blocks[1].attn.v_mask = torch.rand(2, 16), torch.rand(2, 16)
+    x = model._pos_embed(model.patch_embed(images()))
+    x, rope = x if isinstance(x, tuple) else (x, None)
+    rope = rope[1] if getattr(model, "rope_mixed", False) else rope
+    block = model.blocks[1]
+    kind = families.FAMILIES[families.name_of(block)]
+    with torch.no_grad():
+        own, scores, keys = families.attend(kind, block, x, rope=rope)
+        assert scores is None and keys is None
+        bias = torch.zeros(x.shape[:2])
+        y, scores, keys = families.attend(kind, block, x, rope=rope, key_bias=bias, scores="received", key_mean=True)
+        torch.testing.assert_close(y, own, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(scores.sum(dim=1), torch.ones(2))
+        assert keys.shape == (*x.shape[:2], 16)
+        few = families.attend(kind, block, x, rope=rope, rows=7)[0]
+        torch.testing.assert_close(few, own[:, :7], rtol=1e-4, atol=1e-4)
+        whole = block(x) if rope is None else block(x, rope=rope)
+        torch.testing.assert_close(families.feed(kind, block, y), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_names_weights_and_bits(method):
+    model, x = model_of("registers"), images()
+    before = copy.deepcopy(model)
+    blocks = list(model.blocks)
+    apply_patch(model, method, **METHODS[method][1])
+    names = [name for name in model.state_dict() if "slimming" not in name]
+    assert names == list(before.state_dict())
+    assert (method == "sit") == any("slimming" in name for name in model.state_dict())
+    before.load_state_dict({name: model.state_dict()[name] for name in names})
+    other = {name: value + 0.01 for name, value in before.state_dict().items()}
+    assert not model.load_state_dict(other, strict=method != "sit").unexpected_keys
+    before.load_state_dict(other)
+    model.train()
+    assert remove_patch(model) is model
+    assert list(model.blocks) == blocks and all(block.training for block in blocks)
+    assert list(model.state_dict()) == list(before.state_dict())
+    assert vars(model).keys() == vars(before).keys() and vars(blocks[0]).keys() == vars(before.blocks[0]).keys()
+    assert torch.equal(model.eval()(x), before(x))
+    assert not any(name in dict(model.named_modules()) for name in ("blocks.1.slimming", "blocks.0.merge"))
+    apply_patch(model, method, **METHODS[method][1])  # and again
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_copies_are_models_of_their_own(method, tmp_path):
+    model, x = apply_patch(model_of("plain"), method, **METHODS[method][1]), images()
+    expected = model(x)
+    twin, unpickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    for other in (twin, unpickled, loaded):
+        assert torch.equal(other(x), expected)
+        assert other.tokenops_patch.model is other and other.blocks[0].patch is other.tokenops_patch
+        assert other.blocks[1].attn is not model.blocks[1].attn
+        with torch.no_grad():
+            other.blocks[1].attn.qkv.weight.add_(1.0)
+        assert not torch.equal(other(x), expected)
+        remove_patch(other)
+        assert type(other.blocks[1]).__name__ == "Block"
+
+
+def test_a_copy_in_the_middle_of_a_forward_takes_nothing_of_it_along():
+    model, x = apply_patch(model_of("plain"), "tome", r=3), images()
+    copies = []
+    model.blocks[1].register_forward_hook(lambda *_: copies.append(copy.deepcopy(model.tokenops_patch)))
+    expected = model(x)
+    assert copies[0].state is None
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore")
+def test_compiles_whole(method):
+    model, x = apply_patch(model_of("plain"), method, **METHODS[method][1]), images()
+    expected = model(x)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=0, atol=1e-5)
+    if method == "tome":
+        model.r = [1, 0, 2]
+        y = compiled(x)
+        assert not torch.allclose(y, expected, atol=1e-4)
+        torch.testing.assert_close(y, model(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore")
+def test_exports(method):
+    model, x = apply_patch(model_of("plain"), method, **METHODS[method][1]), images()
+    expected = model(x)
+    with tokenops.use_backend("reference"), torch.no_grad():
+        program = torch.export.export(model, (x,))
+        torch.testing.assert_close(program.module()(x), expected, rtol=0, atol=1e-5)
+
+
+def test_hooks_of_a_block_stay_its_own():
+    model, x, seen = model_of("plain"), images(), []
+    model.blocks[1].register_forward_hook(lambda m, a, y: seen.append(tuple(y.shape)))
+    apply_patch(model, "tome", r=2)
+    handle = model.blocks[0].register_forward_hook(lambda m, a, y: seen.append(tuple(y.shape)))
+    model(x)
+    assert seen == [(2, 15, 32), (2, 13, 32)]
+    handle.remove()
+    remove_patch(model)(x)
+    assert seen[2:] == [(2, 17, 32)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inference_mode_autocast_and_other_dtypes(method):
+    model, x = apply_patch(model_of("registers"), method, **METHODS[method][1]), images()
+    expected = model(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.bfloat16 and y.shape == expected.shape and y.isfinite().all()
+    y.float().sum().backward()
+    buffer = io.BytesIO()
+    torch.save(model.double().state_dict(), buffer)
+    assert model(x.double()).dtype == torch.float64
+
+
+def test_dropout_and_stochastic_depth_are_the_models_own():
+    model, x = model_of("plain", proj_drop_rate=0.3, drop_path_rate=0.3).train(), images()
+    torch.manual_seed(3)
+    expected = model(x)
+    apply_patch(model, "tome", r=0)
+    torch.manual_seed(3)
+    assert torch.equal(model(x), expected)
+
+
+def test_images_of_any_size():
+    model, x = model_of("dynamic"), images(side=48)
+    expected = model(x)
+    apply_patch(model, "tome", r=0)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
+    model.r = 5
+    assert tokens_behind(model, x) == [32, 27, 22] and tokens_behind(model, images()) == [12, 7, 4]

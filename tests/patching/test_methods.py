@@ -1,0 +1,151 @@
+"""The other methods by apply_patch: EViT written out plainly, and the library's own models with the same weights."""
+
+import pytest
+import torch
+
+from support.patched_models import METHODS, ROTARY, SIZES, embedded, images, model_of, softmax_attention, tokens_behind
+from tokenops.methods import EvoViT, patch_slimming
+from tokenops.methods.cait.blocks import merge_tokens
+from tokenops.nn import TokenSlimming
+from tokenops.patching import apply_patch
+
+
+def plain_evit(model, x, rates, fuse):
+    x, prefix = embedded(model, x), model.num_prefix_tokens
+    for block, rate in zip(model.blocks, rates):
+        y, weights, _ = softmax_attention(block.attn, block.norm1(x))
+        x = x + block.ls1(y)
+        seen = weights[:, :, 0] if model.cls_token is not None else weights.mean(dim=2)
+        seen = seen.mean(dim=1)[:, prefix:]
+        k = -int(-rate * seen.shape[1] // 1)
+        if k < seen.shape[1]:
+            images = []
+            for tokens, scores in zip(x, seen):
+                best = sorted(range(len(scores)), key=lambda i: -scores[i])
+                kept, left = sorted(best[:k]), best[k:]
+                rows = [*tokens[:prefix], *(tokens[prefix + i] for i in kept)]
+                rows += [sum(scores[i] * tokens[prefix + i] for i in left)] if fuse else []
+                images.append(torch.stack(rows))
+            x = torch.stack(images)
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    return model.norm(x)
+
+
+@pytest.mark.parametrize("family", ["plain", "distilled", "registers", "norms", "average"])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_evit_equals_the_paper_written_plainly(family, fuse):
+    model, x = model_of(family), images()
+    with torch.no_grad():
+        expected = plain_evit(model, x, (1, 0.7, 0.45), fuse)
+        apply_patch(model, "evit", keep_rate=[1, 0.7, 0.45], fuse_token=fuse)
+        torch.testing.assert_close(model.forward_features(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_keep_rates_may_be_set_at_any_time():
+    model, x = apply_patch(model_of("plain", depth=4), "evit"), images()
+    assert model.keep_rate == 0.7 and tokens_behind(model, x) == [17, 14, 12, 10]
+    model.keep_rate = 1
+    assert tokens_behind(model, x) == [17] * 4
+    model.keep_rate = (0.5, 1, 1, 0.5)
+    assert tokens_behind(model, x) == [10, 10, 10, 7]
+    model.keep_rate = 0
+    with pytest.raises(ValueError, match="keep_rate=0"):
+        model(x)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(prune_ratio=0.4, tradeoff=0.3, stages=(1, 3)), dict(stages=(2,))])
+def test_evo_vit_equals_its_model(options):
+    """The model classifies the mean of the patches, as EvoViT does, whose norm follows the mean."""
+    dense = model_of("plain", depth=5)
+    evo = EvoViT(**{**SIZES, "depth": 5}, **options)
+    evo.load_state_dict({name: value for name, value in dense.state_dict().items()}, strict=False)
+    evo, x = evo.for_inference(), images(3)
+    tokens = []
+    dense.norm.register_forward_pre_hook(lambda m, args: tokens.append(args[0]))
+    with torch.no_grad():
+        expected = evo.forward_features(x)
+        apply_patch(dense, "evo_vit", **options)(x)
+    torch.testing.assert_close(tokens[0][:, 0], expected[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tokens[0][:, 1:].mean(dim=1), expected[:, 1], rtol=1e-4, atol=1e-4)
+
+
+def test_patch_slimming_equals_its_model():
+    model, x = model_of("plain"), images()
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(3)).tolist()
+    schedule = patch_slimming.Schedule.from_counts([17, 9, 1], (4, 4), order)
+    expected = patch_slimming.apply(model, schedule)(x)
+    torch.testing.assert_close(apply_patch(model, "patch_slimming", schedule=schedule)(x), expected)
+
+
+@pytest.mark.parametrize("family", ["eva", *ROTARY])
+@pytest.mark.parametrize("method, counts", [("evit", [13, 9, 9]), ("patch_slimming", [13, 9, 9])])
+def test_chosen_tokens_keep_their_positions(family, method, counts):
+    """A dense block that sees the chosen tokens alone, each with its rotary position, is the block in the model."""
+    model, x = model_of(family), images(1)
+    prefix, seen = model.num_prefix_tokens, []
+    rope = model._pos_embed(model.patch_embed(x))[1]
+    if method == "evit":
+        apply_patch(model, method, keep_rate=[0.75, 0.5, 1], fuse_token=False)
+    else:
+        apply_patch(model, method, schedule=counts)
+    trace_of = model.tokenops_patch
+    model.blocks[2].register_forward_hook(lambda m, args, y: seen.append((args[0], y)))
+    with torch.no_grad(), trace_of.traced():
+        model(x)
+        sources = trace_of.steps[1].sources[0]
+        before, after = seen[0]
+        places = torch.stack([(sources == token).nonzero().squeeze() for token in range(before.shape[1] - prefix)])
+        own = rope if rope is None else (rope[2] if model.rope_mixed else rope)
+        rows = None if own is None else own[..., places, :]
+        expected = model.blocks[2]._original[0](before, rope=rows)
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)
+    if own is not None:
+        wrong = model.blocks[2]._original[0](before, rope=own[..., : len(places), :])
+        assert not torch.allclose(after, wrong, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["eva02", "grouped"])
+def test_slimmed_rotary_rows_are_those_of_the_whole_block(family):
+    model, x, seen = model_of(family), images(), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, args, y: seen.append(y))
+    order = [5, 1, 2, 9, *(i for i in range(16) if i not in (5, 1, 2, 9))]
+    schedule = patch_slimming.Schedule.from_counts([5, 5, 5], (4, 4), order)
+    with torch.no_grad():
+        model(x)
+        apply_patch(model, "patch_slimming", schedule=schedule)(x)
+    prefix = model.num_prefix_tokens
+    rows = [*range(prefix), *(prefix + i for i in sorted(order[:4]))]
+    torch.testing.assert_close(seen[3], seen[0][:, rows], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["plain", "registers", "map"])
+def test_sit_mixes_tokens_before_its_blocks(family):
+    model, x = model_of(family), images()
+    torch.manual_seed(4)
+    apply_patch(model, "sit", keeping_ratio=0.5, locations=(1, 2))
+    slimmings = [model.blocks[i].slimming for i in (1, 2)]
+    assert all(isinstance(slimming, TokenSlimming) for slimming in slimmings)
+    with torch.no_grad():
+        for slimming in slimmings:
+            slimming.weight[3].weight.normal_()
+        y = model.forward_features(x)
+        tokens = embedded(model, x)
+        for i, block in enumerate(model.blocks):
+            if i:
+                tokens = slimmings[i - 1](tokens, prefix=model.num_prefix_tokens)
+            tokens = block._original[0](tokens)
+    torch.testing.assert_close(y, model.norm(tokens), rtol=1e-4, atol=1e-4)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in slimmings[0].parameters())
+
+
+@pytest.mark.parametrize("kind", ["average", "scalar", "channel", "linear", "content"])
+def test_cait_equals_its_model(kind):
+    model, merged, x = model_of("distilled"), model_of("distilled"), images()
+    points = METHODS["cait"][1]["points"]
+    torch.testing.assert_close(
+        apply_patch(model, "cait", points=points, kind=kind)(x), merge_tokens(merged, points, kind)(x)
+    )
+    assert ("blocks.0.merge.alpha" in model.state_dict()) == (kind in ("scalar", "channel"))
+    assert list(model.state_dict()) == list(merged.state_dict())

@@ -1,0 +1,191 @@
+"""What apply_patch does not take, said in words, with the model left as it was."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.models import vision_transformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from support.patched_models import METHODS, SIZES, images, model_of
+from tokenops.methods import EViT, LVViT
+from tokenops.patching import apply_patch, remove_patch, trace
+
+
+def refused(model, error, words, method="tome", **options):
+    before = {name: id(module) for name, module in model.named_modules()}
+    attributes = set(vars(model))
+    with pytest.raises(error, match=words):
+        apply_patch(model, method, **options)
+    assert {name: id(module) for name, module in model.named_modules()} == before and set(vars(model)) == attributes
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        (dict(block_fn=vision_transformer.ResPostBlock), "it has blocks of .*ResPostBlock; blocks must be timm"),
+        (dict(block_fn=vision_transformer.ParallelScalingBlock), "ParallelScalingBlock"),
+        (dict(block_fn=vision_transformer.ParallelThingsBlock), "ParallelThingsBlock"),
+        (dict(attn_layer="diff"), "its attention is .*DiffAttention"),
+    ],
+)
+def test_other_blocks(kwargs, words):
+    refused(VisionTransformer(**SIZES, **kwargs), TypeError, words)
+
+
+def test_one_block_among_others():
+    model = model_of("plain")
+    model.blocks[2].attn = nn.Identity()
+    refused(model, TypeError, "block 2 of blocks: its attention is torch.nn.*Identity")
+    model = model_of("plain")
+    model.blocks[1] = type("Mine", (vision_transformer.Block,), {})(32, 2)
+    refused(model, TypeError, "block 1 of blocks: it is .*Mine")
+    model = model_of("plain")
+    model.blocks[1].forward = model.blocks[1].forward
+    refused(model, TypeError, "block 1 of blocks: its forward was replaced")
+
+
+def test_other_models():
+    refused(nn.Sequential(nn.Linear(2, 2)), TypeError, "no vision transformer that can be patched")
+    refused(timm.create_model("resnet10t"), TypeError, "no vision transformer")
+    refused(LVViT(img_size=64, embed_dim=32, num_heads=2, depth=2), TypeError, "blocks of tokenops.methods.lvvit.Block")
+    refused(EViT(**SIZES, reduction_loc=(1,)), TypeError, "blocks, of no known vision transformer")
+    refused(nn.ModuleList([model_of("plain"), model_of("plain")]), ValueError, "several .* 0.blocks, 1.blocks")
+
+
+def test_a_model_within_another():
+    model, x = nn.Sequential(nn.Identity(), model_of("plain"), nn.Softmax(-1)), images()
+    expected = model(x)
+    apply_patch(model, "tome")
+    torch.testing.assert_close(model(x), expected)
+    model.r = 8
+    model(x)
+    assert [step.tokens for step in trace(model, x).steps] == [9, 5, 3]
+    assert torch.equal(remove_patch(model)(x), expected) and not hasattr(model, "r")
+
+
+@pytest.mark.parametrize(
+    "method, options, words",
+    [
+        ("tome", dict(r=-1), "r=-1"),
+        ("tome", dict(r=[1, 2]), "r="),
+        ("evit", dict(keep_rate=2), "keep_rate=2"),
+        ("evit", dict(reduction_loc=(7,)), "reduction_loc="),
+        ("evo_vit", dict(stages=(0,)), "stages="),
+        ("evo_vit", dict(prune_ratio=0.01), "prune_ratio=0.01 keeps none of 16"),
+        ("patch_slimming", dict(schedule=[17, 9]), "2 layers, but the model has 3 blocks"),
+        ("patch_slimming", dict(schedule=[17, 9, 10]), "counts gives layer 3"),
+        ("sit", dict(keeping_ratio=0), "keeping_ratio=0"),
+        ("sit", dict(keeping_ratio=0.1), "leaves none of 16 tokens"),
+        ("cait", dict(points={0: "up"}), "axis='up'"),
+        ("cait", dict(points={5: "vertical"}), "block 5"),
+        ("dropping", {}, "method='dropping', but it must be one of 'tome', 'evit'"),
+    ],
+)
+def test_options_out_of_range(method, options, words):
+    refused(model_of("plain"), ValueError, words, method, **options)
+
+
+def test_unknown_options():
+    refused(model_of("plain"), TypeError, "ratio", "tome", ratio=3)
+
+
+@pytest.mark.parametrize("method", ["tome", "sit", "cait", "evit"])
+def test_rotary_positions(method):
+    refused(model_of("rope"), ValueError, f"{method}: the model has rotary positions", method)
+
+
+def test_no_patch_left_to_pool():
+    refused(model_of("average"), ValueError, "leaves no patch", "patch_slimming", schedule=[17, 9, 1])
+
+
+@pytest.mark.parametrize("method", ["patch_slimming", "sit", "cait"])
+def test_grids_that_are_not_fixed(method):
+    options = METHODS[method][1]
+    refused(model_of("dynamic"), ValueError, "needs a fixed grid, .* dynamic_img_size", method, **options)
+    refused(model_of("plain", patch_drop_rate=0.5), ValueError, "patch_drop_rate", method, **options)
+
+
+def test_wide_heads():
+    model = model_of("plain", embed_dim=160, num_heads=1)
+    refused(model, ValueError, "heads of 160 channels, but 128 are the most", "tome")
+    x = images()
+    expected = copy.deepcopy(model)(x)
+    apply_patch(model, "patch_slimming", schedule=[17, 17, 17])
+    torch.testing.assert_close(model(x), expected)
+    remove_patch(model)
+    assert apply_patch(model, "patch_slimming", schedule=[9, 5, 1])(x).isfinite().all()
+
+
+def test_checkpointing():
+    model = model_of("plain")
+    model.set_grad_checkpointing()
+    refused(model, ValueError, "checkpoints its blocks")
+    model.set_grad_checkpointing(False)
+    apply_patch(model, "tome", r=2)
+    model.set_grad_checkpointing()
+    with pytest.raises(ValueError, match="grad_checkpointing is on"):
+        model.train()(images())
+
+
+def test_masks_and_dropout_at_the_call():
+    model, x = apply_patch(model_of("plain", attn_drop_rate=0.2), "tome", r=2), images()
+    with pytest.raises(ValueError, match="attn_mask was given"):
+        model(x, attn_mask=torch.ones(17, 17, dtype=torch.bool))
+    with pytest.raises(ValueError, match="is_causal was given"):
+        model(x, is_causal=True)
+    model(x)
+    with pytest.raises(ValueError, match="dropped with probability 0.2"):
+        model.train()(x)
+    model.r = 0
+    model(x)
+    assert apply_patch(remove_patch(model), "patch_slimming", schedule=[9, 5, 1])(x).isfinite().all()
+
+
+def test_twice_and_never():
+    model = apply_patch(model_of("plain"), "tome")
+    with pytest.raises(ValueError, match="patched already: remove_patch comes first"):
+        apply_patch(model, "evit")
+    remove_patch(model)
+    with pytest.raises(ValueError, match="is not patched"):
+        remove_patch(model)
+    with pytest.raises(ValueError, match="is not patched"):
+        trace(model, images())
+    model.r = 3
+    refused(model, ValueError, "an attribute 'r' of its own")
+
+
+def test_blocks_out_of_turn():
+    model = apply_patch(model_of("plain"), "tome", r=2)
+    with pytest.raises(RuntimeError, match="block 1 of a patched model needs the blocks before it"):
+        model.blocks[1](torch.randn(1, 17, 32))
+
+
+def test_two_forwards_at_once():
+    model = apply_patch(model_of("plain"), "tome", r=2)
+    replica = model.blocks[0]._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match="no two forwards at once: use DistributedDataParallel"):
+        replica(torch.randn(1, 17, 32))
+
+
+def test_a_forward_that_failed_leaves_no_trace():
+    model, x = apply_patch(model_of("plain"), "tome", r=2), images()
+    expected = model(x)
+    handle = model.blocks[1].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x)
+    handle.remove()
+    assert torch.equal(copy.deepcopy(model)(x), expected) and torch.equal(model(x), expected)
+
+
+def test_a_block_that_failed_holds_nothing():
+    model, x = apply_patch(model_of("plain"), "evo_vit"), images()
+    expected = model(x)
+    handle = model.blocks[2].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x)
+    assert model.tokenops_patch.state is None
+    handle.remove()
+    assert torch.equal(model(x), expected)

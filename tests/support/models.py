@@ -1,0 +1,83 @@
+"""What the tests of models share: images, closeness, gradients, costs, operators that run, a little training."""
+
+import timm
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+#: a DeiT that is quick
+SMALL = dict(embed_dim=48, num_heads=3, img_size=64, num_classes=5)
+
+
+def images(model, batch=2):
+    return torch.randn(batch, 3, *model.img_size)
+
+
+def meta(name, **kwargs):
+    """The model of full size without its memory."""
+    with torch.device("meta"):
+        return timm.create_model(name, **kwargs)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def flops(model, x):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops()
+
+
+def gradients(module, loss):
+    module.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def all_close(grads, expected, tolerance=1e-4):
+    assert set(grads) == set(expected)
+    for name, grad in expected.items():
+        assert (grads[name] - grad).norm() <= tolerance * grad.norm() + 1e-6, name
+
+
+def train_a_little(model, loss_of, steps=4):
+    """Every parameter gets a gradient, and the loss goes down."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and torch.isfinite(parameter.grad).all() and parameter.grad.any(), name
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def operators_between(model, start, end):
+    """Names of the operators, views excluded, that run from behind one module of a model to another."""
+    names, seen = None, []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if names is not None and not func.is_view:
+                names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def begin(*_):
+        nonlocal names
+        names = []
+
+    def stop(*_):
+        nonlocal names
+        seen.append(names)
+        names = None
+
+    model.get_submodule(start).register_forward_hook(begin)
+    model.get_submodule(end).register_forward_pre_hook(stop)
+    with torch.no_grad(), Recorder():
+        model(images(model))
+    return seen[0]

@@ -1,0 +1,91 @@
+"""Small models of every family apply_patch knows, with weights that make attention and tokens differ."""
+
+from functools import partial
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+
+from support.weights import redrawn
+
+SIZES = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5)
+EVA = dict(SIZES, use_rot_pos_emb=True, mlp_ratio=2.0)
+#: 16 patches, 3 blocks
+FAMILIES = {
+    "plain": partial(VisionTransformer, **SIZES),
+    "distilled": partial(VisionTransformerDistilled, **SIZES),
+    "layer_scale": partial(VisionTransformer, init_values=0.5, no_embed_class=True, **SIZES),
+    "registers": partial(VisionTransformer, reg_tokens=4, no_embed_class=True, init_values=0.5, **SIZES),
+    "norms": partial(VisionTransformer, qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True, **SIZES),
+    "average": partial(VisionTransformer, class_token=False, global_pool="avg", **SIZES),
+    "map": partial(VisionTransformer, class_token=False, global_pool="map", **SIZES),
+    "clip": partial(VisionTransformer, pre_norm=True, **SIZES),
+    "dynamic": partial(VisionTransformer, dynamic_img_size=True, **SIZES),
+    "eva": partial(Eva, **dict(EVA, use_rot_pos_emb=False), init_values=0.5, global_pool="token"),
+}
+ROTARY = {
+    "eva02": partial(Eva, qkv_fused=False, swiglu_mlp=True, scale_mlp=True, scale_attn_inner=True, **EVA),
+    "rope": partial(Eva, init_values=0.5, global_pool="token", qk_norm=True, **EVA),
+    "heads": partial(Eva, attn_type="rope", rope_type="mixed", num_reg_tokens=2, **EVA),
+    "grouped": partial(
+        Eva, attn_type="rope", rope_type="dinov3", rope_rotate_half=True, qkv_fused=False, num_kv_heads=1, **EVA
+    ),
+}
+#: method -> (options that reduce nothing, options that do)
+METHODS = {
+    "tome": (dict(r=0), dict(r=3)),
+    "evit": (dict(keep_rate=1), dict(keep_rate=0.5, reduction_loc=(0, 2))),
+    "evo_vit": (dict(prune_ratio=1.0), dict(prune_ratio=0.5)),
+    "patch_slimming": (dict(schedule=[17, 17, 17]), dict(schedule=[13, 9, 4])),
+    "sit": (dict(keeping_ratio=1), dict(keeping_ratio=0.5, locations=(1, 2))),
+    "cait": (dict(points={}), dict(points={0: "horizontal", 1: "vertical"})),
+}
+#: those that are defined with rotary positions
+CHOOSING = {
+    "evit": (dict(keep_rate=1, fuse_token=False), dict(keep_rate=0.5, reduction_loc=(0, 2), fuse_token=False)),
+    "evo_vit": METHODS["evo_vit"],
+    "patch_slimming": METHODS["patch_slimming"],
+}
+
+
+def model_of(family, **kwargs):
+    torch.manual_seed(0)
+    return redrawn({**FAMILIES, **ROTARY}[family](**kwargs))
+
+
+def images(size=2, side=32):
+    return torch.randn(size, 3, side, side, generator=torch.Generator().manual_seed(2))
+
+
+def tokens_behind(model, x, **kwargs):
+    """How many tokens come out of every block."""
+    counts = []
+    hooks = [block.register_forward_hook(lambda m, a, y: counts.append(y.shape[1])) for block in blocks_of(model)]
+    with torch.no_grad():
+        model(x, **kwargs)
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+def blocks_of(model):
+    patch = getattr(model, "tokenops_patch", None)
+    return model.blocks if patch is None else patch.blocks
+
+
+def softmax_attention(attention, x, log_sizes=None):
+    """The attention's result and the keys' mean over the heads, with the whole matrix written out."""
+    B, N, _ = x.shape
+    q, k, v = attention.qkv(x).reshape(B, N, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    if log_sizes is not None:
+        logits = logits + log_sizes[:, None, None]
+    weights = logits.softmax(dim=-1)
+    y = attention.norm((weights @ v).transpose(1, 2).reshape(B, N, -1))
+    return attention.proj(y), weights, k.mean(dim=1)
+
+
+def embedded(model, x):
+    return model.norm_pre(model._pos_embed(model.patch_embed(x)))
