@@ -1,4 +1,5 @@
-# Every target sets up what it needs: `make demo`, `make test`, `make bench`, `make accuracy`, and `make gpu` on a GPU machine.
+# Every target sets up what it needs: `make demo`, `make test` (minutes), `make test-all` (all there is, an hour or more),
+# `make bench`, `make accuracy`, and `make gpu` on a GPU machine.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,14 +7,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cuh csrc/*/*)
 WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+#: object files, so that the tests of building do not compile again what the set-up has compiled
+export TOKENOPS_BUILD_CACHE ?= $(CURDIR)/build/objects
 
-.PHONY: demo test check bench accuracy gpu clean
+.PHONY: demo test test-all check mutants resources bench accuracy gpu clean
 
 demo: $(READY)
 	$(BIN)/python -m tokenops demo
 
 test: $(READY) check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
+	$(PYTEST) -m "not slow" tests
+
+test-all: $(READY) check
+	$(PYTEST) --durations=30 tests
+	$(MAKE) mutants resources
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -2,9 +2,11 @@
 
 TOKENOPS_BUILD says what to build: "auto" (all that the tools at hand can), "cpu", "cuda" or "none" (pure Python: the
 reference and Triton). TORCH_CUDA_ARCH_LIST names the architectures, CUDA_HOME and CXX the compilers. What was built,
-and why not the rest, is kept in tokenops/_build_info.json for `python -m tokenops info`.
+and why not the rest, is kept in tokenops/_build_info.json for `python -m tokenops info`. TOKENOPS_BUILD_CACHE is a
+folder where object files are kept for the next build from the same sources by the same commands.
 """
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -154,6 +156,32 @@ class Plan:
         say(f"CUDA {'built for ' + ', '.join(self.architectures) if self.cuda is None else 'not built: ' + self.cuda}")
 
 
+class Kept:
+    """Objects in TOKENOPS_BUILD_CACHE, by what they are made from: the command, the compiler, torch, all of csrc."""
+
+    def __init__(self, command: list) -> None:
+        self.folder = Path(os.environ["TOKENOPS_BUILD_CACHE"])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        said = [shlex.join(map(str, command)), run([command[0], "--version"]), importlib.metadata.version("torch")]
+        self.key = hashlib.sha256("\0".join(said).encode())
+        for file in sorted(path for path in Path("csrc").rglob("*") if path.is_file()):
+            self.key.update(f"\0{file}\0".encode() + file.read_bytes())
+
+    def place(self, source: Path) -> Path:
+        return self.folder / f"{source.name}-{self.key.hexdigest()[:32]}.o"
+
+    def get(self, source: Path, target: Path) -> bool:
+        there = self.place(source).exists()
+        if there:
+            shutil.copyfile(self.place(source), target)
+        return there
+
+    def put(self, source: Path, target: Path) -> None:
+        half = self.place(source).with_suffix(f".{os.getpid()}")
+        shutil.copyfile(target, half)
+        half.replace(self.place(source))  # whole or not at all
+
+
 class Build(build_ext):
     """Calls the compilers itself: torch's builder refuses nvccs of other versions than torch's, and ours may differ."""
 
@@ -183,12 +211,18 @@ class Build(build_ext):
         run([*plan.cxx, *objects, *link])
 
     def compile(self, pattern: str, command: list) -> list[Path]:
-        sources = sorted(Path().glob(pattern))
-        objects = [self.objects / f"{source.name}.o" for source in sources]
-        commands = [[*command, "-c", source, "-o", made] for source, made in zip(sources, objects, strict=True)]
+        kept = Kept(command) if os.environ.get("TOKENOPS_BUILD_CACHE") else None
+
+        def made(source: Path) -> Path:
+            target = self.objects / f"{source.name}.o"
+            if kept is None or not kept.get(source, target):
+                run([*command, "-c", source, "-o", target])
+                if kept is not None:
+                    kept.put(source, target)
+            return target
+
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:
-            list(pool.map(run, commands))
-        return objects
+            return list(pool.map(made, sorted(Path().glob(pattern))))
 
 
 class Pure(build_py):
