@@ -6,7 +6,12 @@ import pytest
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the kernels run")
+    group = parser.getgroup("tokenops")
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the kernels run")
+    group.addoption("--seed", type=int, default=0, help="of every test's random numbers")
+    group.addoption(
+        "--margins", metavar="FILE", help="note how near each comparison with plain PyTorch came: JSON lines"
+    )
 
 
 def pytest_configure(config):
@@ -17,6 +22,10 @@ def pytest_configure(config):
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda was asked for, but torch sees no GPU")
     torch.set_num_threads(min(torch.get_num_threads(), 4))
+    if config.getoption("--margins"):
+        from support import tolerance
+
+        tolerance.NOTED_IN = config.getoption("--margins")
 
 
 @pytest.fixture
@@ -61,10 +70,10 @@ def backend(request, device, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded(request):
     import torch
 
-    torch.manual_seed(0)
+    torch.manual_seed(request.config.getoption("--seed"))
 
 
 @pytest.fixture
