@@ -69,6 +69,20 @@ def backend(request, device, monkeypatch):
         yield name
 
 
+@pytest.fixture(params=["quick", pytest.param("whole", marks=pytest.mark.slow)])
+def gradcheck(request, backend, device):
+    """gradcheck(function, leaves) against finite differences in fp64: of every element, or, quick and interpreted, in a
+    random direction for each leaf and each result."""
+    import torch
+
+    interpreted = backend == "triton" and device == "cpu"
+
+    def check(function, leaves):
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=interpreted and request.param == "quick")
+
+    return check
+
+
 @pytest.fixture(autouse=True)
 def seeded(request):
     import torch
