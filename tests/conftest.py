@@ -45,6 +45,17 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", paths, indirect=True)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """`slow_interpreted` is slow where Triton's interpreter runs the kernels."""
+    if config.getoption("--device") != "cpu":
+        return
+    for item in items:
+        interpreted = getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"
+        if interpreted and item.get_closest_marker("slow_interpreted"):
+            item.add_marker(pytest.mark.slow)
+
+
 #: operators whose CPU path is torch's own kernels with compiled code between them, or without it: "composed"
 COMPOSED = ("soft_aggregate", "masked_channel_attention")
 

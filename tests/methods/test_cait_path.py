@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import onnxruntime
+import pytest
 import timm
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,7 @@ def _saved(program, path):
     return path
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_whole_path(tmp_path):
     with torch.enable_grad():

@@ -361,6 +361,7 @@ def one_process(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 def test_two_processes_choose_as_one(tmp_path):
     mp.spawn(one_process, (tmp_path,), nprocs=2)

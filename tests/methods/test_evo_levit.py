@@ -244,6 +244,7 @@ def test_for_inference_changes_no_output(stage_wise):
     close(model.for_inference()(x), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_compiles_without_a_break(training):
     model = tiny(depth=(3, 1, 1)).train(training)
