@@ -8,7 +8,7 @@ import pytest
 def pytest_addoption(parser):
     group = parser.getgroup("tokenops")
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the kernels run")
-    group.addoption("--seed", type=int, default=0, help="of every test's random numbers")
+    group.addoption("--seeds", type=int, default=1, help="run every test with random numbers of so many seeds")
     group.addoption(
         "--margins", metavar="FILE", help="note how near each comparison with plain PyTorch came: JSON lines"
     )
@@ -35,6 +35,9 @@ def device(request):
 
 def pytest_generate_tests(metafunc):
     """A test that takes `backend` runs on every backend that its module's OPERATOR has on the device."""
+    seeds = metafunc.config.getoption("--seeds")
+    if seeds > 1:
+        metafunc.parametrize("seeded", range(seeds), indirect=True, ids="seed{}".format)
     if "backend" in metafunc.fixturenames:
         from tokenops._backends import TABLE
 
@@ -98,7 +101,7 @@ def gradcheck(request, backend, device):
 def seeded(request):
     import torch
 
-    torch.manual_seed(request.config.getoption("--seed"))
+    torch.manual_seed(getattr(request, "param", 0))
 
 
 @pytest.fixture
