@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cuh csrc/*/*)
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 #: object files, so that the tests of building do not compile again what the set-up has compiled
 export TOKENOPS_BUILD_CACHE ?= $(CURDIR)/build/objects
 

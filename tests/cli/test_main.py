@@ -141,6 +141,7 @@ def test_merged_patches_have_their_mean_colour_and_a_line_between_tokens(demo_pa
     np.testing.assert_allclose(mosaic(0.5 * photograph, np.array([[0, 1]]))[0, :, 0], [0.0] * 4 + [1.0] + [0.5] * 3)
 
 
+@pytest.mark.slow
 def test_demo_compares_the_methods(photographs, tmp_path, capsys):
     """A row a method beside its dense form, and a picture of what each keeps."""
     from PIL import Image
@@ -201,6 +202,7 @@ def test_demo_says_in_words_what_is_wrong(arguments, words, demo_packages, tmp_p
     assert words in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_demo_with_a_backend_that_cannot_run(demo_packages, tmp_path):
     done = run("demo", *SMALL, "--output", tmp_path / "demo.png", TOKENOPS_BACKEND="triton")
     assert done.returncode == 2 and "the triton backend was asked for but cannot run" in done.stderr

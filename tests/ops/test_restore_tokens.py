@@ -191,7 +191,7 @@ def test_opcheck(backend, device, carried):
     torch.library.opcheck(kernel("restore_tokens_bwd", backend), (base, index, 1, carried, olds))
 
 
-@pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
+@pytest.mark.parametrize("compiler", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
 def test_compile(device, compiler):
     def f(base, tokens, index):
         return tokenops.restore_tokens(base * 2, tokens, index).sin()

@@ -244,7 +244,7 @@ def test_opcheck(backend, device):
         torch.library.opcheck(kernel("select_tokens_bwd", backend), arguments)
 
 
-@pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
+@pytest.mark.parametrize("compiler", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
 def test_compile(device, compiler):
     def f(x, scores, weight, k):
         chosen = select_tokens(

@@ -60,7 +60,13 @@ def interrupted_and_resumed(tmp_path, make, after, workers=0, eval_workers=0, **
 
 @pytest.mark.parametrize(
     "after, accumulation, workers, eval_workers",
-    [(3, 1, 0, 0), (9, 1, 1, 0), (4, 2, 0, 0), (6, 1, 0, 0), (7, 1, 0, 1)],  # the last stops behind an epoch
+    [
+        (3, 1, 0, 0),
+        pytest.param(9, 1, 1, 0, marks=pytest.mark.slow),
+        (4, 2, 0, 0),
+        pytest.param(6, 1, 0, 0, marks=pytest.mark.slow),
+        pytest.param(7, 1, 0, 1, marks=pytest.mark.slow),  # stops behind an epoch
+    ],
 )
 def test_resumed_run_has_the_same_bits(tmp_path, after, accumulation, workers, eval_workers):
     from timm.data import Mixup
@@ -81,7 +87,9 @@ def test_resumed_run_has_the_same_bits(tmp_path, after, accumulation, workers, e
     assert [float(row["loss"]) for row in rows] == [row["loss"] for row in first.rows]
 
 
-@pytest.mark.parametrize("kind, after", [(ChannelPruner, 2), (ChannelPruner, 5), (CompactorPruner, 2)])
+@pytest.mark.parametrize(
+    "kind, after", [(ChannelPruner, 2), pytest.param(ChannelPruner, 5, marks=pytest.mark.slow), (CompactorPruner, 2)]
+)
 def test_pruned_run_is_compacted_and_resumed(tmp_path, kind, after):
     """Interrupted before and behind the compaction."""
     batches = [(torch.randn(2, 3, 64, 64), torch.tensor([i, i + 1])) for i in range(3)]
