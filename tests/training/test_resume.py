@@ -88,7 +88,12 @@ def test_resumed_run_has_the_same_bits(tmp_path, after, accumulation, workers, e
 
 
 @pytest.mark.parametrize(
-    "kind, after", [(ChannelPruner, 2), pytest.param(ChannelPruner, 5, marks=pytest.mark.slow), (CompactorPruner, 2)]
+    "kind, after",
+    [
+        (ChannelPruner, 2),
+        pytest.param(ChannelPruner, 5, marks=pytest.mark.slow),
+        (CompactorPruner, 2),
+    ],
 )
 def test_pruned_run_is_compacted_and_resumed(tmp_path, kind, after):
     """Interrupted before and behind the compaction."""
