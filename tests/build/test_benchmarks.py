@@ -141,6 +141,7 @@ def test_report_leaves_a_place_without_results(capsys):
     assert "results:nvidia stays as it is: no result file begins so (cpu-x)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_accuracy_trains_measures_and_draws(tmp_path):
     """The dense model and two methods, for an epoch each."""
     readme = tmp_path / "README.md"

@@ -82,6 +82,6 @@ def compared(case, dtype, device, scores, heads, everything):
         empty = right == -INF
         assert torch.equal(ours[what] == -INF, empty), what
         reach = t[size[what]].abs().max().item() if what in size and t[size[what]].numel() else 1.0
-        allowed = cancels * reach if what in ("dq", "dk", "dqk_mask", "dkey_bias") and dtype != torch.float32 else 0.0
+        allowed = cancels * reach if what in ("dq", "dk", "dqk_mask", "dkey_bias") else 0.0
         found[what] = (*(value.masked_fill(empty, 0.0) for value in (ours[what], plain[what], right)), allowed)
     return found
