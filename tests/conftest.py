@@ -1,5 +1,6 @@
 """Fixtures every test shares. Without a GPU the Triton kernels run interpreted; `--device cuda` runs them for real."""
 
+import inspect
 import os
 
 import pytest
@@ -50,12 +51,19 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """`slow_interpreted` is slow where Triton's interpreter runs the kernels."""
+    """`slow_interpreted(quick=None)` is slow where Triton's interpreter runs the kernels, but for the parameters that
+    the function `quick` says are quick (it takes those that it names)."""
     if config.getoption("--device") != "cpu":
         return
     for item in items:
-        interpreted = getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton"
-        if interpreted and item.get_closest_marker("slow_interpreted"):
+        marker, params = (
+            item.get_closest_marker("slow_interpreted"),
+            getattr(getattr(item, "callspec", None), "params", {}),
+        )
+        if marker is None or params.get("backend") != "triton":
+            continue
+        quick = marker.kwargs.get("quick")
+        if quick is None or not quick(*(params[name] for name in inspect.signature(quick).parameters)):
             item.add_marker(pytest.mark.slow)
 
 

@@ -17,7 +17,7 @@ from support.bipartite import (
     run,
     run_unmerge,
 )
-from support.cases import BIPARTITE, BIPARTITE_LARGE, DTYPES, Bipartite
+from support.cases import BIPARTITE, BIPARTITE_LARGE, DTYPES, QUICK, Bipartite
 from tokenops import reference
 from tokenops.merge_bipartite import merge_by_index, sum_by_index
 
@@ -196,6 +196,7 @@ def test_the_norm_is_that_of_the_result(backend, device):
 # Every backend against the reference in fp64: values and gradients at most twice as far as plain PyTorch.
 
 
+@pytest.mark.slow_interpreted(quick=lambda case, dtype: case == BIPARTITE[0] or dtype in QUICK)
 @pytest.mark.parametrize("dtype", ALL, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", (*BIPARTITE, *BIPARTITE_LARGE), ids=str)
 def test_forward_and_backward(backend, device, poisoned, ran_kernels, case, dtype):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tokenops
-from support.cases import DTYPES, MERGE, MERGE_LARGE, Merge
+from support.cases import DTYPES, MERGE, MERGE_LARGE, QUICK, Merge
 from support.neighbours import AXES, OPTIONS, cancelling, compare, double, inputs, run
 from tokenops import _backends, reference
 from tokenops._schemas import kernel
@@ -120,6 +120,7 @@ def test_unmerge_is_the_way_back(device):
 # Every backend against the reference in fp64: values and gradients at most twice as far as plain PyTorch.
 
 
+@pytest.mark.slow_interpreted(quick=lambda case, dtype: case == MERGE[0] or dtype in QUICK)
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", (*MERGE, *MERGE_LARGE), ids=str)
 def test_forward_and_backward(backend, device, poisoned, ran_kernels, case, dtype):
@@ -134,6 +135,8 @@ def test_forward_and_backward(backend, device, poisoned, ran_kernels, case, dtyp
             assert names == {f"merge_neighbours_fwd.{backend}", f"merge_neighbours_bwd.{backend}"}
             *plain, _ = run(reference.merge_neighbours, tensors, case, axis, option, truth[2])
             compare(ours, plain, truth, cancelling(tensors, truth[2]))
+            if backend == "triton" and device == "cpu":
+                continue  # the interpreter knows one order
             *again, _ = run(merge_neighbours, tensors, case, axis, option, truth[2])
             for mine, same in zip(ours, again):
                 assert all(torch.equal(mine[n], same[n]) for n in mine)  # deterministic

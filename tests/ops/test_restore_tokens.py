@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tokenops
-from support.cases import DTYPES, RESTORE
+from support.cases import DTYPES, QUICK, RESTORE
 from tokenops import _backends, reference
 from tokenops._schemas import kernel
 
@@ -111,6 +111,7 @@ def test_tokens_that_go_nowhere(backend, device):
 # Every backend against the reference. It only copies, so it must agree to the bit.
 
 
+@pytest.mark.slow_interpreted(quick=lambda case, dtype: case == RESTORE[0] or dtype in QUICK and case.N < 196)
 @pytest.mark.parametrize("dtype", ALL, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", RESTORE, ids=str)
 def test_forward_and_backward(backend, device, poisoned, ran_kernels, case, dtype):
@@ -121,7 +122,8 @@ def test_forward_and_backward(backend, device, poisoned, ran_kernels, case, dtyp
         ours = gradients(tokenops.restore_tokens, base, tokens, index, case.prefix, dy)
     assert names == {f"restore_tokens_fwd.{backend}", f"restore_tokens_bwd.{backend}"}
     assert_same(ours, gradients(reference.restore_tokens, base, tokens, index, case.prefix, dy))
-    assert_same(ours, gradients(tokenops.restore_tokens, base, tokens, index, case.prefix, dy))  # deterministic
+    if backend == "native" or device == "cuda":  # the interpreter knows one order
+        assert_same(ours, gradients(tokenops.restore_tokens, base, tokens, index, case.prefix, dy))
 
 
 def wide(x):

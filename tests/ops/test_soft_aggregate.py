@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tokenops
-from support.cases import AGGREGATE, DTYPES, Aggregate
+from support.cases import AGGREGATE, DTYPES, QUICK, Aggregate
 from support.tolerance import assert_as_good_as_plain
 from tokenops import _native, reference
 
@@ -90,6 +90,7 @@ def test_reference_is_the_papers_formula():
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.slow_interpreted(quick=lambda case, dtype: case == AGGREGATE[0] or dtype in QUICK)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", AGGREGATE, ids=str)
 @pytest.mark.parametrize("extras", ["plain", "scale", "mask"])

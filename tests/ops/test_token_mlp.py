@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenops
-from support.cases import DTYPES, TOKEN_MLP, TokenMlp
+from support.cases import DTYPES, QUICK, TOKEN_MLP, TokenMlp
 from support.tolerance import assert_as_good_as_plain
 from tokenops import reference
 
@@ -49,6 +49,7 @@ def test_reference_is_the_papers_formula():
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.slow_interpreted(quick=lambda case, dtype: case == TOKEN_MLP[0] or dtype in QUICK)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", TOKEN_MLP, ids=str)
 def test_as_good_as_plain(case, dtype, backend, device):

@@ -6,6 +6,8 @@ import torch
 
 LOW = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *LOW)
+#: of most sizes in the interpreter, where fp16 and fp64 take the same ways; the first size of a table has them all
+QUICK = (torch.float32, torch.bfloat16)
 
 
 class Aggregate(NamedTuple):
