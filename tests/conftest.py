@@ -22,6 +22,10 @@ def pytest_configure(config):
 
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda was asked for, but torch sees no GPU")
+    if config.getoption("--device") == "cpu":
+        from support.interpreter import patch_once
+
+        patch_once()
     torch.set_num_threads(min(torch.get_num_threads(), 4))
     if config.getoption("--margins"):
         from support import tolerance

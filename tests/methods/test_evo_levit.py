@@ -190,7 +190,9 @@ def test_state_dicts(tmp_path):
         tiny().load_state_dict(official)
 
 
-@pytest.mark.parametrize("size", COSTS)
+@pytest.mark.parametrize(
+    "size", [size if size in ("128s", "256") else pytest.param(size, marks=pytest.mark.slow) for size in COSTS]
+)
 def test_costs_are_the_published_ones(size):
     parameters, *costs = COSTS[size]
     model, large = meta(f"evo_levit_{size}"), meta(f"evo_levit_{size}_img384")

@@ -87,8 +87,8 @@ def test_scores_add_up_to_one(backend, device):
 
 
 def quick(case, dtype):
-    """Those of fp32 are run several times."""
-    return dtype != torch.float32 or case.N < 20
+    """Those of fp32 are run several times; fp16 takes the ways of bf16."""
+    return case.N < 20 or dtype == torch.bfloat16
 
 
 @pytest.mark.usefixtures("poisoned")

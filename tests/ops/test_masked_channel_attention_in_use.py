@@ -79,6 +79,7 @@ def test_masks_and_bias_of_another_dtype(backend, device):
     torch.testing.assert_close(results["result 0"].double(), truth, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.slow_interpreted
 def test_autocast_changes_nothing(backend, device):
     t = inputs(ATTEND[3], torch.float32, device, everything=True)
     expected, upstream = run(attention, t, scores="received")
@@ -87,6 +88,7 @@ def test_autocast_changes_nothing(backend, device):
     assert all(torch.equal(again[what], value) for what, value in expected.items())
 
 
+@pytest.mark.slow_interpreted
 def test_deterministic(backend, device):
     t = inputs(ATTEND[4], torch.float32, device, everything=True)
     first, upstream = run(attention, t, scores="received", heads="mean", **EVERYTHING)

@@ -150,6 +150,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32, torch.float64), ids=lambda d: str(d)[6:])
+@pytest.mark.slow_interpreted(quick=lambda layout, dtype: dtype == torch.float32)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(backend, device, poisoned, layout, dtype):
     base, tokens, index = inputs(3, 13, 6, 24, device, dtype=dtype)

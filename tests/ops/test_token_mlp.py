@@ -171,6 +171,7 @@ def test_nan_stays_in_its_image(backend, device):
     assert not y[0, :, 3].isnan().any()
 
 
+@pytest.mark.slow_interpreted
 def test_deterministic(backend, device):
     tensors = inputs(TOKEN_MLP[2], torch.float32, device)
     dy = torch.randn(TOKEN_MLP[2].B, TOKEN_MLP[2].N, TOKEN_MLP[2].C, device=device)
@@ -196,6 +197,7 @@ def test_opcheck(backend, device):
         torch.library.opcheck(backward, (dy[:0], z[:0], w1, bias[0], w2))
 
 
+@pytest.mark.slow_interpreted
 def test_compile(backend, device):
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def compiled(*tensors):
