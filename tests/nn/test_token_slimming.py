@@ -68,7 +68,7 @@ def test_equals_the_published_module(make, dtype, ran_kernels):
 
 
 def terms_of_the_scale(module, x):
-    """The gradient of a scale is one number, a sum of many that cancel: twice their norm, since one has no statistic."""
+    """The gradient of a scale is one number, a sum of many that cancel: twice the norm of these."""
     found = []
     hook = module.weight.register_forward_hook(lambda layers, given, logits: found.append(logits))
     y = module(x)
