@@ -1,4 +1,4 @@
-# Every target sets up what it needs: `make demo`, `make test`, `make bench`, `make accuracy`, and `make gpu` on a GPU machine.
+# Every target sets up what it needs: `make demo`, `make test`, `make bench`, `make accuracy`, `make resources`, and `make gpu` on a GPU machine.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cuh csrc/*/*)
 WORKERS ?= 2
 
-.PHONY: demo test check bench accuracy gpu clean
+.PHONY: demo test check bench accuracy resources gpu clean
 
 demo: $(READY)
 	$(BIN)/python -m tokenops demo
@@ -26,6 +26,10 @@ bench: $(READY)
 
 accuracy: $(READY)
 	$(BIN)/python benchmarks/accuracy.py
+
+# compiles every kernel for every architecture, on all cores and without a GPU
+resources: $(READY)
+	$(BIN)/python benchmarks/resources.py
 
 # torch first, so that the compiled code is built against the one that runs it and is not fetched a second time
 $(READY): $(SOURCES)
