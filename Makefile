@@ -1,4 +1,5 @@
-# Every target sets up what it needs: `make demo`, `make test`, `make bench`, `make accuracy`, `make resources`, and `make gpu` on a GPU machine.
+# Every target sets up what it needs: `make demo`, `make test`, `make bench`, `make accuracy`, `make resources`, and
+# `make gpu` on a GPU machine.
 
 PYTHON ?= python3
 VENV ?= .venv
