@@ -119,8 +119,13 @@ def compile_all(operators, targets, dtypes, workers):
         }
         for job in progress(as_completed(jobs), len(jobs)):
             operator, case, dtype, sm = jobs[job]
+            try:
+                compiled = job.result()
+            except Exception as error:
+                pool.shutdown(cancel_futures=True)
+                raise SystemExit(f"{operator} {case} {dtype} sm_{sm} does not compile: {error}") from error
             launches = {}
-            for kernel, values in job.result():
+            for kernel, values in compiled:
                 launches[kernel] = launches.get(kernel, 0) + 1
                 name = f"{kernel}#{launches[kernel]}" if launches[kernel] > 1 else kernel
                 rows[Row(operator, case, name, dtype, sm)] = values

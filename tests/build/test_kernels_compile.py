@@ -15,15 +15,21 @@ import pytest
 
 import tokenops._triton
 from kernel_cases import PRODUCTS, SHARED_LIMIT
+from resources import Row, read
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks/kernel_cases.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """A row a kernel, in bf16 and DeiT-S's sizes, compiled in a process that does not interpret."""
-    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    run = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=env)
+def real(tmp_path_factory):
+    """The environment of a process that compiles and does not interpret."""
+    return {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+
+
+@pytest.fixture(scope="module")
+def compiled(real):
+    """A row a kernel, in bf16 and DeiT-S's sizes."""
+    run = subprocess.run([sys.executable, BENCHMARKS / "kernel_cases.py"], capture_output=True, text=True, env=real)
     assert run.returncode == 0, run.stderr[-2000:]
     return [json.loads(line) for line in run.stdout.splitlines()]
 
@@ -46,3 +52,20 @@ def test_matrix_unit(compiled):
     kernels = [row for row in compiled if row["operator"] in PRODUCTS]
     assert {row["operator"] for row in kernels} == set(PRODUCTS)
     assert [row["kernel"] for row in kernels if not row["matrix"]] == []
+
+
+def test_the_tool_compiles_what_it_is_asked_for(compiled, real, tmp_path):
+    out = tmp_path / "part.json"
+    options = "--operators restore_tokens --targets 90 --dtypes bf16 --workers 1 --out".split()
+    command = [sys.executable, BENCHMARKS / "resources.py", *options, out]
+    run = subprocess.run(command, capture_output=True, text=True, env=real)
+    assert out.exists(), run.stdout + run.stderr
+    rows, whole = read(out)
+    passes = [f"restore_tokens_{direction}_kernel" for direction in ("bwd", "fwd")]
+    cases = ("N196-k98-C384", "N576-k288-C193")
+    assert sorted(rows) == [Row("restore_tokens", case, kernel, "bf16", 90) for case in cases for kernel in passes]
+    assert not whole
+    once = {row["kernel"]: row for row in compiled}
+    for row, values in rows.items():
+        if row.case == cases[0]:
+            assert values == {name: once[row.kernel][name] for name in values}
