@@ -35,6 +35,10 @@ bench: $(READY)
 accuracy: $(READY)
 	$(BIN)/python benchmarks/accuracy.py
 
+# compiles every kernel for every architecture, on all cores and without a GPU
+resources: $(READY)
+	$(BIN)/python benchmarks/resources.py
+
 # torch first, so that the compiled code is built against the one that runs it and is not fetched a second time
 $(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,317 +1,179 @@
-"""Compiles every Triton kernel for real GPUs on a machine without one, by running the launchers on meta tensors.
+"""Registers, spills, shared memory and matrix instructions of every Triton kernel, as the Triton in use compiles it.
 
-A launch is replaced by a compilation for a chosen target, so what is compiled is exactly what a user's call would
-compile: the same specialisation, configuration and options. `python benchmarks/resources.py` prints one JSON line a
-kernel: registers, shared memory, spills and which matrix instructions it uses. Not to be run interpreted.
+`make resources` compiles all cases for all targets and dtypes, shows what changed against the committed table of this
+Triton, benchmarks/resources/triton-X.Y.json, and writes it. A row that spills, does not fit a block or leaves the
+matrix unit, more than its committed row does, is a REGRESSION where this Triton has a table (exit code 1, and the
+table is written only with --accept), and a FINDING where it has none. A part of the cases (--operators, --targets,
+--dtypes) is compared and never written over a whole table.
 """
 
-import functools
+import argparse
 import json
-import re
-import subprocess
+import os
 import sys
-import tempfile
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
-from unittest.mock import patch
+from typing import NamedTuple
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
-TARGETS = (80, 90, 100)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-MATRIX = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+from kernel_cases import CASES, DTYPES, PRODUCTS, SHARED_LIMIT, TARGETS, case_names, compiled_case
+
+TABLES = Path(__file__).with_name("resources")
+REGISTERS = 65536  # of a multiprocessor
 
 
-class PretendDriver:
-    """As much of a driver as a compilation asks for."""
+class Row(NamedTuple):
+    operator: str
+    case: str
+    kernel: str  # the second launch of a kernel within a case is kernel#2
+    dtype: str
+    sm: int
 
-    def __init__(self, capability):
-        self.target = GPUTarget("cuda", capability, 32)
+    def __str__(self):
+        return f"{self.operator} {self.case} {self.kernel} {self.dtype} sm_{self.sm}"
 
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return self.target.arch  # the compilation cache is kept by device
-
-    def get_current_stream(self, device):
-        return 0
-
-
-@contextmanager
-def compiling(capability):
-    """Within the block every launch is a compilation; yields the list of (kernel name, compiled kernel)."""
-    compiled = []
-
-    def compile_only(kernel, grid):
-        def launch(*args, **kwargs):
-            if any(isinstance(a, torch.Tensor) and a.device.type != "meta" for a in args):
-                raise TypeError("compiling takes meta tensors only")
-            compiled.append((kernel.fn.__name__, kernel.run(*args, grid=grid, warmup=True, **kwargs)))
-
-        return launch
-
-    with (
-        patch.object(JITFunction, "__getitem__", compile_only),
-        patch.object(driver, "_active", PretendDriver(capability)),
-    ):
-        yield compiled
+    @classmethod
+    def parse(cls, text):
+        *names, sm = text.split()
+        return cls(*names, int(sm.removeprefix("sm_")))
 
 
-def _tool(name, *arguments):
-    run = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True)
-    return run.stdout + run.stderr if run.returncode == 0 else None
+def read(path):
+    """(rows, whether these are all cases) of a table."""
+    table = json.loads(path.read_text())
+    return {Row.parse(name): values for name, values in table["rows"].items()}, table["whole"]
 
 
-def resources(compiled, capability):
-    """Registers, shared memory, bytes spilled, and whether the target's own matrix instructions are used."""
-    ptx = compiled.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, source = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
-        cubin.write_bytes(compiled.asm["cubin"])
-        numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "--dump-resource-usage", cubin)))
-        spills = int(numbers["LOCAL"])
-        if int(numbers["STACK"]):  # a stack frame may hold spilled registers: ask the assembler
-            source.write_text(ptx)
-            target = re.search(r"\.target (sm_\w+)", ptx)[1]
-            options = ("-v", f"--gpu-name={target}", "-o", Path(folder, "again.cubin"), source)
-            said = _tool("ptxas", *options) or _tool("ptxas-blackwell", *options)
-            spills += sum(int(bytes) for bytes in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
+def write(path, version, rows, whole):
+    """One row a line, sorted by name, so that a diff shows the rows that changed."""
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(values)}" for name, values in sorted((str(r), v) for r, v in rows.items())
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = f'"triton": {json.dumps(version)},\n"whole": {json.dumps(whole)},\n'
+    path.write_text("{\n" + head + '"rows": {\n' + ",\n".join(lines) + "\n}\n}\n")
+
+
+def excess(row, values):
+    """What is wrong with a row and by how much, 0 where nothing is."""
+    products = row.dtype == "bf16" and row.operator in PRODUCTS
+    large = products and row.sm == 90 and row.case == PRODUCTS[row.operator]
     return {
-        "registers": int(numbers["REG"]),
-        "spills": spills,
-        "shared": compiled.metadata.shared,
-        "warps": compiled.metadata.num_warps,
-        "matrix": bool(re.search(MATRIX[capability], ptx)),
-        "mma": len(re.findall(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx)),
+        "bytes spilled": values["spills"],
+        "bytes of shared memory too many": max(0, values["shared"] - SHARED_LIMIT[row.sm]),
+        "registers too many for one block": max(0, values["registers"] * values["warps"] * 32 - REGISTERS),
+        "matrix unit not used": int((products and not values["mma"]) or (large and not values["matrix"])),
     }
 
 
-def _meta(*shape, dtype=torch.bfloat16):
-    return torch.empty(shape, dtype=dtype, device="meta")
+def verdicts(rows, committed):
+    """A line for everything wrong that is not as wrong in the committed rows; committed is None for a new Triton."""
+    word = "FINDING" if committed is None else "REGRESSION"
+    lines = []
+    for row, values in sorted(rows.items()):
+        before = excess(row, committed[row]) if committed and row in committed else {}
+        for what, now in excess(row, values).items():
+            if now > before.get(what, 0):
+                lines.append(f"{word}: {row}: {now} {what}" if now > 1 else f"{word}: {row}: {what}")
+    return lines
 
 
-def soft_aggregate_cases(dtype):
-    from tokenops._triton.soft_aggregate import soft_aggregate_bwd, soft_aggregate_fwd
-
-    for N, M, C, learned, masked in (
-        (196, 98, 384, True, False),
-        (196, 98, 768, False, True),
-        (49, 24, 192, True, False),
-        (98, 196, 384, True, False),  # soft_scatter's direction
-        (576, 288, 384, True, False),
-    ):
-        x, w = _meta(256, N + 1, C, dtype=dtype), _meta(256, N, M, dtype=dtype)
-        if M > N:
-            w = _meta(256, M, N, dtype=dtype).transpose(1, 2)
-        scale = _meta(1, dtype=dtype) if learned else None
-        mask = _meta(256, N, dtype=torch.bool) if masked else None
-
-        def run():
-            y, stats = soft_aggregate_fwd(x, w, scale, 1.0, mask, 1)
-            soft_aggregate_bwd(y, x, w, scale, 1.0, mask, y, stats, 1)
-
-        yield f"N{N}-M{M}-C{C}", run
+def changes(rows, committed):
+    """A line for every row that is new, gone or not as it was."""
+    lines = []
+    for row in sorted({*rows, *committed}):
+        if row not in committed:
+            lines.append(f"added: {row}: " + ", ".join(f"{name} {value}" for name, value in rows[row].items()))
+        elif row not in rows:
+            lines.append(f"gone: {row}")
+        elif rows[row] != committed[row]:
+            old, new = committed[row], rows[row]
+            names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+            lines.append(f"{row}: " + ", ".join(f"{n} {old.get(n, '-')} -> {new.get(n, '-')}" for n in names))
+    return lines
 
 
-def token_mlp_cases(dtype):
-    from tokenops._triton.token_mlp import token_mlp_bwd, token_mlp_fwd
-
-    for M, N, C in ((98, 196, 384), (49, 196, 192), (24, 196, 768), (162, 324, 768)):
-        z, w1, w2 = _meta(256, M, C, dtype=dtype), _meta(4 * N, M, dtype=dtype), _meta(N, 4 * N, dtype=dtype)
-        b1, b2 = _meta(4 * N, dtype=dtype), _meta(N, dtype=dtype)
-
-        def run():
-            y = token_mlp_fwd(z, w1, b1, w2, b2)
-            token_mlp_bwd(y, z, w1, b1, w2)
-
-        yield f"M{M}-N{N}-C{C}", run
+def progress(items, total):
+    """The items, with a bar on stderr where rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return items
+    return track(items, "compiling", total, console=Console(stderr=True))
 
 
-def masked_channel_attention_cases(dtype):
-    from tokenops._triton.masked_channel_attention import masked_channel_attention_fwd
-    from tokenops._triton.masked_channel_attention_bwd import masked_channel_attention_bwd
-
-    for M, N, H, DK, DV, scores, mean, optional in (
-        (197, 197, 6, 64, 64, "class", False, False),  # DeiT-S
-        (197, 197, 6, 64, 64, "none", False, False),
-        (577, 577, 12, 64, 64, "received", False, False),
-        (197, 197, 6, 64, 64, "received", True, True),
-        (197, 197, 6, 40, 52, "class", False, True),  # compacted, masks, bias and lengths
-        (99, 99, 3, 24, 64, "class", True, True),
-        (50, 197, 6, 64, 64, "none", False, True),
-        (1, 197, 6, 64, 64, "class", False, False),  # a class token's attention
-        (197, 197, 6, 64, 64, "class", True, "bias"),  # ToMe
-        (197, 197, 12, 80, 80, "received", False, False),  # ViT-H
-        (4096, 4096, 4, 128, 128, "class", True, True),  # the widest and the longest
-        (13, 9, 2, 8, 16, "class", True, True),
-    ):
-        qkv = _meta(256, M, H, 2 * DK + DV, dtype=dtype).transpose(1, 2)
-        kv = qkv if M == N else _meta(256, N, H, 2 * DK + DV, dtype=dtype).transpose(1, 2)
-        q, k, v = qkv[..., :DK], kv[..., DK : 2 * DK], kv[..., 2 * DK :]
-        float32, int64 = torch.float32, torch.int64
-        shapes = (H, DK, float32), (H, DV, float32), (256, H, N, float32), (256, int64)
-        extras = "all" if optional is True else optional
-        given = (False, False, True, False) if optional == "bias" else (optional,) * 4
-        extra = [_meta(*size, dtype=d) if there else None for (*size, d), there in zip(shapes, given)]
-
-        def run():
-            out, score, lse, _ = masked_channel_attention_fwd(q, k, v, *extra, 0.125, scores, mean, bool(optional))
-            dscores = None if scores == "none" else score
-            masked_channel_attention_bwd(out, dscores, None, q, k, v, *extra, out, lse, 0.125, scores, mean)
-
-        yield f"M{M}-N{N}-D{DK}-{DV}-{scores}{f'-{extras}' if extras else ''}", run
+def compile_all(operators, targets, dtypes, workers):
+    """The rows of these cases, each compiled in one of a few processes that do not interpret."""
+    os.environ["TRITON_INTERPRET"] = "0"
+    rows = {}
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        jobs = {
+            pool.submit(compiled_case, operator, case, dtype, sm): (operator, case, dtype, sm)
+            for sm in targets
+            for operator in operators
+            for case in case_names(operator)
+            for dtype in dtypes
+        }
+        for job in progress(as_completed(jobs), len(jobs)):
+            operator, case, dtype, sm = jobs[job]
+            try:
+                compiled = job.result()
+            except Exception as error:
+                pool.shutdown(cancel_futures=True)
+                raise SystemExit(f"{operator} {case} {dtype} sm_{sm} does not compile: {error}") from error
+            launches = {}
+            for kernel, values in compiled:
+                launches[kernel] = launches.get(kernel, 0) + 1
+                name = f"{kernel}#{launches[kernel]}" if launches[kernel] > 1 else kernel
+                rows[Row(operator, case, name, dtype, sm)] = values
+    return rows
 
 
-def select_tokens_cases(dtype):
-    from tokenops._triton.select_tokens import select_tokens_bwd, select_tokens_fwd
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--operators", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--targets", nargs="+", type=int, choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: the cores")
+    parser.add_argument("--out", type=Path, help="a file for the table; default: the committed one, for all cases")
+    parser.add_argument("--accept", action="store_true", help="write the table in spite of regressions")
+    options = parser.parse_args(arguments)
+    selected = [set(options.operators), set(options.targets), set(options.dtypes)]
+    whole = selected == [set(CASES), set(TARGETS), set(DTYPES)]
 
-    for N, k, C, rest, best_first, norm, extras in (
-        (196, 98, 384, "none", False, False, False),
-        (196, 98, 384, "normalized", False, True, True),
-        (196, 98, 768, "weighted", True, True, False),
-        (576, 288, 193, "mean", True, False, True),
-        (6000, 500, 64, "none", False, False, False),
-    ):
-        kind = dtype if extras else torch.float64 if N == 6000 else torch.float32
-        x, scores = _meta(256, N + 1, C, dtype=dtype), _meta(256, N, dtype=kind)
-        counts = _meta(256, dtype=torch.int64) if extras else None
-        companions = [scores, _meta(256, N, dtype=torch.int64)] if extras else []
-        channels = _meta(C, dtype=torch.float32) if norm else None
+    version = ".".join(triton.__version__.split(".")[:2])
+    table = TABLES / f"triton-{version}.json"
+    if not whole and options.out and options.out.exists() and read(options.out)[1]:
+        parser.error(f"{options.out} is a whole table, which a part of the cases is not written over")
+    committed = read(table)[0] if table.exists() else None
+    if committed is not None:
+        names = [(row, (row.operator, row.sm, row.dtype)) for row in committed]
+        committed = {row: committed[row] for row, parts in names if all(p in s for p, s in zip(parts, selected))}
 
-        def run():
-            arguments = (k, counts, companions, channels, channels, 1, rest, best_first, norm, 1e-6)
-            tokens, index, _, _, fused, made = select_tokens_fwd(x, scores, *arguments)
-            given = x if rest in ("weighted", "normalized") else None
-            select_tokens_bwd(tokens, made, index, scores, counts, given, fused, 1, rest)
+    rows = compile_all(options.operators, options.targets, options.dtypes, options.workers)
 
-        yield f"N{N}-k{k}-C{C}-{rest}{'-norm' * norm}{'-all' * extras}", run
+    if committed is None:
+        print(f"Triton {version} has no table yet: {len(rows)} rows")
+    else:
+        changed = changes(rows, committed)
+        print(*changed, f"Triton {version}: {len(rows)} rows, {len(changed)} changed", sep="\n")
+    wrong = verdicts(rows, committed)
+    print(*wrong, sep="\n") if wrong else print("nothing new is wrong")
+    regressed = bool(wrong) and committed is not None
 
-
-def restore_tokens_cases(dtype):
-    from tokenops._triton.restore_tokens import restore_tokens_bwd, restore_tokens_fwd
-
-    for N, k, C in ((196, 98, 384), (576, 288, 193)):
-        base, tokens = _meta(256, N + 1, C, dtype=dtype), _meta(256, k, C, dtype=dtype)
-        index = _meta(256, k, dtype=torch.int64)
-        olds, news = [_meta(256, N, dtype=torch.float32)], [_meta(256, k, dtype=torch.float32)]
-
-        def run():
-            y, made = restore_tokens_fwd(base, tokens, index, 1, olds, news)
-            restore_tokens_bwd(y, index, 1, 0, made)
-
-        yield f"N{N}-k{k}-C{C}", run
-
-
-def merge_neighbours_cases(dtype):
-    from tokenops._triton.merge_neighbours import merge_neighbours_bwd, merge_neighbours_fwd
-
-    for H, W, C, vertical, kind, sized, norm in (
-        (14, 14, 384, False, "average", False, False),
-        (14, 7, 384, True, "channels", True, True),
-        (14, 14, 768, False, "logits", True, True),
-        (7, 7, 193, True, "scalars", False, False),
-        (32, 32, 1280, False, "channels", False, True),  # ViT-H
-    ):
-        x, logits = _meta(256, H * W + 1, C, dtype=dtype), _meta(256, H * W, dtype=dtype)
-        channels = _meta(C, dtype=torch.float32)
-        weight = {"channels": channels, "scalars": channels[:1]}.get(kind)
-        logits = logits if kind == "logits" else None
-        sizes = _meta(256, H * W, dtype=torch.float32) if sized else None
-        parameters = (channels, channels) if norm else (None, None)
-        options = (H, W, vertical, 1, 0.5, 0.5)
-
-        def run():
-            y, *_ = merge_neighbours_fwd(x, weight, weight, logits, sizes, *parameters, *options, norm, 1e-6)
-            given = None if kind == "average" else x
-            merge_neighbours_bwd(y, given, weight, weight, logits, sizes, *options)
-
-        yield f"H{H}-W{W}-C{C}-{kind}{'-sizes' * sized}{'-norm' * norm}", run
-
-
-def match_bipartite_cases(dtype):
-    from tokenops._triton.match_bipartite import match_bipartite_fwd
-
-    for N, D, r in (
-        (196, 64, 13),  # DeiT-S
-        (196, 80, 8),  # ViT-H
-        (31, 24, 13),
-        (1024, 200, 100),  # several tiles of everything
-    ):
-        metric = _meta(256, N + 1, D, dtype=dtype)
-        yield f"N{N}-D{D}-r{r}", functools.partial(match_bipartite_fwd, metric, r, 1)
-    turned = _meta(256, 64, 197, dtype=dtype).transpose(1, 2)  # of a feature map
-    yield "N196-D64-r13-turned", functools.partial(match_bipartite_fwd, turned, 13, 1)
-
-
-def merge_bipartite_cases(dtype):
-    from tokenops._triton.merge_bipartite import merge_bipartite_bwd, merge_bipartite_fwd
-
-    for N, r, C, sized, norm in (
-        (196, 13, 384, True, False),
-        (196, 13, 384, True, True),
-        (196, 8, 1280, True, True),  # ViT-H
-        (49, 20, 193, False, False),
-        (1024, 512, 768, False, True),
-    ):
-        x, index = _meta(256, N + 1, C, dtype=dtype), _meta(256, N, dtype=torch.int64)
-        sizes = _meta(256, N + 1, dtype=torch.float32) if sized else None
-        channels = _meta(C, dtype=torch.float32) if norm else None
-
-        def run():
-            y, merged, *_ = merge_bipartite_fwd(x, index, N - r, sizes, channels, channels, 1, norm, 1e-6)
-            merge_bipartite_bwd(y, index, sizes, merged, 1)
-
-        yield f"N{N}-r{r}-C{C}{'-sizes' * sized}{'-norm' * norm}", run
-
-
-def unmerge_bipartite_cases(dtype):
-    from tokenops._triton.merge_bipartite import unmerge_bipartite_bwd, unmerge_bipartite_fwd
-
-    for N, M, C in ((196, 183, 384), (196, 25, 193)):
-        y, index = _meta(256, M + 1, C, dtype=dtype), _meta(256, N, dtype=torch.int64)
-
-        def run():
-            unmerge_bipartite_bwd(unmerge_bipartite_fwd(y, index, 1), index, M, 1)
-
-        yield f"N{N}-M{M}-C{C}", run
-
-
-CASES = {
-    "soft_aggregate": soft_aggregate_cases,
-    "token_mlp": token_mlp_cases,
-    "masked_channel_attention": masked_channel_attention_cases,
-    "select_tokens": select_tokens_cases,
-    "restore_tokens": restore_tokens_cases,
-    "merge_neighbours": merge_neighbours_cases,
-    "match_bipartite": match_bipartite_cases,
-    "merge_bipartite": merge_bipartite_cases,
-    "unmerge_bipartite": unmerge_bipartite_cases,
-}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def report(operators=tuple(CASES), targets=TARGETS, dtypes=tuple(DTYPES)):
-    usage = functools.cache(resources)
-    for capability in targets:
-        for operator in operators:
-            for name in dtypes:
-                for case, run in CASES[operator](DTYPES[name]):
-                    with compiling(capability) as compiled:
-                        run()
-                    for kernel, binary in compiled:
-                        row = {"operator": operator, "kernel": kernel, "case": case, "dtype": name, "sm": capability}
-                        yield {**row, **usage(binary, capability)}
+    out = options.out or (table if whole else None)
+    if out is None:
+        print(f"a part of the cases: {table} is left as it is")
+    elif regressed and out == table and not options.accept:
+        print(f"{table} is left as it is: --accept writes it in spite of regressions")
+    else:
+        write(out, version, rows, whole)
+        print(f"written to {out}")
+    return int(regressed)
 
 
 if __name__ == "__main__":
-    operators = tuple(a for a in sys.argv[1:] if a in CASES) or tuple(CASES)
-    targets = tuple(int(a) for a in sys.argv[1:] if a.isdigit()) or TARGETS
-    names = tuple(a for a in sys.argv[1:] if a in DTYPES) or tuple(DTYPES)
-    for row in report(operators, targets, names):
-        print(json.dumps(row), flush=True)
+    sys.exit(main())

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import FUSION, dot_options, from_units, index_type, rows, tile, unit
+from .common import FUSION, before_hopper, dot_options, from_units, index_type, rows, tile, unit
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def _fwd_config(dtype, N, M, C):
     block_c = tile(C, 16, 64 if wide else 128)
     block_m = tile(M, 16, 64 if wide else 128)
     return {
-        "BLOCK_N": tile(N, 16, 32),
+        "BLOCK_N": tile(N, 16, 16 if wide and before_hopper() else 32),  # operands of fp32 are held three times
         "BLOCK_M": block_m,
         "BLOCK_C": block_c,
         "num_warps": 8 if block_m * block_c > 64 * 64 else 4,

@@ -189,13 +189,13 @@ def token_mlp_bwd_weight_kernel(
 PROGRAMS = 264
 
 
-def _config(dtype, M, R, N, C, largest_n, stages=2):
+def _config(dtype, M, R, N, C, largest_n, stages):
     wide = dtype.itemsize > 2
     return {
         "BLOCK_M": tile(M, 16, 32 if wide else 128),
-        "BLOCK_R": tile(R, 16, 32 if wide else 64),
+        "BLOCK_R": tile(R, 16, 16 if wide else 64),  # 32 x 32 takes half as many registers again as 16 x 64
         "BLOCK_N": tile(N, 16, 32 if wide else largest_n),
-        "BLOCK_C": tile(C, 16, 32 if wide else 64),
+        "BLOCK_C": tile(C, 16, 64),
         "num_warps": 4 if wide else 8,
         "num_stages": stages,
         **FUSION,
@@ -210,7 +210,7 @@ def token_mlp_fwd(z, w1, b1, w2, b2):
     (B, M, C), R, N = z.shape, w1.shape[0], w2.shape[0]
     y = z.new_empty((B, N, C))
     # all of N in one tile: a second one would compute the hidden rows, half of the work, again
-    config = _config(z.dtype, M, R, N, C, largest_n=256, stages=1 if before_hopper() else 2)
+    config = _config(z.dtype, M, R, N, C, largest_n=256, stages=1 if before_hopper() or z.dtype.itemsize > 4 else 2)
     grid = (B * triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(C, config["BLOCK_C"]),)
     if grid[0]:
         token_mlp_fwd_kernel[grid](
@@ -226,7 +226,8 @@ def token_mlp_fwd(z, w1, b1, w2, b2):
 def token_mlp_bwd(dy, z, w1, b1, w2):
     (B, M, C), R, N = z.shape, w1.shape[0], w2.shape[0]
     dz = z.new_empty(z.shape)
-    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    accumulator = torch.float64 if z.dtype == torch.float64 else torch.float32
+    wide, old = z.dtype.itemsize > 2, before_hopper()
     tensors = (dy, z, w1, w1 if b1 is None else b1, w2)
     strides = (*dy.stride(), *z.stride(), *w1.stride(), _stride(b1), *w2.stride())
     common = {
@@ -238,20 +239,21 @@ def token_mlp_bwd(dy, z, w1, b1, w2):
     def ones(config):
         return {"ONE_M": M <= config["BLOCK_M"], "ONE_N": N <= config["BLOCK_N"]}
 
-    config = _config(z.dtype, M, R, N, C, largest_n=64)
+    config = _config(z.dtype, M, R, N, C, largest_n=64, stages=1 if wide else 2)
     grid = (B * triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(C, config["BLOCK_C"]),)
     if grid[0]:
         token_mlp_bwd_z_kernel[grid](*tensors, dz, M, R, N, C, *strides, **common, **ones(config), **config)
 
     def weight(first):
-        old = before_hopper()
-        config = _config(z.dtype, M, R, N, C, largest_n=64 if first or old else 128, stages=1 if old else 2)
+        # fp32: a second stage takes 40 to 80 registers for dw1; without one dw2 spills to reach the next occupancy
+        stages = 1 if (first if wide else old) else 2
+        config = _config(z.dtype, M, R, N, C, largest_n=64 if first or old else 128, stages=stages)
         columns = M if first else N
         tiles = triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(columns, config["BLOCK_M" if first else "BLOCK_N"])
         items = B * triton.cdiv(C, config["BLOCK_C"])
         share = max(triton.cdiv(items, max(PROGRAMS // max(tiles, 1), 1)), 4)  # the partial sums stay small
         splits = max(triton.cdiv(items, share), 1)
-        partial, db1 = z.new_empty((splits, R, columns), dtype=wide), z.new_empty((splits, R), dtype=wide)
+        partial, db1 = z.new_empty((splits, R, columns), dtype=accumulator), z.new_empty((splits, R), dtype=accumulator)
         if tiles:
             token_mlp_bwd_weight_kernel[(tiles * splits,)](
                 *tensors, partial, db1, B, M, R, N, C, share, *strides, **common, **ones(config), FIRST=first, **config
@@ -260,5 +262,5 @@ def token_mlp_bwd(dy, z, w1, b1, w2):
 
     dw1, db1 = weight(first=True)
     dw2, _ = weight(first=False)
-    db2 = dy.sum(dim=(0, 2), dtype=wide)
+    db2 = dy.sum(dim=(0, 2), dtype=accumulator)
     return dz, dw1.to(w1.dtype), db1.to(w1.dtype), dw2.t().to(w2.dtype).contiguous(), db2.to(w2.dtype)
