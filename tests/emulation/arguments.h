@@ -30,9 +30,14 @@ class Arguments {
     return *found;
   }
   char* data(const std::string& name) const { return find(name) ? find(name)->data : nullptr; }
-  int integer(const std::string& name) const { return static_cast<int>(*reinterpret_cast<int64_t*>(data(name))); }
-  double number(const std::string& name) const { return *reinterpret_cast<double*>(data(name)); }
-  unsigned seed() const { return static_cast<unsigned>(integer("seed")); }
+  int integer(const std::string& name) const { return number<int>(name); }
+  template <typename T = double>
+  T number(const std::string& name) const {
+    const Array& a = (*this)[name];
+    if (a.kind == 'f') return static_cast<T>(*reinterpret_cast<double*>(a.data));
+    return static_cast<T>(*reinterpret_cast<int64_t*>(a.data));
+  }
+  uint64_t seed() const { return number<uint64_t>("seed"); }
 
  private:
   std::vector<Array> arrays_;

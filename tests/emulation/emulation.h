@@ -87,11 +87,14 @@ inline unsigned random(unsigned n) {
 inline Warp& warp() { return block.warps[self->thread / WARP]; }
 inline unsigned lane() { return self->thread % WARP; }
 
-// swapcontext without its system call, and without ASan's longjmp, which forgets what is poisoned on the stack
-__attribute__((noinline, no_sanitize("address", "undefined"))) inline void jump(void** from, void** to) {
-  if (!__builtin_setjmp(from)) __builtin_longjmp(to, 1);
+// swapcontext without its system call, and without ASan's longjmp, which forgets what is poisoned on the stack. In one
+// function the compiler would think that nothing comes back.
+#define SWITCHES __attribute__((noipa, no_sanitize("address", "undefined"))) inline
+SWITCHES void go_on(void** to) { __builtin_longjmp(to, 1); }
+SWITCHES void jump(void** from, void** to) {
+  if (!__builtin_setjmp(from)) go_on(to);
 }
-__attribute__((noinline, no_sanitize("address", "undefined"))) inline void start(void** from, const ucontext_t* to) {
+SWITCHES void start(void** from, const ucontext_t* to) {
   if (!__builtin_setjmp(from)) setcontext(to);
 }
 
@@ -173,7 +176,7 @@ inline void run_block(unsigned threads) {
 
 // kernel<<<grid, threads>>>(args...)
 template <typename Kernel, typename... Args>
-void launch(dim3 grid, dim3 threads, unsigned seed, Kernel* function, const Args&... args) {
+void launch(dim3 grid, dim3 threads, uint64_t seed, Kernel* function, const Args&... args) {
   const auto call = [&] { function(args...); };
   kernel = [](const void* call_of) { (*static_cast<decltype(call)*>(call_of))(); };
   arguments = &call;

@@ -7,7 +7,7 @@ using namespace tokenops;
 namespace {
 
 template <typename T, int V>
-void launch(const MergeNeighbours& p, const MergePlan& plan, bool backward, unsigned seed) {
+void launch(const MergeNeighbours& p, const MergePlan& plan, bool backward, uint64_t seed) {
   const auto forward = p.norm ? merge_neighbours_norm_kernel<T, V> : merge_neighbours_fwd_kernel<T, V>;
   const auto fixed = p.summed ? merge_neighbours_bwd_kernel<T, V, true> : merge_neighbours_bwd_kernel<T, V, false>;
   const auto kernel = !backward ? forward : p.dlogits.data ? merge_neighbours_logits_bwd_kernel<T, V> : fixed;

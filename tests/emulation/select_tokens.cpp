@@ -7,7 +7,7 @@ using namespace tokenops;
 namespace {
 
 template <typename T, int V>
-void launch(const SelectTokens& p, const SelectPlan& plan, bool backward, unsigned seed) {
+void launch(const SelectTokens& p, const SelectPlan& plan, bool backward, uint64_t seed) {
   const auto forward = p.normed ? select_tokens_fwd_kernel<T, V, true> : select_tokens_fwd_kernel<T, V, false>;
   const auto kernel = backward ? select_tokens_bwd_kernel<T, V> : forward;
   emulation::launch({static_cast<unsigned>(plan.blocks)}, {THREADS}, seed, kernel, p);
