@@ -95,7 +95,7 @@ def restore_tokens(source, target):
 def select_tokens(source, target):
     """Forward and backward of every run; `companion` stands for its own gradient."""
     data, results = np.load(source), {}
-    for number, (prefix, k, rest, best_first, norm, layout, multiprocessors, seed, eps) in runs_of(data):
+    for number, (prefix, k, rest, best_first, norm, eps, narrow, layout, multiprocessors, seed) in runs_of(data):
         x, scores, dtokens = (data[f"{name}{number}"] for name in ("x", "scores", "dtokens"))
         B, _, C = x.shape
         wide = np.float64 if x.dtype == np.float64 else np.float32
@@ -116,7 +116,7 @@ def select_tokens(source, target):
         companion = data[f"companion{number}"]
         followed = np.full((B, k), 77, companion.dtype)
         options = dict(prefix=prefix, rest=rest, best_first=best_first, eps=eps)
-        options |= dict(multiprocessors=multiprocessors, seed=seed)
+        options |= dict(narrow=narrow, multiprocessors=multiprocessors, seed=seed)
         forward = {"x": lay(x, layout), "scores": scores, **made, **given, "from": companion, "to": followed}
         width, slices, *_ = emulated(forward, backward=False, **options)
         gradients = {"dx": poison(x.shape, x.dtype), "dscores": poison(scores.shape, scores.dtype)}

@@ -3,7 +3,7 @@
 
 namespace {
 
-enum Bug { NONE, GLOBAL_WRITE, SHARED_WRITE, MISALIGNED, OVERFLOW, BARRIER, MASKS };
+enum Bug { NONE, GLOBAL_WRITE, SHARED_WRITE, MISALIGNED, OVERFLOW, BARRIER, MASKS, STACK_WRITE };
 using Sums = int[64];
 
 // Each in the last thread of a block, but for the masks
@@ -11,6 +11,7 @@ void planted_kernel(int* out, int n, int bug) {
   SHARED(Sums, sums);
   const int thread = threadIdx.x;
   const bool last = thread == n - 1;
+  int own[4] = {};
   sums[thread] = 1;
   if (last && bug == SHARED_WRITE) *(&sums[0] + 64) = 1;
   if (last && bug == MISALIGNED) sums[0] = reinterpret_cast<uint4*>(out + 1)->x;
@@ -18,6 +19,8 @@ void planted_kernel(int* out, int n, int bug) {
   if (last && bug == BARRIER) __syncwarp(1u << thread % 32 | 1u);
   if (bug == MASKS && thread < 3) __syncwarp(thread ? 7u : 3u);
   __syncthreads();
+  int* volatile place = own;
+  place[last && bug == STACK_WRITE ? 4 : 0] = 0;
   int sum = thread < 32 ? sums[thread] + (thread + 32 < n ? sums[thread + 32] : 0) : 0;
   for (int bits = 16; bits; bits /= 2) sum += __shfl_xor_sync(~0u, sum, bits);
   if (thread < 32) atomicAdd(&out[thread], __shfl_sync(~0u, sum, 0) + __popc(__ballot_sync(~0u, thread % 2)));

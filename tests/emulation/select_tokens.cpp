@@ -15,7 +15,8 @@ void launch(const SelectTokens& p, const SelectPlan& plan, bool backward, uint64
 
 }  // namespace
 
-// `from` goes to `to`: (B, N) to (B, k) or, of the gradients, back. Results: bytes of an access, blocks of an image
+// `from` goes to `to`: (B, N) to (B, k) or, of the gradients, back. Where `narrow`, threads side by side are fewer than
+// planned, so that each has several turns and others below it. Results: bytes of an access, blocks of an image
 void run(const Arguments& a, int64_t* results) {
   const Array &scores = a["scores"], &index = a["index"], &tokens = a["tokens"], &from = a["from"], &to = a["to"];
   const bool backward = a.integer("backward");
@@ -40,6 +41,7 @@ void run(const Arguments& a, int64_t* results) {
     using T = decltype(type);
     const SelectPlan chosen = plan(p, sizeof(T), a.integer("multiprocessors"), backward);
     check_alignment(chosen.width);
+    if (a.integer("narrow")) p.x_threads = (p.x_threads + 2) / 3;
     const auto launched = chosen.width == 16 ? launch<T, MOST_IN_PACK<T>> : launch<T, 1>;
     launched(p, chosen, backward, a.seed());
     results[0] = p.C ? chosen.width : 0, results[1] = p.slices;

@@ -35,6 +35,7 @@ BUGS = {
     4: "runtime error: signed integer overflow",
     5: "deadlock: the threads of a block wait at different places",
     6: "lanes of a warp wait for each other with different masks",
+    7: "AddressSanitizer: stack-buffer-overflow",  # behind a barrier: switching forgets nothing
 }
 
 
@@ -123,7 +124,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def test_select_tokens(emulate):
-    """Every option in every dtype, accesses of 16 bytes and of one element, images in slices of both kinds."""
+    """Every option and dtype, accesses of 16 bytes and of one element, slices of both kinds, rows of fewer threads."""
     arrays, runs, kept = {}, [], []
     for case in (*SELECT, *SELECT_LARGE):
         for option in OPTIONS if case.B else ():
@@ -151,7 +152,7 @@ def test_select_tokens(emulate):
                 "normalized" if rest == "weighted" and normalize else rest
             )
             grid = MULTIPROCESSORS[n % 4], SEED + n
-            runs.append((case.prefix, case.k, code, order == "score", norm, layout, *grid, EPS))
+            runs.append((case.prefix, case.k, code, order == "score", norm, EPS, n % 3 == 1, layout, *grid))
     results = emulate("select_tokens", arrays, runs)
     for n, (tensors, option, upstream, case) in enumerate(kept):
         with told(n, runs[n], case, option):
