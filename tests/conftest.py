@@ -117,6 +117,17 @@ def seeded(request):
 
 
 @pytest.fixture
+def emulate(request, tmp_path, tmp_path_factory):
+    """emulate(operator, arrays, runs) runs CUDA kernels on the host; see support/emulation.py."""
+    from support.emulation import Emulation
+
+    cache = getattr(request.config, "cache", None)
+    builds = cache.mkdir("emulation") if cache else tmp_path_factory.getbasetemp() / "emulation"
+    builds.mkdir(exist_ok=True)
+    return Emulation(builds, tmp_path)
+
+
+@pytest.fixture
 def poisoned():
     """torch.empty is filled with NaN (ints: the largest value), so an element that no kernel wrote is seen."""
     import torch

@@ -1,12 +1,47 @@
-"""Runs the emulated kernels in a process of its own, which has the sanitizers preloaded; see test_emulation.py.
+"""Runs an emulated operator in a process of its own, which has the sanitizers preloaded; see test_emulation.py.
 
-python driver.py FOLDER_OF_THE_MODULE FUNCTION IN.npz OUT.npz | planted BUG
+python driver.py MODULE.so OPERATOR IN.npz OUT.npz | planted BUG SEED... | barriers DROPPED SEED...
 """
 
+import ctypes
 import json
 import sys
 
 import numpy as np
+
+
+class Array(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("data", ctypes.c_void_p),
+        ("itemsize", ctypes.c_int64),
+        ("dimensions", ctypes.c_int64),
+        ("shape", ctypes.c_int64 * 3),
+        ("strides", ctypes.c_int64 * 3),
+        ("kind", ctypes.c_char),
+    ]
+
+
+def emulated(arrays, **options):
+    """Runs the module's operator on arrays, written in place, and numbers; gives what its plan chose."""
+    given = arrays | {name: np.array(value, np.float64) for name, value in options.items() if type(value) is float}
+    given |= {name: np.array(value, np.int64) for name, value in options.items() if type(value) is not float}
+    table = (Array * len(given))()
+    for row, (name, array) in zip(table, given.items()):
+        row.name, row.data, row.itemsize = name.encode(), array.ctypes.data, array.itemsize
+        row.dimensions, row.kind = array.ndim, array.dtype.kind.encode()
+        row.shape[: array.ndim], row.strides[: array.ndim] = array.shape, array.strides
+    results, error = (ctypes.c_int64 * 4)(), ctypes.create_string_buffer(200)
+    if module.call(table, len(table), results, error, len(error)):
+        raise RuntimeError(error.value.decode())
+    return list(results)
+
+
+def runs_of(data):
+    """(number, run), each told before it begins: a sanitizer ends the process."""
+    for number, run in enumerate(json.loads(str(data["runs"]))):
+        print(f"run {number}: {run}", file=sys.stderr, flush=True)
+        yield number, run
 
 
 def lay(array, layout):
@@ -38,18 +73,19 @@ def poison(shape, dtype):
 
 def restore_tokens(source, target):
     data, results = np.load(source), {}
-    for number, (carried, prefix, layout, multiprocessors, seed) in enumerate(json.loads(str(data["runs"]))):
+    for number, (carried, prefix, layout, multiprocessors, seed) in runs_of(data):
         base, tokens, dy, index = (data[f"{name}{number}"] for name in ("base", "tokens", "dy", "index"))
         y = lay(poison(base.shape, base.dtype), layout if layout.isdigit() else "0")
         old, new = data[f"old{number}"], data[f"new{number}"]
         made = poison(old.shape, old.dtype)
-        arguments = [(old, new, made)], prefix, False, multiprocessors, seed
-        width, *_ = emulated.restore_tokens(lay(base, layout), lay(tokens, layout), y, index, *arguments)
+        options = dict(prefix=prefix, multiprocessors=multiprocessors, seed=seed)
+        forward = {"base": lay(base, layout), "tokens": lay(tokens, layout), "y": y, "index": index}
+        width, *_ = emulated(forward | {"old": old, "fresh": new, "made": made}, backward=False, **options)
         given = (base.shape[0], carried + index.shape[1], base.shape[2])
         dbase, dtokens = poison(base.shape, base.dtype), poison(given, base.dtype)
         dold, dnew = poison(old.shape, old.dtype), poison(new.shape, new.dtype)
-        arguments = [(dold, dnew, old)], prefix, True, multiprocessors, seed
-        emulated.restore_tokens(dbase, dtokens, lay(dy, layout), index, *arguments)
+        backward = {"base": dbase, "tokens": dtokens, "y": lay(dy, layout), "index": index}
+        emulated(backward | {"old": dold, "fresh": dnew, "made": old}, backward=True, **options)
         made = {"y": y, "dbase": dbase, "dtokens": dtokens, "width": width, "companion": made}
         made |= {"dold": dold, "dnew": dnew}
         results |= {f"{name}{number}": value for name, value in made.items()}
@@ -59,11 +95,10 @@ def restore_tokens(source, target):
 def select_tokens(source, target):
     """Forward and backward of every run; `companion` stands for its own gradient."""
     data, results = np.load(source), {}
-    for number, run in enumerate(json.loads(str(data["runs"]))):
-        prefix, k, rest, best_first, norm, dtype, score_dtype, layout, multiprocessors, seed, eps = run
+    for number, (prefix, k, rest, best_first, norm, eps, narrow, layout, multiprocessors, seed) in runs_of(data):
         x, scores, dtokens = (data[f"{name}{number}"] for name in ("x", "scores", "dtokens"))
         B, _, C = x.shape
-        wide = np.float64 if dtype == "float64" else np.float32
+        wide = np.float64 if x.dtype == np.float64 else np.float32
         rows = prefix + k + (rest != 0)
         made = {
             "tokens": lay(poison((B, rows, C), x.dtype), layout if layout.isdigit() else "0"),
@@ -80,9 +115,10 @@ def select_tokens(source, target):
         given = {name: data[f"{name}{number}"] for name in ("weight", "bias", "counts") if f"{name}{number}" in data}
         companion = data[f"companion{number}"]
         followed = np.full((B, k), 77, companion.dtype)
-        arguments = dtype, score_dtype, rest, best_first, prefix, eps
-        forward = {"x": lay(x, layout), "scores": scores, **made, **given, "from": [companion], "to": [followed]}
-        width, slices = emulated.select_tokens(forward, *arguments, False, multiprocessors, seed)
+        options = dict(prefix=prefix, rest=rest, best_first=best_first, eps=eps)
+        options |= dict(narrow=narrow, multiprocessors=multiprocessors, seed=seed)
+        forward = {"x": lay(x, layout), "scores": scores, **made, **given, "from": companion, "to": followed}
+        width, slices, *_ = emulated(forward, backward=False, **options)
         gradients = {"dx": poison(x.shape, x.dtype), "dscores": poison(scores.shape, scores.dtype)}
         returned = np.full(companion.shape, 77, companion.dtype)
         backward = {"tokens": lay(dtokens, layout), "scores": scores, "index": made["index"], "dx": gradients["dx"]}
@@ -92,8 +128,7 @@ def select_tokens(source, target):
             backward["fused"] = made["fused"]
         if "counts" in given:
             backward["counts"] = given["counts"]
-        backward |= {"from": [followed], "to": [returned]}
-        emulated.select_tokens(backward, *arguments, True, multiprocessors, seed)
+        emulated(backward | {"from": followed, "to": returned}, backward=True, **options)
         made |= {**gradients, "companion": followed, "dcompanion": returned, "width": width, "slices": slices}
         results |= {f"{name}{number}": value for name, value in made.items()}
     np.savez(target, **results)
@@ -102,9 +137,10 @@ def select_tokens(source, target):
 def merge_neighbours(source, target):
     """Forward and backward of every run; of the gradients of first and second what each block adds to them."""
     data, results = np.load(source), {}
-    for number, run in enumerate(json.loads(str(data["runs"]))):
-        *options, learned, layout, multiprocessors, seed = run
-        norm, x, dy = options[-2], data[f"x{number}"], data[f"dy{number}"]
+    names = ("height", "width", "vertical", "prefix", "alpha", "beta", "norm", "eps")
+    for number, (*options, learned, layout, multiprocessors, seed) in runs_of(data):
+        options = dict(zip(names, options)) | dict(multiprocessors=multiprocessors, seed=seed)
+        x, dy = data[f"x{number}"], data[f"dy{number}"]
         wide = np.float64 if x.dtype == np.float64 else np.float32
         weights, given = {}, {}
         for name in ("first", "second", "logits", "sizes", "weight", "bias"):
@@ -113,18 +149,22 @@ def merge_neighbours(source, target):
         if number % 2:
             weights = {name: apart(value) for name, value in weights.items()}
         made = {"y": lay(poison(dy.shape, x.dtype), layout if layout.isdigit() else "0")}
-        if norm:
+        if options["norm"]:
             statistics = {name: poison(dy.shape[:2], wide) for name in ("mean", "deviation")}
             made |= {"normed": poison(dy.shape, x.dtype), **statistics}
         if "sizes" in weights:
-            made["merged"] = poison((dy.shape[0], dy.shape[1] - options[3]), weights["sizes"].dtype)
+            made["merged"] = poison((dy.shape[0], dy.shape[1] - options["prefix"]), weights["sizes"].dtype)
         forward = {"x": lay(x, layout), **made, **weights, **given}
-        width, blocks, threads, _ = emulated.merge_neighbours(forward, *options, False, multiprocessors, seed)
+        width, blocks, threads, _ = emulated(forward, backward=False, **options)
         gradients = {"dx": poison(x.shape, x.dtype)}
         if learned and "logits" in weights:
             gradients["dlogits"] = poison(weights["logits"].shape, weights["logits"].dtype)
         backward = {"y": lay(dy, layout), **weights, **gradients} | ({"x": lay(x, layout)} if learned else {})
-        *_, sums = emulated.merge_neighbours(backward, *options, True, multiprocessors, seed)
+        sums = np.empty((0, 2, x.shape[2]), wide)
+        if learned and ("first" in weights or "second" in weights):
+            _, summed, *_ = emulated(backward, backward=True, **options)  # runs nothing yet
+            sums = backward["sums"] = poison((summed, 2, x.shape[2]), wide)
+        emulated(backward, backward=True, **options)
         made |= {**gradients, "sums": sums, "width": width, "blocks": blocks, "threads": threads}
         results |= {f"{name}{number}": value for name, value in made.items()}
     np.savez(target, **results)
@@ -132,13 +172,13 @@ def merge_neighbours(source, target):
 
 def match_bipartite(source, target):
     data, results = np.load(source), {}
-    for number, (r, prefix, layout, multiprocessors, seed) in enumerate(json.loads(str(data["runs"]))):
+    for number, (r, prefix, layout, multiprocessors, seed) in runs_of(data):
         metric = data[f"metric{number}"]
         (B, rows, _), wide = metric.shape, np.float64 if metric.dtype == np.float64 else np.float32
         index = np.full((B, rows - prefix), 2**40)
         edges = poison((B, (rows + 1) // 2 - (prefix + 1) // 2), wide)
-        arguments = index, edges, prefix, r, multiprocessors, seed
-        width, blocks = emulated.match_bipartite(lay(metric, layout), *arguments)
+        options = dict(prefix=prefix, r=r, multiprocessors=multiprocessors, seed=seed)
+        width, blocks, *_ = emulated({"metric": lay(metric, layout), "index": index, "edges": edges}, **options)
         results |= {f"index{number}": index, f"width{number}": width, f"blocks{number}": blocks}
     np.savez(target, **results)
 
@@ -146,7 +186,7 @@ def match_bipartite(source, target):
 def merge_bipartite(source, target):
     """Of every run the merge and its gradient, the way back from dy (`unmerged`) and its gradient (`sums`)."""
     data, results = np.load(source), {}
-    for number, (prefix, eps, norm, layout, multiprocessors, seed) in enumerate(json.loads(str(data["runs"]))):
+    for number, (prefix, eps, norm, layout, multiprocessors, seed) in runs_of(data):
         x, dy, index = (data[f"{name}{number}"] for name in ("x", "dy", "index"))
         if number % 2:
             index = apart(index)
@@ -158,28 +198,33 @@ def merge_bipartite(source, target):
         if norm:
             made |= {name: poison(shape, wide) for name in ("mean", "deviation")}
             made["normed"] = poison(dy.shape, x.dtype)
-        grid = multiprocessors, seed
-        forward = {"x": lay(x, layout), "index": index, **made, **sizes, **given}
-        width, blocks, threads = emulated.merge_bipartite(forward, prefix, True, eps, False, *grid)
+
+        def launch(back, x, y, weighted=False, **others):
+            options = dict(prefix=prefix, eps=eps, multiprocessors=multiprocessors, seed=seed)
+            return emulated({"x": x, "y": y, "index": index, **others}, back=back, weighted=weighted, **options)
+
+        width, blocks, threads, _ = launch(False, lay(x, layout), weighted=True, **made, **sizes, **given)
         dx, unmerged, sums = (poison(t.shape, x.dtype) for t in (x, x, dy))
-        gradient = {"x": dx, "y": lay(dy, layout), "index": index, "merged": made["totals"], **sizes}
-        emulated.merge_bipartite(gradient, prefix, False, eps, True, *grid)
-        emulated.merge_bipartite({"x": unmerged, "y": lay(dy, layout), "index": index}, prefix, False, eps, True, *grid)
-        emulated.merge_bipartite({"x": lay(x, layout), "y": sums, "index": index}, prefix, False, eps, False, *grid)
+        launch(True, dx, lay(dy, layout), merged=made["totals"], **sizes)
+        launch(True, unmerged, lay(dy, layout))
+        launch(False, lay(x, layout), sums)
         made |= {"dx": dx, "unmerged": unmerged, "sums": sums, "width": width, "blocks": blocks, "threads": threads}
         results |= {f"{name}{number}": value for name, value in made.items()}
     np.savez(target, **results)
 
 
-def planted(bug):
-    out = np.zeros(64, np.int32)
-    for seed in range(3):
-        emulated.planted(out, int(bug), seed)
-    print(out[:32].tolist())
+def planted(bug, *seeds, barriers=False):
+    """What each run leaves in 64 numbers."""
+    for seed in seeds:
+        out = np.zeros(64, np.int32)
+        emulated({"out": out}, bug=int(bug), barriers=barriers, seed=int(seed))
+        print(out.tolist())
+
+
+def barriers(dropped, *seeds):
+    planted(dropped, *seeds, barriers=True)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, sys.argv[1])
-    import emulated
-
+    module = ctypes.CDLL(sys.argv[1])
     globals()[sys.argv[2]](*sys.argv[3:])

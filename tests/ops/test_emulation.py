@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,28 +10,22 @@ import torch
 
 from support import neighbours
 from support.cases import MERGE, MERGE_LARGE, RESTORE, SELECT, SELECT_LARGE, Merge, Restore
-from support.emulation import CXX, bits, build, tensor
+from support.emulation import LAYOUTS, MULTIPROCESSORS, SEED, bits, compiled, needs_compiler, tensor, told
 from support.selection import EPS, OPTIONS, compare, double, inputs, terms
 from support.selection import run as select
 from tokenops import reference
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="needs g++ and its sanitizers")
-
-
-@pytest.fixture(scope="module")
-def emulate(tmp_path_factory):
-    """emulate(*arguments) runs driver.py on the freshly compiled module."""
-    return build("module.cpp", tmp_path_factory.mktemp("emulation"))
+pytestmark = needs_compiler
 
 
 # The checks can fail: each planted bug is caught, and only there.
 
 
 def test_barriers_shuffles_and_atomics(emulate):
-    done = emulate("planted", 0)
+    done = emulate.process("planted", "planted", 0, 1, 2, 3)
     assert done.returncode == 0, done.stderr
-    # 64 threads hold 1 each and the first warp sums them; 16 of its lanes vote; 3 runs
-    assert json.loads(done.stdout) == [3 * (64 + 16)] * 32
+    # 64 threads hold 1 each and the first warp sums them; 16 of its lanes vote
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [[64 + 16] * 32 + [0] * 32] * 3
 
 
 BUGS = {
@@ -39,13 +34,39 @@ BUGS = {
     3: "runtime error: member access within misaligned address",
     4: "runtime error: signed integer overflow",
     5: "deadlock: the threads of a block wait at different places",
+    6: "lanes of a warp wait for each other with different masks",
+    7: "AddressSanitizer: stack-buffer-overflow",  # behind a barrier: switching forgets nothing
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_caught(emulate, bug):
-    done = emulate("planted", bug)
+    done = emulate.process("planted", "planted", bug, SEED)
     assert done.returncode != 0 and BUGS[bug] in done.stderr
+
+
+@pytest.mark.parametrize("dropped", ("nothing", "written", "read", "lanes"))
+def test_a_missing_barrier_is_seen(emulate, dropped):
+    """A barrier behind what is written, or read, by other warps; one of a warp alone."""
+    number = ("nothing", "written", "read", "lanes").index(dropped)
+    done = emulate.process("planted", "barriers", number, *range(SEED, SEED + 8))
+    assert done.returncode == 0, done.stderr
+    expected = [6 * ((thread + 32) % 64) + 6 for thread in range(64)]
+    right = [json.loads(line) == expected for line in done.stdout.splitlines()]
+    assert len(right) == 8 and all(right) == (dropped == "nothing"), (SEED, right)
+
+
+def test_a_module_is_compiled_once(tmp_path):
+    """By threads that ask at once, and again where something that it includes is another."""
+    (tmp_path / "header.h").write_text("constexpr int n = 1;")
+    source = tmp_path / "source.cpp"
+    source.write_text('#include "header.h"\nint f() { return n; }')
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(compiled, [source] * 2, [tmp_path] * 2)
+    made = first.stat().st_ino
+    assert first == second == compiled(source, tmp_path) and first.stat().st_ino == made
+    (tmp_path / "header.h").write_text("constexpr int n = 2;")
+    assert compiled(source, tmp_path) != first and not first.exists()
 
 
 # The kernels
@@ -58,7 +79,7 @@ def last_of_equals(index, N):
     return torch.where(((index[:, :, None] == index[:, None, :]) & later).any(2), -1, index)
 
 
-def test_restore_tokens(emulate, tmp_path):
+def test_restore_tokens(emulate):
     random = np.random.default_rng(0)
     long = Restore(1, 600, 300, 1, 1, False, "chunks as long as the kernel's table")
     cases = [(case, bad) for case in (*RESTORE, long) for bad in (False, True) if case.B and (case.k or not bad)]
@@ -82,12 +103,8 @@ def test_restore_tokens(emulate, tmp_path):
                 arrays[f"index{number}"] = index
                 arrays[f"old{number}"] = random.standard_normal((case.B, case.N)).astype(dtype)
                 arrays[f"new{number}"] = random.standard_normal((case.B, case.k)).astype(dtype)
-                runs.append((carried, case.prefix, layout, (1, 2, 8, 132)[number % 4], number % 3))
-    np.savez(tmp_path / "in.npz", runs=json.dumps(runs), **arrays)
-    done = emulate("restore_tokens", tmp_path / "in.npz", tmp_path / "out.npz")
-    assert done.returncode == 0, done.stderr[-4000:]
-
-    results = np.load(tmp_path / "out.npz")
+                runs.append((carried, case.prefix, layout, MULTIPROCESSORS[number % 4], SEED + number))
+    results = emulate("restore_tokens", arrays, runs)
     for number, (_, prefix, *_) in enumerate(runs):
         names = (f"{name}{number}" for name in ("base", "tokens", "dy", "index", "old", "new"))
         base, tokens, dy, index, old, new = (torch.from_numpy(arrays[name]) for name in names)
@@ -97,22 +114,23 @@ def test_restore_tokens(emulate, tmp_path):
         gradients = torch.autograd.grad((y, found), leaves, (dy, old.detach()), materialize_grads=True)
         results_of = zip(("y", "companion", "dbase", "dtokens", "dold", "dnew"), (y, found, *gradients), strict=True)
         for name, expected in ((name, value.detach()) for name, value in results_of):
-            ours = torch.from_numpy(results[f"{name}{number}"])
-            assert torch.equal(ours, expected), f"{name} of {tuple(base.shape)} {base.dtype} {runs[number]}"
+            with told(name, number, runs[number], base.shape, base.dtype):
+                ours = torch.from_numpy(results[f"{name}{number}"])
+                assert torch.equal(ours, expected)
     assert {int(results[f"width{n}"]) for n in range(len(runs))} == {2, 4, 8, 16}  # every kernel has run
 
 
-NUMPY = {torch.float32: "float32", torch.float64: "float64", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def test_select_tokens(emulate, tmp_path):
-    """Every option in every dtype, accesses of 16 bytes and of one element, images in slices of both kinds."""
+def test_select_tokens(emulate):
+    """Every option and dtype, accesses of 16 bytes and of one element, slices of both kinds, rows of fewer threads."""
     arrays, runs, kept = {}, [], []
     for case in (*SELECT, *SELECT_LARGE):
         for option in OPTIONS if case.B else ():
             rest, normalize, order, counts, norm = option
             n = len(runs)
-            dtype = list(NUMPY)[n % 4]
+            dtype = DTYPES[n % 4]
             score_dtype = (torch.float32, dtype, torch.float64)[n % 3]
             tensors = inputs(case, dtype, score_dtype, "cpu", counts, norm)
             wide = reference.accumulation_dtype(dtype)
@@ -129,44 +147,40 @@ def test_select_tokens(emulate, tmp_path):
             given = {name: t for name, t in tensors.items() if name not in ("size", "source")}
             given |= {"dtokens": upstream["tokens"], "companion": tensors["size"]}
             arrays |= {f"{name}{n}": bits(t.contiguous()) for name, t in given.items()}
-            layout = ("0", "channels first", "8", "rows apart")[n // 2 % 4]
+            layout = LAYOUTS[n // 2 % 4]
             code = ("none", "weighted", "normalized", "mean").index(
                 "normalized" if rest == "weighted" and normalize else rest
             )
-            types = NUMPY[dtype], NUMPY[score_dtype]
-            grid = (1, 2, 8, 132)[n % 4], n % 3
-            runs.append((case.prefix, case.k, code, order == "score", norm, *types, layout, *grid, EPS))
-    np.savez(tmp_path / "in.npz", runs=json.dumps(runs), **arrays)
-    done = emulate("select_tokens", tmp_path / "in.npz", tmp_path / "out.npz")
-    assert done.returncode == 0, done.stderr[-4000:]
-
-    results = np.load(tmp_path / "out.npz")
+            grid = MULTIPROCESSORS[n % 4], SEED + n
+            runs.append((case.prefix, case.k, code, order == "score", norm, EPS, n % 3 == 1, layout, *grid))
+    results = emulate("select_tokens", arrays, runs)
     for n, (tensors, option, upstream, case) in enumerate(kept):
-        dtype, made = tensors["x"].dtype, {}
-        for name in ("tokens", "index", "normed", "mean", "deviation", "dx", "dscores", "companion", "dcompanion"):
-            if f"{name}{n}" in results:
-                made[name] = tensor(results[f"{name}{n}"])
-        *plain, _ = select(reference.select_tokens, tensors, case.k, case.prefix, option, upstream)
-        *truth, _ = select(reference.select_tokens, double(tensors), case.k, case.prefix, option, upstream)
-        results_of = {name: made[name] for name in ("tokens", "normed", "index") if name in made}
-        results_of |= {"size": made["companion"]}
-        results_of |= {name: plain[0][name] for name in ("source", "lengths") if name in plain[0]}
-        gradients = {name: plain[1][name] for name in plain[1]} | {"x": made["dx"]}
-        if option[0] == "weighted":
-            gradients["scores"] = made["dscores"]
-        weighted = option[0] == "weighted" and option[1] and case.N and case.C
-        compare(
-            (results_of, gradients), plain, truth, terms(tensors, truth, upstream, case.prefix) if weighted else 0.0
-        )
-        chosen = torch.zeros(case.B, case.N + 1, dtype=torch.bool).scatter(1, made["index"] % (case.N + 1), True)[
-            :, : case.N
-        ]
-        assert torch.equal(made["dcompanion"], tensors["size"].masked_fill(~chosen, 0))
-        if "mean" in made and case.C:
-            wide = truth[0]["tokens"]
-            torch.testing.assert_close(made["mean"].double(), wide.mean(dim=2), rtol=1e-2, atol=1e-2)
-            deviation = (wide.var(dim=2, unbiased=False) + EPS).rsqrt()
-            torch.testing.assert_close(made["deviation"].double(), deviation, rtol=2e-2, atol=1e-2)
+        with told(n, runs[n], case, option):
+            dtype, made = tensors["x"].dtype, {}
+            for name in ("tokens", "index", "normed", "mean", "deviation", "dx", "dscores", "companion", "dcompanion"):
+                if f"{name}{n}" in results:
+                    made[name] = tensor(results[f"{name}{n}"])
+            *plain, _ = select(reference.select_tokens, tensors, case.k, case.prefix, option, upstream)
+            *truth, _ = select(reference.select_tokens, double(tensors), case.k, case.prefix, option, upstream)
+            results_of = {name: made[name] for name in ("tokens", "normed", "index") if name in made}
+            results_of |= {"size": made["companion"]}
+            results_of |= {name: plain[0][name] for name in ("source", "lengths") if name in plain[0]}
+            gradients = {name: plain[1][name] for name in plain[1]} | {"x": made["dx"]}
+            if option[0] == "weighted":
+                gradients["scores"] = made["dscores"]
+            weighted = option[0] == "weighted" and option[1] and case.N and case.C
+            compare(
+                (results_of, gradients), plain, truth, terms(tensors, truth, upstream, case.prefix) if weighted else 0.0
+            )
+            chosen = torch.zeros(case.B, case.N + 1, dtype=torch.bool).scatter(1, made["index"] % (case.N + 1), True)[
+                :, : case.N
+            ]
+            assert torch.equal(made["dcompanion"], tensors["size"].masked_fill(~chosen, 0))
+            if "mean" in made and case.C:
+                wide = truth[0]["tokens"]
+                torch.testing.assert_close(made["mean"].double(), wide.mean(dim=2), rtol=1e-2, atol=1e-2)
+                deviation = (wide.var(dim=2, unbiased=False) + EPS).rsqrt()
+                torch.testing.assert_close(made["deviation"].double(), deviation, rtol=2e-2, atol=1e-2)
     assert {int(results[f"width{n}"]) for n in range(len(runs))} >= {2, 4, 8, 16}
     assert max(int(results[f"slices{n}"]) for n in range(len(runs))) > 4
 
@@ -181,14 +195,14 @@ def with_a_number(x, grid, axis, weights, **options):
     return reference.merge_neighbours(x, grid, axis, (weights[0], 0.75), **options)
 
 
-def test_merge_neighbours(emulate, tmp_path):
+def test_merge_neighbours(emulate):
     """Every kind of weights in every dtype, along both axes, with accesses of 16 bytes and of one element."""
     torch.manual_seed(0)
     arrays, runs, kept = {}, [], []
     for case in (*MERGE, *MERGE_LARGE, *LONG):
         for option, axis in itertools.product(neighbours.OPTIONS, neighbours.AXES):
             (kind, sized, norm), n = option, len(runs)
-            dtype = list(NUMPY)[(n + n // 16) % 4]
+            dtype = DTYPES[(n + n // 16) % 4]
             other = (torch.float32, dtype, torch.float64)[n % 3]  # of what comes along
             tensors = neighbours.inputs(case, dtype, "cpu", option)
             for name in ("logits", "sizes"):  # some count nothing, now and then both of a pair
@@ -208,44 +222,43 @@ def test_merge_neighbours(emulate, tmp_path):
             arrays |= {f"{name}{n}": bits(t.contiguous()) for name, t in given.items()}
             arrays[f"dy{n}"] = bits(upstream["y"])
             learned = kind in ("scalars", "channels", "logits") and n % 5 != 0
-            layout = ("0", "channels first", "8", "rows apart")[n // 2 % 4]
+            layout = LAYOUTS[n // 2 % 4]
             grid = case.H, case.W, axis == "vertical", case.prefix
-            runs.append((*grid, *numbers, norm, neighbours.EPS, learned, layout, (1, 2, 8, 132)[n // 3 % 4], n % 3))
-    np.savez(tmp_path / "in.npz", runs=json.dumps(runs), **arrays)
-    done = emulate("merge_neighbours", tmp_path / "in.npz", tmp_path / "out.npz")
-    assert done.returncode == 0, done.stderr[-4000:]
-
-    results = np.load(tmp_path / "out.npz")
+            runs.append((*grid, *numbers, norm, neighbours.EPS, learned, layout, MULTIPROCESSORS[n // 3 % 4], SEED + n))
+    results = emulate("merge_neighbours", arrays, runs)
     for n, (function, tensors, case, axis, option, upstream) in enumerate(kept):
-        dtype, (kind, sized, norm), learned = tensors["x"].dtype, option, runs[n][8]
-        plain = neighbours.run(function, tensors, case, axis, option, upstream)
-        truth = neighbours.run(function, neighbours.double(tensors), case, axis, option, upstream)
-        ours = {"y": tensor(results[f"y{n}"])}
-        if sized:
-            ours["sizes"] = tensor(results[f"merged{n}"])
-        if norm:
-            ours["normed"] = tensor(results[f"normed{n}"])
-        gradients = plain[1] | {"dx": tensor(results[f"dx{n}"])}
-        cancels = 0.0
-        if learned and kind == "logits":
-            gradients["dlogits"] = tensor(results[f"dlogits{n}"])
-        elif learned:
-            sums = tensor(results[f"sums{n}"]).sum(dim=0)
-            for name, mine in zip(("first", "second"), sums if function is reference.merge_neighbours else sums[:1]):
-                mine = mine if tensors[name].shape == mine.shape else mine.sum().reshape(1)
-                gradients[f"d{name}"] = mine.to(tensors[name].dtype)
-        if learned:  # rounded as sums are
-            small = gradients["dlogits" if kind == "logits" else "dfirst"].dtype
-            cancels = neighbours.cancelling(tensors, {"y": upstream["y"]})
-            cancels *= torch.finfo(reference.accumulation_dtype(dtype)).eps / torch.finfo(small).eps
-            if kind != "logits":  # and as often as there are pairs
-                cancels *= upstream["y"].shape[:2].numel() ** 0.5 / (case.C if kind == "channels" and case.C else 1)
-        neighbours.compare((ours, gradients), plain, truth, cancels)
-        if norm and case.C:
-            wide = truth[0]["y"]
-            mean, deviation = (torch.from_numpy(results[f"{name}{n}"]).double() for name in ("mean", "deviation"))
-            torch.testing.assert_close(mean, wide.mean(dim=2), rtol=1e-2, atol=1e-2)
-            expected = ((wide - wide.mean(dim=2, keepdim=True)).square().mean(dim=2) + neighbours.EPS).rsqrt()
-            torch.testing.assert_close(deviation, expected, rtol=2e-2, atol=1e-2)
+        with told(n, runs[n], case, axis, option):
+            dtype, (kind, sized, norm), learned = tensors["x"].dtype, option, runs[n][8]
+            plain = neighbours.run(function, tensors, case, axis, option, upstream)
+            truth = neighbours.run(function, neighbours.double(tensors), case, axis, option, upstream)
+            ours = {"y": tensor(results[f"y{n}"])}
+            if sized:
+                ours["sizes"] = tensor(results[f"merged{n}"])
+            if norm:
+                ours["normed"] = tensor(results[f"normed{n}"])
+            gradients = plain[1] | {"dx": tensor(results[f"dx{n}"])}
+            cancels = 0.0
+            if learned and kind == "logits":
+                gradients["dlogits"] = tensor(results[f"dlogits{n}"])
+            elif learned:
+                sums = tensor(results[f"sums{n}"]).sum(dim=0)
+                for name, mine in zip(
+                    ("first", "second"), sums if function is reference.merge_neighbours else sums[:1]
+                ):
+                    mine = mine if tensors[name].shape == mine.shape else mine.sum().reshape(1)
+                    gradients[f"d{name}"] = mine.to(tensors[name].dtype)
+            if learned:  # rounded as sums are
+                small = gradients["dlogits" if kind == "logits" else "dfirst"].dtype
+                cancels = neighbours.cancelling(tensors, {"y": upstream["y"]})
+                cancels *= torch.finfo(reference.accumulation_dtype(dtype)).eps / torch.finfo(small).eps
+                if kind != "logits":  # and as often as there are pairs
+                    cancels *= upstream["y"].shape[:2].numel() ** 0.5 / (case.C if kind == "channels" and case.C else 1)
+            neighbours.compare((ours, gradients), plain, truth, cancels)
+            if norm and case.C:
+                wide = truth[0]["y"]
+                mean, deviation = (torch.from_numpy(results[f"{name}{n}"]).double() for name in ("mean", "deviation"))
+                torch.testing.assert_close(mean, wide.mean(dim=2), rtol=1e-2, atol=1e-2)
+                expected = ((wide - wide.mean(dim=2, keepdim=True)).square().mean(dim=2) + neighbours.EPS).rsqrt()
+                torch.testing.assert_close(deviation, expected, rtol=2e-2, atol=1e-2)
     assert {int(results[f"width{n}"]) for n in range(len(runs))} >= {2, 4, 8, 16}
     assert {int(results[f"threads{n}"]) for n, run in enumerate(runs) if run[6]} >= {8, 16, 32}

@@ -1,51 +1,33 @@
 """The CUDA kernels of bipartite merging, compiled for the host and run under AddressSanitizer and UBSan."""
 
 import itertools
-import json
 
 import numpy as np
-import pytest
 import torch
 
 from support import bipartite
 from support.cases import BIPARTITE, BIPARTITE_LARGE, Bipartite
-from support.emulation import CXX, bits, build, tensor
+from support.emulation import LAYOUTS, MULTIPROCESSORS, SEED, bits, needs_compiler, tensor, told
 from tokenops import reference
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="needs g++ and its sanitizers")
+pytestmark = needs_compiler
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LAYOUTS = ("0", "channels first", "8", "rows apart")
-MULTIPROCESSORS = (1, 2, 8, 132)
 NAN, INF = float("nan"), float("inf")
-
-
-@pytest.fixture(scope="module")
-def emulate(tmp_path_factory):
-    """emulate(function, arrays, runs) gives what driver.py's function of that name made of them."""
-    folder = tmp_path_factory.mktemp("emulation")
-    driver = build("bipartite.cpp", folder)
-
-    def run(function, arrays, runs):
-        np.savez(folder / "in.npz", runs=json.dumps(runs), **arrays)
-        done = driver(function, folder / "in.npz", folder / "out.npz")
-        assert done.returncode == 0, done.stderr[-4000:]
-        return np.load(folder / "out.npz")
-
-    return run
 
 
 def match(emulate, metrics):
     """Compares the matching of (metric, r, prefix), in every layout in turn."""
     runs = []
     for n, (_, r, prefix) in enumerate(metrics):
-        runs.append((r, prefix, LAYOUTS[n // 4 % 4], MULTIPROCESSORS[n // 3 % 4], n % 3))
+        runs.append((r, prefix, LAYOUTS[n // 4 % 4], MULTIPROCESSORS[n // 3 % 4], SEED + n))
     results = emulate(
         "match_bipartite", {f"metric{n}": bits(m.contiguous()) for n, (m, *_) in enumerate(metrics)}, runs
     )
     for n, (metric, r, prefix) in enumerate(metrics):
         expected = reference.match_bipartite(metric.double(), r, prefix=prefix)
-        assert torch.equal(torch.from_numpy(results[f"index{n}"]), expected), (metric.shape, metric.dtype, runs[n])
+        with told(n, runs[n], metric.shape, metric.dtype):
+            assert torch.equal(torch.from_numpy(results[f"index{n}"]), expected)
     return [[int(results[f"{name}{n}"]) for n in range(len(runs))] for name in ("width", "blocks")]
 
 
@@ -137,23 +119,24 @@ def test_merge(emulate):
             given |= {"dy": dy, "index": index}
             del given["metric"]
             arrays |= {f"{name}{n}": bits(t.contiguous()) for name, t in given.items()}
-            grid = LAYOUTS[n // 2 % 4], 1 if case is long else MULTIPROCESSORS[n // 3 % 4], n % 3
+            grid = LAYOUTS[n // 2 % 4], 1 if case is long else MULTIPROCESSORS[n // 3 % 4], SEED + n
             runs.append((prefix, bipartite.EPS, option[1], *grid))
     results = emulate("merge_bipartite", arrays, runs)
     for n, (tensors, index, M, prefix, dy) in enumerate(kept):
-        plain = expected(tensors, index, M, prefix, dy)
-        truth = expected(bipartite.double(tensors), index, M, prefix, dy.double())
-        ours = {name: tensor(results[f"{NAMES.get(name, name)}{n}"]) for name in (plain[0] | plain[1])}
-        if dy.dtype == torch.float64:  # the truth itself is rounded
-            torch.testing.assert_close(ours, plain[0] | plain[1], rtol=1e-12, atol=1e-12)
-        else:
-            bipartite.compare((ours, {}), plain, truth)
-        if "normed" in ours and dy.numel():  # statistics are of the tokens as rounded
-            y = ours["tokens"].double()
-            mean, deviation = (torch.from_numpy(results[f"{name}{n}"]).double() for name in ("mean", "deviation"))
-            torch.testing.assert_close(mean, y.mean(dim=2), rtol=1e-5, atol=1e-6)
-            inverse = (y.var(dim=2, correction=0) + bipartite.EPS).rsqrt()
-            torch.testing.assert_close(deviation, inverse, rtol=1e-5, atol=1e-6)
+        with told(n, runs[n], dy.shape, dy.dtype):
+            plain = expected(tensors, index, M, prefix, dy)
+            truth = expected(bipartite.double(tensors), index, M, prefix, dy.double())
+            ours = {name: tensor(results[f"{NAMES.get(name, name)}{n}"]) for name in (plain[0] | plain[1])}
+            if dy.dtype == torch.float64:  # the truth itself is rounded
+                torch.testing.assert_close(ours, plain[0] | plain[1], rtol=1e-12, atol=1e-12)
+            else:
+                bipartite.compare((ours, {}), plain, truth)
+            if "normed" in ours and dy.numel():  # statistics are of the tokens as rounded
+                y = ours["tokens"].double()
+                mean, deviation = (torch.from_numpy(results[f"{name}{n}"]).double() for name in ("mean", "deviation"))
+                torch.testing.assert_close(mean, y.mean(dim=2), rtol=1e-5, atol=1e-6)
+                inverse = (y.var(dim=2, correction=0) + bipartite.EPS).rsqrt()
+                torch.testing.assert_close(deviation, inverse, rtol=1e-5, atol=1e-6)
     assert {int(results[f"width{n}"]) for n in range(len(runs))} >= {2, 4, 8, 16}
     assert {int(results[f"threads{n}"]) for n in range(len(runs))} >= {8, 16, 32}
 
@@ -163,6 +146,7 @@ def test_any_order_of_threads_gives_the_same_bits(emulate):
     index = torch.randint(0, 5, (2, 50))
     given = {"x": torch.randn(2, 51, 24), "dy": torch.randn(2, 6, 24), "sizes": torch.rand(2, 51), "index": index}
     arrays = {f"{name}{n}": bits(t) for name, t in given.items() for n in range(5)}
-    results = emulate("merge_bipartite", arrays, [(1, 1e-5, True, "0", 2, seed) for seed in (0, 2, 4, 6, 8)])
+    results = emulate("merge_bipartite", arrays, [(1, 1e-5, True, "0", 2, SEED + n) for n in range(5)])
     for name, n in itertools.product(("y", "totals", "normed", "dx", "sums"), range(1, 5)):
-        assert np.array_equal(results[f"{name}{n}"], results[f"{name}0"]), name
+        with told(name, n):
+            assert np.array_equal(results[f"{name}{n}"], results[f"{name}0"])
