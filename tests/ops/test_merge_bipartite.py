@@ -234,6 +234,14 @@ def test_metrics_without_numbers(backend, device):
     assert match_bipartite(metric, 2, prefix=0).tolist() == [[2, 2, 2, 3, 0, 4, 1, 5]] * 2
 
 
+def test_of_equals_far_apart_the_first_is_taken(backend, device):
+    """More odd tokens than a kernel compares at a time, all alike."""
+    for N in (140, 300):
+        expected = torch.arange(N // 2, device=device).repeat_interleave(2)
+        expected[::2] = 0
+        assert match_bipartite(torch.ones(1, N, 4, device=device), N // 2, prefix=0).tolist() == [expected.tolist()]
+
+
 def index_of(kind, B, N, M, device):
     """Maps that no single merge makes: many tokens into one, none into some."""
     index = torch.randint(0, M, (B, N), device=device)
