@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cuh csrc/*/*)
 WORKERS ?= 2
 
-.PHONY: demo test check bench accuracy gpu clean
+.PHONY: demo test check mutants bench accuracy gpu clean
 
 demo: $(READY)
 	$(BIN)/python -m tokenops demo
@@ -19,6 +19,9 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+mutants: $(READY)
+	$(BIN)/python tests/mutants/run.py --jobs $(WORKERS)
 
 bench: $(READY)
 	$(BIN)/python -m pytest -q benchmarks
