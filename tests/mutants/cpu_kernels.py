@@ -57,7 +57,12 @@ MUTANTS = [
     ),
     *of_file(
         "csrc/cpu/masked_channel_attention.cpp",
-        ("p.bias_h = bias->stride(1)", "p.bias_h = bias->stride(0)", "strides of the bias are swapped", "bias"),
+        (
+            "p.bias_h = bias->stride(1)",
+            "p.bias_h = bias->stride(0)",
+            "strides of the bias are swapped",
+            "left_out_by_the_bias",
+        ),
     ),
     *of_file(
         "csrc/cpu/match_bipartite.cpp",
@@ -66,6 +71,12 @@ MUTANTS = [
             "column > places[t])",
             "of equal goals in a block the last is taken",
             "test_matching or far_apart or without_numbers",
+        ),
+        (
+            "std::numeric_limits<Wide>::quiet_NaN()",
+            "Wide{0}",
+            "columns that are none are at a right angle to all",
+            "test_matching and not any_numbers",
         ),
         (
             "dots[t][v] > top[t][v];",
@@ -133,7 +144,7 @@ MUTANTS = [
             "return x < -87.0f ? Floats{} : p * (Floats)power;",
             "return p * (Floats)power;",
             "exp of what is far below is no number",
-            "soft_aggregate and huge_logits or mask",
+            "huge_logits or mask and float32",
         ),
     ),
     *of_file(

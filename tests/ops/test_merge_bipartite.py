@@ -54,6 +54,7 @@ MATCHED = [
     # P, metric, r, index
     (0, "EN", 0, [0, 1]),
     (0, "EN", 1, [0, 0]),  # both become one, however unlike
+    (0, "EW", 1, [0, 0]),  # though nothing is less alike
     (1, "EN", 1, [0, 0]),
     (0, "EENN", 1, [1, 1, 0, 2]),  # of equals the first: token 0 goes into 1
     (1, "EENN", 1, [1, 1, 2, 0]),  # behind a prefix of 1 it is tokens 1 and 3 that look for tokens 0 and 2
