@@ -1,8 +1,8 @@
 """Runs the tests on kernels that are wrong on purpose, one mutation at a time; those that no test notices survive.
 
-python tests/mutants/run.py [pattern ...] [--jobs N] [--list] [--out FILE]; a pattern is part of a name. Every
-mutant runs in a copy of the tree, which has to pass the same tests unmutated first. One that does not apply or compile
-is an error of the list. Exit code 1 if any survives, 2 if any is an error.
+python tests/mutants/run.py [pattern ...] [--jobs N] [--list] [--out FILE]; a pattern is a part of a mutant's name.
+Every mutant runs in a copy of the tree, which has to pass the same tests unmutated first; one whose tests find no end
+is killed too. One that does not apply or compile is an error of the list. Exit code 1 if any survives, 2 on errors.
 """
 
 import argparse
@@ -116,8 +116,8 @@ def compiled(arguments, cwd):
 
 
 def errors(output):
-    """What a compiler had against it; sanitizers say "runtime error"."""
-    return "; ".join(re.findall(r"^\S+:\d+:\d+: (?:fatal )?error: .*", output, re.M)[:3])
+    """What a compiler had against it (sanitizers say "runtime error"), or Python against a name."""
+    return "; ".join(re.findall(r"\S+:\d+:\d+: (?:fatal )?error: .*|NameError: .*", output)[:3])
 
 
 class Library:
@@ -194,9 +194,8 @@ class Tests:
         """(exit code, output), None for a code where it ran out of time; the first failure ends it."""
         found = {file for pattern in modules for file in (self.tree / "tests/ops").glob(pattern)}
         arguments = ["-x", "-q", "--tb=short", *sorted(str(file.relative_to(self.tree)) for file in found)]
-        print(
-            json.dumps([[*arguments, "-k", expression], limit, str(self.output)]), file=self.process.stdin, flush=True
-        )
+        job = [*arguments, "-k", expression], limit, str(self.output)
+        print(json.dumps(job), file=self.process.stdin, flush=True)
         code = json.loads(self.process.stdout.readline())
         return code, self.output.read_text(errors="replace")
 
