@@ -28,6 +28,9 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+mutants: $(READY)
+	$(BIN)/python tests/mutants/run.py --jobs $(WORKERS)
+
 bench: $(READY)
 	$(BIN)/python -m pytest -q benchmarks
 	$(BIN)/python benchmarks/report.py

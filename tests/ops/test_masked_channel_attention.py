@@ -225,6 +225,28 @@ def test_keys_left_out_by_the_bias_may_be_nan(scores, backend, device):
         assert right.isfinite().all() and torch.equal(value, right)
 
 
+def test_keys_left_out_by_the_bias_get_no_gradient(backend, device):
+    """Though they are NaN."""
+    t = inputs(Attend(2, 2, 6, 80, 8, 8, "keys left out"), torch.float32, device)
+    t["key_bias"] = torch.zeros(2, 1, 1, 80, device=device)
+    t["key_bias"][0, ..., [3, 70]] = -INF
+    clean, upstream = run(attention, t)
+    t["k"][0, :, [3, 70]] = float("nan")
+    spoilt, _ = run(attention, t, upstream)
+    for what in ("dk", "dv"):
+        assert (clean[what][0, :, [3, 70]] == 0).all() and torch.equal(spoilt[what], clean[what]), what
+
+
+@pytest.mark.parametrize("dtype, ulp", ((torch.bfloat16, 2**-7), (torch.float16, 2**-10)), ids=("bfloat16", "float16"))
+def test_results_are_rounded_to_nearest(dtype, ulp, backend, device):
+    """The mean of two values next to each other is a tie: to even."""
+    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter cuts bfloat16 off")
+    v = torch.tensor([[1, 1 + ulp], [1 + ulp, 1 + 2 * ulp]], dtype=dtype, device=device).reshape(1, 1, 2, 2)
+    zeros = torch.zeros(1, 1, 2, 4, dtype=dtype, device=device)
+    assert attention(zeros, zeros, v)[0, 0].tolist() == [[1, 1 + 2 * ulp]] * 2
+
+
 @pytest.mark.parametrize("value", [float("nan"), INF])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_nan_and_inf_stay_in_their_head(where, value, backend, device):

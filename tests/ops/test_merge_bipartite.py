@@ -54,6 +54,7 @@ MATCHED = [
     # P, metric, r, index
     (0, "EN", 0, [0, 1]),
     (0, "EN", 1, [0, 0]),  # both become one, however unlike
+    (0, "EW", 1, [0, 0]),  # though nothing is less alike
     (1, "EN", 1, [0, 0]),
     (0, "EENN", 1, [1, 1, 0, 2]),  # of equals the first: token 0 goes into 1
     (1, "EENN", 1, [1, 1, 2, 0]),  # behind a prefix of 1 it is tokens 1 and 3 that look for tokens 0 and 2
@@ -233,6 +234,14 @@ def test_metrics_without_numbers(backend, device):
         assert match_bipartite(metric, 2, prefix=0).tolist() == [[2, 2, 2, 3, 0, 4, 1, 5]] * 2
     metric[1] = NAN
     assert match_bipartite(metric, 2, prefix=0).tolist() == [[2, 2, 2, 3, 0, 4, 1, 5]] * 2
+
+
+def test_of_equals_far_apart_the_first_is_taken(backend, device):
+    """More odd tokens than a kernel compares at a time, all alike."""
+    for N in (140, 300):
+        expected = torch.arange(N // 2, device=device).repeat_interleave(2)
+        expected[::2] = 0
+        assert match_bipartite(torch.ones(1, N, 4, device=device), N // 2, prefix=0).tolist() == [expected.tolist()]
 
 
 def index_of(kind, B, N, M, device):

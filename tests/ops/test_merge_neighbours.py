@@ -219,6 +219,14 @@ def test_nan_and_infinity_stay_where_they_are(backend, device):
     assert str(merge_neighbours(x, (2, 3), "horizontal", logits).flatten().tolist()) == "[nan, nan, inf, nan, inf]"
 
 
+@pytest.mark.parametrize("dtype, ulp", ((torch.bfloat16, 2**-7), (torch.float16, 2**-10)), ids=("bfloat16", "float16"))
+def test_ties_are_rounded_to_even(backend, device, dtype, ulp):
+    x = column([0, 1, 1 + ulp, 1 + ulp, 1 + 2 * ulp], device).to(dtype)
+    for tokens in (x, x.expand(1, 5, 20), x.expand(1, 5, 20).contiguous()):
+        y = merge_neighbours(tokens, (1, 4), "horizontal")
+        assert y[0].T.tolist() == [[0, 1, 1 + 2 * ulp]] * tokens.shape[2]
+
+
 @pytest.mark.parametrize("axis", AXES)
 def test_gradcheck(gradcheck, backend, device, axis):
     def leaf(*shape):

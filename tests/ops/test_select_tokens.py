@@ -48,6 +48,16 @@ def test_table(backend, device, scores, k, order, expected):
         assert chosen.companions == () and chosen.normed is None and chosen.lengths is None
 
 
+@pytest.mark.parametrize("order", ("index", "score"))
+def test_equals_of_many_tiles(backend, device, order):
+    """More of them than a kernel looks at together: the first are kept."""
+    scores = torch.ones(1, 100, device=device)
+    scores[0, [3, 90]] = 2
+    chosen = select_tokens(torch.zeros(1, 100, 1, device=device), scores, 60, prefix=0, order=order).index[0].tolist()
+    kept = [n for n in range(59) if n != 3]
+    assert chosen == ([3, 90, *kept] if order == "score" else sorted([3, 90, *kept]))
+
+
 RESTS = [
     # x                        k  rest        normalize  the last token
     ([9, 10, 20, 30, 40], 2, "mean", True, 15),

@@ -1,0 +1,159 @@
+"""Mutants of the C++ kernels for CPUs: what they are made of, see run.py."""
+
+from mutants import of_file
+
+MUTANTS = [
+    *of_file(
+        "csrc/cpu/aggregation_weights.cpp",
+        (
+            "return w == NONE ? w : w * scale;",
+            "return w * scale;",
+            "-inf times a scale of 0 or below",
+            "minus_infinity",
+        ),
+        (
+            "(read(da + i * stride) - delta)",
+            "read(da + i * stride)",
+            "dS loses the mean of dA",
+            "as_good_as_plain and plain and float32",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/attention.h",
+        (
+            "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16",
+            "bits >> 16",
+            "bfloat16 is cut off",
+            "rounded_to_nearest",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/attention_forward.h",
+        ("lane < static_cast<int32_t>(count) ? share : Floats{}", "share", "queries behind the last count", "add_up"),
+        (
+            "        if (__builtin_expect(add == NONE, 0)) c[r][v] = Floats{} + NONE;  // the product may be NaN\n",
+            "",
+            "keys that the bias leaves out spoil a row",
+            "may_be_nan",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/attention_backward.h",
+        (
+            "      for (int64_t d = 0; d < channels; ++d) row[d] *= mask[d];\n",
+            "",
+            "dv is not masked",
+            "everything_as and B2-H3",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/attention_variant.h",
+        (
+            "start < N; start += CHUNK) {\n    Floats more",
+            "start + CHUNK < N; start += CHUNK) {\n    Floats more",
+            "the last keys are not summed",
+            "test_as_good_as_plain and N300 and float32",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/masked_channel_attention.cpp",
+        (
+            "p.bias_h = bias->stride(1)",
+            "p.bias_h = bias->stride(0)",
+            "strides of the bias are swapped",
+            "left_out_by_the_bias",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/match_bipartite.cpp",
+        (
+            "column < places[t])",
+            "column > places[t])",
+            "of equal goals in a block the last is taken",
+            "test_matching or far_apart or without_numbers",
+        ),
+        (
+            "std::numeric_limits<Wide>::quiet_NaN()",
+            "Wide{0}",
+            "columns that are none are at a right angle to all",
+            "test_matching and not any_numbers",
+        ),
+        (
+            "dots[t][v] > top[t][v];",
+            "dots[t][v] >= top[t][v];",
+            "of equal goals in two blocks the last is taken",
+            "far_apart",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/merge_bipartite.cpp",
+        ("      if (total == 0) {\n", "      if (merged.size() == 0) {\n", "sizes of 0 give NaN", "test_merging"),
+        (
+            "for (int64_t n = N - 1; n >= 0; --n) found",
+            "for (int64_t n = 0; n < N; ++n) found",
+            "sums are in the opposite order",
+            "order_of_the_tokens",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/merge_neighbours.cpp",
+        (
+            "put(out.dlogits, b, pair.b, -through)",
+            "put(out.dlogits, b, pair.b, through)",
+            "a logit's gradient has the wrong sign",
+            "gradcheck",
+        ),
+        (
+            "const uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;",
+            "const uint32_t even = (bits + 0x8000u) >> 16;",
+            "ties of bfloat16 go up, not to even",
+            "ties_are",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/restore_tokens.cpp",
+        (
+            "      row.zero(to_tokens + (b * given + carried + j) * C * row.bytes);\n",
+            "",
+            "the gradient of a token that goes nowhere is not written",
+            "nowhere",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/rows.h",
+        (
+            "const uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;",
+            "const uint32_t even = (bits + 0x8000u) >> 16;",
+            "ties of bfloat16 go up, not to even",
+            "ties_are",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/select_tokens.cpp",
+        ("keys[i] = score != score ? 0 : bits;", "keys[i] = bits;", "NaN is the best of all", "test_table"),
+        (
+            "double weight = 1.0 / std::max<int64_t>(1, N - count), by",
+            "double weight = 1.0 / std::max<int64_t>(1, N - k), by",
+            "the mean's gradient is of N - k, whatever the counts",
+            "forward_and_backward and B3",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/vector_math.h",
+        (
+            "return x < -87.0f ? Floats{} : p * (Floats)power;",
+            "return p * (Floats)power;",
+            "exp of what is far below is no number",
+            "huge_logits or mask and float32",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/vector_rows.h",
+        (
+            "  if (i < n) total += tail<Wide>(a + i, n - i, 0) * tail<Wide>(b + i, n - i, 0);\n",
+            "",
+            "the last channels are not in a product",
+            "gradcheck",
+        ),
+    ),
+]
