@@ -2,6 +2,7 @@
 
 import torch
 
+from support import layer_norm
 from support.tolerance import assert_as_good_as_plain
 from tokenops import reference
 
@@ -95,7 +96,13 @@ def run_unmerge(function, y, index, prefix, upstream=None):
 
 
 def compare(ours, plain, truth):
-    """Indices and sizes agree to the bit, sums to as much as plain PyTorch's do. Each is (results, gradients)."""
+    """Indices and sizes agree to the bit, sums to as much as plain PyTorch's do. Each is (results, gradients), the
+    truth with the upstream gradients behind where there is a norm."""
+    of_the_norm = {}
+    if "dweight" in truth[1]:
+        dtype = ours[0]["tokens"].dtype
+        of_tokens, of_parameters = layer_norm.cancelling(truth[0]["tokens"], truth[2], EPS, dtype)
+        of_the_norm = {"dx": of_tokens, "dweight": of_parameters, "dbias": of_parameters}
     for name, expected in (truth[0] | truth[1]).items():
         mine, theirs = (found[name] if name in found else grads[name] for found, grads in (ours[:2], plain[:2]))
         assert mine.is_contiguous(), name
@@ -105,8 +112,5 @@ def compare(ours, plain, truth):
             assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
         elif name == "log_sizes":  # -inf where a size is 0
             torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
-        else:  # a norm's gradient is a difference, of terms about its own size
-            cancels = (
-                float(expected.abs().max()) if name == "dx" and "dweight" in truth[1] and expected.numel() else 0.0
-            )
-            assert_as_good_as_plain(mine, theirs, expected, name, cancels)
+        else:
+            assert_as_good_as_plain(mine, theirs, expected, name, of_the_norm.get(name, 0.0))

@@ -2,6 +2,7 @@
 
 import torch
 
+from support.layer_norm import cancelling
 from support.tolerance import assert_as_good_as_plain
 
 EPS = 1e-5
@@ -87,7 +88,10 @@ def terms(tensors, truth, upstream, prefix):
 
 
 def compare(ours, plain, truth, cancels=0.0):
-    """Choices and copies agree to the bit, sums to as much as plain PyTorch's do. Each is (results, gradients)."""
+    """Choices and copies agree to the bit, sums to as much as plain PyTorch's do. Each is (results, gradients), the
+    truth with the upstream gradients behind."""
+    dtype = ours[0]["tokens"].dtype
+    of_tokens, of_parameters = cancelling(truth[0]["tokens"], truth[2], EPS, dtype)
     for name in ("index", "source", "lengths", "size"):
         assert (name in ours[0]) == (name in plain[0])
         if name in ours[0]:
@@ -97,7 +101,7 @@ def compare(ours, plain, truth, cancels=0.0):
             assert ours[0][name].is_contiguous()
             assert_as_good_as_plain(ours[0][name], plain[0][name], truth[0][name], name)
     for name, expected in truth[1].items():
-        extra = 0.0
+        extra = {"x": of_tokens, "weight": of_parameters, "bias": of_parameters}.get(name, 0.0)
         if name == "scores":  # rounded as x is, or as the scores are where that is coarser
             finer = torch.finfo(ours[0]["tokens"].dtype).eps / torch.finfo(ours[1][name].dtype).eps
             extra = cancels * max(1.0, finer)
