@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from support import neighbours
+from support import emulation, neighbours
 from support.cases import MERGE, MERGE_LARGE, RESTORE, SELECT, SELECT_LARGE, Merge, Restore
-from support.emulation import LAYOUTS, MULTIPROCESSORS, SEED, bits, compiled, needs_compiler, tensor, told
+from support.emulation import LAYOUTS, MULTIPROCESSORS, SEED, bits, needs_compiler, tensor, told
 from support.selection import EPS, OPTIONS, compare, double, inputs, terms
 from support.selection import run as select
 from tokenops import reference
@@ -56,17 +56,20 @@ def test_a_missing_barrier_is_seen(emulate, dropped):
     assert len(right) == 8 and all(right) == (dropped == "nothing"), (SEED, right)
 
 
-def test_a_module_is_compiled_once(tmp_path):
+def test_a_module_is_compiled_once(tmp_path, monkeypatch):
     """By threads that ask at once, and again where something that it includes is another."""
-    (tmp_path / "header.h").write_text("constexpr int n = 1;")
-    source = tmp_path / "source.cpp"
+    compiler, log, source = tmp_path / "compiler", tmp_path / "log", tmp_path / "source.cpp"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {emulation.CXX} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr(emulation, "CXX", str(compiler))
     source.write_text('#include "header.h"\nint f() { return n; }')
-    with ThreadPoolExecutor() as pool:
-        first, second = pool.map(compiled, [source] * 2, [tmp_path] * 2)
-    made = first.stat().st_ino
-    assert first == second == compiled(source, tmp_path) and first.stat().st_ino == made
-    (tmp_path / "header.h").write_text("constexpr int n = 2;")
-    assert compiled(source, tmp_path) != first and not first.exists()
+    libraries = []
+    for n in range(2):
+        (tmp_path / "header.h").write_text(f"constexpr int n = {n};")
+        with ThreadPoolExecutor() as pool:
+            libraries += pool.map(emulation.compiled, [source] * 3, [tmp_path] * 3)
+        assert log.read_text().count(" -o ") == n + 1
+    assert len(set(libraries)) == 2 and libraries[-1].exists() and not libraries[0].exists()
 
 
 # The kernels
