@@ -16,9 +16,7 @@ def cancelling(tokens, upstream, eps, dtype):
         return 0.0, 0.0
     variance = tokens.var(dim=-1, correction=0)
     inverse = torch.where(variance > eps, variance + eps, 1.0).rsqrt()
-    size = (
-        inverse * (1 + tokens.abs().amax(dim=-1) * inverse)
-    ).max()  # tokens less their mean
+    size = (inverse * (1 + tokens.abs().amax(dim=-1) * inverse)).max()  # tokens less their mean
     dnormed = upstream["normed"].double().abs().max()
     coarser = max(1.0, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
     return float(dnormed * LARGEST_WEIGHT * size), float(dnormed * tokens.shape[-1] ** 0.5 * coarser)
