@@ -54,6 +54,7 @@ def test_matrix_unit(compiled):
     assert [row["kernel"] for row in kernels if not row["matrix"]] == []
 
 
+@pytest.mark.slow
 def test_the_tool_compiles_what_it_is_asked_for(compiled, real, tmp_path):
     out = tmp_path / "part.json"
     options = "--operators restore_tokens --targets 90 --dtypes bf16 --workers 1 --out".split()

@@ -372,7 +372,7 @@ def test_segment_says_in_words_what_is_wrong(arguments, words, tmp_path, capsys,
     assert words in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("package", ["timm", "sklearn"])
+@pytest.mark.parametrize("package", ["timm", pytest.param("sklearn", marks=pytest.mark.slow)])
 def test_segment_says_what_to_install(package):
     blocked = (
         f"import sys; sys.modules['{package}'] = None; from tokenops.__main__ import main; sys.exit(main(['segment']))"

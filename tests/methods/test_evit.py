@@ -170,7 +170,8 @@ def test_gradient_checkpointing_changes_nothing_and_recomputes():
     assert not torch.equal(model(x), again) and torch.equal(model.eval()(x), model(x))
 
 
-@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.slow
 def test_compiles_whole(train):
     model = small(depth=3, reduction_loc=(1,)).train(train)
     x, more = images(model), images(model, 5)

@@ -213,7 +213,8 @@ def test_gradient_checkpointing_changes_nothing_and_recomputes():
     all_close(checkpointed, grads)
 
 
-@pytest.mark.parametrize("train, stage_wise", [pytest.param(False, False, marks=pytest.mark.slow), (True, True)])
+@pytest.mark.parametrize("train, stage_wise", [(False, False), (True, True)])
+@pytest.mark.slow
 def test_compiles_whole(train, stage_wise):
     model = small(depth=3, stages=(1, 2), stage_wise=stage_wise).train(train)
     x, more = images(model), images(model, 5)

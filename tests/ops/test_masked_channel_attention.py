@@ -88,7 +88,7 @@ def test_scores_add_up_to_one(backend, device):
 
 def quick(case, dtype):
     """Those of fp32 are run several times; fp16 takes the ways of bf16."""
-    return case.N < 20 or dtype == torch.bfloat16
+    return case.N < 10 or dtype == torch.bfloat16
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -114,6 +114,7 @@ def test_everything_as_good_as_plain(case, dtype, scores, heads, backend, device
 TINY = Attend(2, 2, 2, 3, 2, 1, "few enough elements for numerical derivatives in the interpreter")
 
 
+@pytest.mark.slow_interpreted(quick=lambda scores: scores == "received")
 @pytest.mark.parametrize(("scores", "heads"), FEW)
 def test_gradcheck(scores, heads, gradcheck, backend, device):
     """Every result in every input: masks, bias and scores too, of ragged images."""
