@@ -267,11 +267,15 @@ def masked_channel_attention_bwd(
     numbers = (float(scale) * math.log2(math.e), float(scale), share, H, M, N)
     constants |= {"HAS_DSCORES": dscores is not None, "RECEIVED": scores == "received"}
     dscores_ = lse if dscores is None else dscores
+    of_queries = sizes
+    if q.dtype.itemsize > 2 and max(DK, DV) <= 64:
+        # a tile of 16 x 32 leaves 8 warps nothing to share; without a limit ptxas spills to get to 128 registers
+        of_queries = sizes | {"num_warps": 4, "maxnreg": 255}
     if B * H * tiles_m:
         masked_channel_attention_bwd_q_kernel[(B * H * tiles_m,)](
             dout, q, k, v, *given, out, lse, lse if dlse is None else dlse.contiguous(), dscores_, delta, dq,
             dqk_partial, *numbers, *strides, *bias_strides, *score_strides,
-            **constants, **sizes, HAS_DLSE=dlse is not None,
+            **constants, **of_queries, HAS_DLSE=dlse is not None,
             BLOCK_M=tile(M, 16, owned), BLOCK_N=tile(N, 16, walked),
             BLOCK_TAIL=tail(N, walked, not split or lengths is not None), SPLIT=split and lengths is None,
         )  # fmt: skip

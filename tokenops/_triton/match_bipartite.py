@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..reference import accumulation_dtype
-from .common import FUSION, dot_options, index_type, rows, tile
+from .common import FUSION, before_hopper, dot_options, index_type, rows, tile
 
 
 @triton.jit
@@ -108,9 +108,11 @@ def match_bipartite_fwd(metric, r, prefix):
         options["PRECISION"] = "tf32x3"
     best = metric.new_empty((B, even), dtype=accumulation_dtype(metric.dtype))
     block = tile((N + 1) // 2, 32, 64)
+    # operands of an fp32 dot are held three times, in registers before Hopper
+    block_d = tile(D, 16, 64 if metric.element_size() == 2 else 16 if before_hopper() else 32)
     match_bipartite_fwd_kernel[B,](
         metric, best, index, N, D, prefix, r, even if r else 0, *metric.stride(),
-        **options, INDEX=index_type(metric), BLOCK=block, BLOCK_D=tile(D, 16, 32 if metric.element_size() > 2 else 64),
-        BLOCK_R=tile(even, 16, 64), num_warps=block // 8, num_stages=1, **FUSION,
+        **options, INDEX=index_type(metric), BLOCK=block, BLOCK_D=block_d, BLOCK_R=tile(even, 16, 64),
+        num_warps=block // 8, num_stages=1, **FUSION,
     )  # fmt: skip
     return index

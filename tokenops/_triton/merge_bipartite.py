@@ -134,6 +134,8 @@ def _sum_rows(x, index, tokens, prefix, sizes=None, parameters=(None, None), mad
     size = min(4096, 2**21 // block_c) if norm else 2048 if x.element_size() == 2 else 1024
     block_n = max(1, min(32, size // block_c))
     blocks, slices = triton.cdiv(rows, block_n), max(1, triton.cdiv(C, block_c))
+    # left alone, ptxas spills fp32 rows to get to 40 registers; with a limit it takes what they need, 55 to 80
+    limit = {"maxnreg": 128} if x.element_size() > 2 and not norm else {}
     sum_rows_kernel[B * blocks * slices,](
         x, index, x if sizes is None else sizes, *(x if t is None else t for t in parameters),
         y, totals, logs, normed, mean, deviation, N, tokens, C, prefix, eps, blocks, slices,
@@ -141,7 +143,7 @@ def _sum_rows(x, index, tokens, prefix, sizes=None, parameters=(None, None), mad
         MEAN=made is not None, SIZES=sizes is not None, NORM=norm, WEIGHT=parameters[0] is not None,
         BIAS=parameters[1] is not None, ACC=_accumulator(x),
         BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_K=min(tile(prefix + N, 16, 128), 1024 // block_n),
-        num_warps=8 if norm and C > 256 and block_n > 1 else 4, **FUSION,
+        num_warps=8 if norm and C > 256 and block_n > 1 else 4, **limit, **FUSION,
     )  # fmt: skip
     return y
 
