@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenops
-from support.cases import DTYPES, QUICK, TOKEN_MLP, TokenMlp
+from support.cases import DTYPES, TOKEN_MLP, TokenMlp
 from support.tolerance import assert_as_good_as_plain
 from tokenops import reference
 
