@@ -1,4 +1,4 @@
-"""The Evo-LeViT models compute, cost and train what was published (published_evo_levit.py is the oracle)."""
+"""The Evo-LeViT models compute, cost and train what was published (published/evo_levit.py is the oracle)."""
 
 import doctest
 

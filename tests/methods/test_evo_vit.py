@@ -1,4 +1,4 @@
-"""Evo-ViT on DeiT computes, costs and trains what was published (published_evo_vit.py is the oracle)."""
+"""Evo-ViT on DeiT computes, costs and trains what was published (published/evo_vit.py is the oracle)."""
 
 import copy
 import doctest
