@@ -29,7 +29,7 @@ def test_import_brings_in_nothing_but_tokenops():
     assert not {"tokenops.nn", "tokenops.methods", "tokenops.patching", "tokenops.training"} & set(modules)
 
 
-@pytest.mark.parametrize("arguments", ["'--help'", "'--version'"])
+@pytest.mark.parametrize("arguments", ["'--help'", pytest.param("'--version'", marks=pytest.mark.slow)])
 def test_help_of_the_command_line_brings_in_no_more_than_the_standard_library(arguments):
     modules = imported(
         "import contextlib\nfrom tokenops.__main__ import main\n"

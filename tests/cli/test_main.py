@@ -215,6 +215,7 @@ def test_demo_on_a_gpu_that_is_not_there(demo_packages, capsys):
     assert "torch sees no GPU" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_demo_says_what_to_install():
     blocked = "import sys; sys.modules['timm'] = None; from tokenops.__main__ import main; sys.exit(main(['demo']))"
     done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)

@@ -104,7 +104,11 @@ def test_dense_teacher_equals_the_published_computation():
     close(model.for_inference()(x), expected)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+def sized(name):
+    return pytest.param(name, marks=pytest.mark.slow if name.endswith(("medium", "large")) else ())
+
+
+@pytest.mark.parametrize("name", [*map(sized, PUBLISHED)])
 def test_official_state_dict_loads_strictly(name):
     with torch.device("meta"):
         official = PublishedSiT(**PUBLISHED[name]).state_dict()
@@ -119,7 +123,7 @@ def test_official_state_dict_loads_strictly(name):
         meta(name).load_state_dict(stripped, strict=True)
 
 
-@pytest.mark.parametrize("name", COSTS)
+@pytest.mark.parametrize("name", [*map(sized, COSTS)])
 def test_parameters_and_flops_are_the_published_ones(name):
     model = meta(name).eval()
     size = {key: p.numel() / 1e6 for key, p in model.named_parameters()}

@@ -265,7 +265,8 @@ def test_opcheck(backend, device):
             )
 
 
-@pytest.mark.parametrize("compiler", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
 def test_compile(device, compiler):
     def f(x, logits, weight, height, width):
         y, sizes, normed = merge_neighbours(

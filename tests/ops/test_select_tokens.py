@@ -128,6 +128,7 @@ def test_gradient_of_the_rest(backend, device):
 # Every backend against the reference.
 
 
+@pytest.mark.slow_interpreted(quick=lambda case, dtype: case == SELECT[0] or dtype != torch.float64)
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", (*SELECT, *SELECT_LARGE), ids=str)
 def test_forward_and_backward(backend, device, poisoned, ran_kernels, case, dtype):

@@ -19,7 +19,7 @@ import torch
 HERE = Path(__file__).parents[1] / "emulation"
 CXX = shutil.which("g++")
 FLAGS = (
-    "-std=c++17 -O1 -g1 -Wall -Wextra -Wno-unknown-pragmas -shared -fPIC -fvisibility=hidden"
+    "-std=c++17 -O0 -g1 -Wall -Wextra -Wno-unknown-pragmas -shared -fPIC -fvisibility=hidden"
     " -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 ).split()
 
