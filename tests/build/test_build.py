@@ -129,6 +129,7 @@ def test_errors_in_words(sources, environment, words):
 
 
 @needs_sources
+@pytest.mark.slow
 def test_without_tools_it_installs_and_says_why(sources, tmp_path):
     done = python("setup.py", "build", "--build-lib", tmp_path, cwd=sources, TOKENOPS_BUILD="auto", CXX="no-such")
     reason = "there was no C++ compiler when tokenops was installed"

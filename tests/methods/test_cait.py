@@ -331,14 +331,10 @@ def test_gradient_checkpointing_changes_nothing_and_recomputes():
         all_close(checkpointed, grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, layout, train",
-    [
-        pytest.param("scalar", "raster", False, marks=pytest.mark.slow),
-        pytest.param("scalar", "raster", True, marks=pytest.mark.slow),
-        pytest.param("linear", "block", False, marks=pytest.mark.slow),
-        ("content", "block", True),
-    ],
+    [("scalar", "raster", False), ("scalar", "raster", True), ("linear", "block", False), ("content", "block", True)],
 )
 def test_compiles_whole(kind, layout, train):
     model = merged(kind=kind, layout=layout, depth=2, points={0: "horizontal", 1: "vertical"}).train(train)

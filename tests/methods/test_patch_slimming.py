@@ -330,7 +330,8 @@ def test_checkpointing_and_dropout():
     assert torch.equal(dropping.eval()(x), dropping(x))
 
 
-@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(dynamic, train):
     model = apply_dynamic(dense(), (17, 17, 6, 1)) if dynamic else apply(dense(), schedule())

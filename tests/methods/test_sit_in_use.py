@@ -204,7 +204,8 @@ def test_low_precision_stays_close(dtype):
         assert (got - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm()
 
 
-@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [False, True])
 def test_compiles_whole(train):
     model = tiny().train(train)
     model.patch_embed.eval()

@@ -228,14 +228,16 @@ def test_compile(backend, device):
             torch.testing.assert_close(again[what], right)
 
 
-def test_inductor(device):
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_inductor(device, dynamic):
     def f(qkv, bias):
         q, k, v = qkv.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
         out, scores = attention(q, k, v, key_bias=bias.log(), scores="class", heads="mean")
         return out.transpose(1, 2).flatten(2) * scores.unsqueeze(-1)
 
     qkv, bias = torch.randn(2, 5, 48, device=device), torch.rand(2, 1, 1, 5, device=device)
-    compiled = torch.compile(f, fullgraph=True, dynamic=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic)
     leaves = [qkv.requires_grad_(), bias.requires_grad_()]
     expected = torch.autograd.grad(f(*leaves).square().sum(), leaves)
     for a, b in zip(torch.autograd.grad(compiled(*leaves).square().sum(), leaves), expected):

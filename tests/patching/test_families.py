@@ -162,7 +162,9 @@ def test_compiles_whole(method):
         torch.testing.assert_close(y, model(x), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [m if m in ("tome", "evit") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_exports(method):
     model, x = apply_patch(model_of("plain"), method, **METHODS[method][1]), images()

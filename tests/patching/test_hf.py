@@ -143,7 +143,7 @@ def test_the_vision_tower_of_a_pair():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["vit", "siglip"])
+@pytest.mark.parametrize("kind", ["vit", pytest.param("siglip", marks=pytest.mark.slow)])
 def test_compiles_whole(kind):
     model, x = apply_patch(model_of(kind), "tome", r=3), images()
     torch.compiler.reset()

@@ -90,7 +90,7 @@ def test_resumed_run_has_the_same_bits(tmp_path, after, accumulation, workers, e
 @pytest.mark.parametrize(
     "kind, after",
     [
-        (ChannelPruner, 2),
+        pytest.param(ChannelPruner, 2, marks=pytest.mark.slow),
         pytest.param(ChannelPruner, 5, marks=pytest.mark.slow),
         (CompactorPruner, 2),
     ],
