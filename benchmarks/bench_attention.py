@@ -24,7 +24,7 @@ class Case(NamedTuple):
     DV: int = 64
     scores: str | None = "class"
     extra: str | None = None  # "bias" (ToMe's log sizes) or "lengths" (a ragged batch)
-    whole_batch: bool = True
+    batch: str = "batch"
     main: bool = False
 
     def __str__(self):
@@ -37,7 +37,8 @@ CASES = (
     Case("deit-base", 12),
     Case("deit-small-99", 6, N=99),
     Case("deit-small-577", 6, N=577),
-    Case("single", 6, whole_batch=False),
+    Case("single", 6, batch="single"),
+    Case("middle", 6, batch="middle"),
     Case("received", 6, scores="received"),
     Case("compact-40-52", 6, DK=40, DV=52),
     Case("compact-24-64", 6, DK=24, DV=64),
@@ -155,7 +156,7 @@ def peers_of(bench, case, qkv, mask, passes):
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention(bench, compare, case, passes):
-    B, N = bench.batch(case.whole_batch), 24 if bench.quick else case.N
+    B, N = bench.batch(case.batch), 24 if bench.quick else case.N
     width = case.H * (2 * case.DK + case.DV)
 
     def inputs():
@@ -179,6 +180,7 @@ def test_attention(bench, compare, case, passes):
         bytes=forward + (backward if passes != "forward" else 0),
         flops=flops + (again if passes != "forward" else 0),
         truth=partial(ours, case=case, given=given, attend=reference.masked_channel_attention),
+        errors=True,
     )
 
 
@@ -206,6 +208,7 @@ def test_compact_heads(bench, compare, case, passes):
         inputs=inputs,
         ours=lambda qkv, dense: joined(masked_channel_attention(*heads(qkv, case))),
         peers={"heads of 64": lambda qkv, dense: joined(masked_channel_attention(*heads(dense, whole)))},
+        truth=lambda qkv, dense: joined(reference.masked_channel_attention(*heads(qkv, case))),
         peer_flops={"heads of 64": flops(whole)},
         bytes=nbytes(qkv, out) + (nbytes(qkv, qkv, out, out) if passes != "forward" else 0),
         flops=flops(case),

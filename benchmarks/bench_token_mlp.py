@@ -13,13 +13,21 @@ from tokenops import reference, token_mlp
 class Case(NamedTuple):
     M: int
     C: int = 384
+    batch: str = "batch"
     main: bool = False
 
     def __str__(self):
-        return f"M{self.M}-C{self.C}"
+        return f"M{self.M}-C{self.C}" + (f"-{self.batch}" if self.batch != "batch" else "")
 
 
-CASES = (Case(98, main=True), Case(49), Case(24), Case(98, C=192))
+CASES = (
+    Case(98, main=True),
+    Case(98, batch="single"),
+    Case(98, batch="middle"),
+    Case(49),
+    Case(24),
+    Case(98, C=192),
+)
 
 
 def published(z, w1, b1, w2, b2):
@@ -30,7 +38,7 @@ def published(z, w1, b1, w2, b2):
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_token_mlp(bench, compare, case, passes):
-    B, N, M, C = bench.batch(), *((24, 12, 32) if bench.quick else (196, case.M, case.C))
+    B, N, M, C = bench.batch(case.batch), *((24, 12, 32) if bench.quick else (196, case.M, case.C))
     R = 4 * N
 
     def inputs():

@@ -1,13 +1,16 @@
 """Options, the `compare` fixture of every benchmark, and where its rows go (measure.py says how times are taken)."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 import measure
+from gpu import record
 
 RESULTS = Path(__file__).parent / "results"
+STICKY = 3  # exit code of a session that an error of the device has ended
 
 
 def pytest_addoption(parser):
@@ -18,6 +21,13 @@ def pytest_addoption(parser):
     group.addoption("--compile", default="main", choices=("none", "main", "all"), help="torch.compile peers to take")
     group.addoption("--threads", type=int, help="CPU threads; with 1, other work on the machine disturbs least")
     group.addoption("--results", type=Path, help="folder of the result files; default: benchmarks/results")
+    group.addoption(
+        "--do",
+        default="measure",
+        choices=("measure", "check", "compile"),
+        help="measure; or check every backend against fp64; or only compile the peers that are compiled",
+    )
+    group.addoption("--lines", metavar="STEP", help="rows become lines of this step of an evidence run, as they come")
 
 
 def pytest_configure(config):
@@ -28,21 +38,68 @@ def pytest_configure(config):
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
+    step = config.getoption("--lines")
     config.bench = measure.Bench(
-        device, measure.DTYPES[dtype], config.getoption("--quick"), config.getoption("--compile")
+        device,
+        measure.DTYPES[dtype],
+        config.getoption("--quick"),
+        config.getoption("--compile"),
+        config.getoption("--do"),
+        record.lines(step) if step else None,
     )
+
+
+def pytest_collection_modifyitems(config, items):
+    """The most telling first."""
+
+    def priority(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        of_module = getattr(item.module, "priority", None)
+        return of_module(**params) if of_module else not any(getattr(p, "main", False) for p in params.values())
+
+    items.sort(key=priority)
+
+
+def key(item):
+    return f"{item.nodeid} {item.config.bench.dtype_name}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """In an evidence run: a line before, so that one which is found last says what ended the session."""
+    bench = item.config.bench
+    if bench.lines and key(item) not in bench.tried:
+        bench.lines.write(key(item), record.STARTED)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    bench = item.config.bench
+    if bench.lines and report.failed:
+        bench.lines.write(key(item), record.FAILED, message=f"{call.excinfo.typename}: {call.excinfo.value}")
+        try:
+            bench.clock.synchronize()
+        except RuntimeError as error:
+            bench.lines.write(key(item), record.FAILED, message=f"the device is lost: {error}")
+            os._exit(STICKY)
+    elif bench.lines and call.when == "call" and key(item) not in bench.tried:
+        said = {"message": str(call.excinfo.value)} if report.skipped else {}
+        bench.lines.write(key(item), record.SKIPPED if report.skipped else record.OK, **said)
+    return report
 
 
 def pytest_terminal_summary(terminalreporter, config):
     bench, folder = config.bench, config.getoption("--results")
     if folder is None and not bench.quick:
         folder = RESULTS
-    if not bench.rows:
+    if not bench.rows or bench.task != "measure":
         return
     terminalreporter.section(f"side by side on {bench.device}, {bench.dtype_name}")
-    for line in bench.lines():
+    for line in bench.text():
         terminalreporter.write_line(line)
-    if folder is not None:
+    if folder is not None and not bench.lines:
         terminalreporter.write_line(f"{len(bench.rows)} rows written to {bench.write(folder)}")
 
 
@@ -51,20 +108,26 @@ def bench(request):
     """The session's settings, and what makes its inputs: see `measure.Bench`."""
     torch.manual_seed(0)
     torch._dynamo.reset()  # every benchmark compiles its peers anew, none hits the recompilation limit
-    return request.config.bench
+    bench = request.config.bench
+    if key(request.node) in bench.tried:
+        pytest.skip("tried before a session of this run was ended")
+    return bench
 
 
 @pytest.fixture
-def compare(bench, benchmark):
+def compare(bench, request):
     """compare(operator, shape=..., inputs=..., ours=..., peers=..., ...): see `measure.Bench.compare`."""
 
     def run(operator, **kwargs):
-        row, once = bench.compare(operator, **kwargs)
+        row = bench.compare(operator, **kwargs)
+        if bench.task != "measure" or bench.lines:
+            return row
+        benchmark = request.getfixturevalue("benchmark")
         benchmark.group = f"{operator} {row['passes']}"
         benchmark.extra_info.update(row)
         # pytest-benchmark's own table: wall times of ours alone; the ratios are in extra_info and in the summary
         rounds = 2 if bench.quick or row["us"][0] > 1e5 else 10
-        benchmark.pedantic(once, rounds=rounds, iterations=1, warmup_rounds=1)
+        benchmark.pedantic(bench.once, rounds=rounds, iterations=1, warmup_rounds=1)
         return row
 
     return run

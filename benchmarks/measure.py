@@ -2,46 +2,54 @@
 
 A row of results says of one operator at one size: its time, the bytes and operations it cannot do without, the floor
 these give with the copy bandwidth and matmul rate of the same session, and how many times as fast it is as each peer.
+The same comparison can be checked against fp64 instead, or its peers only compiled (the option --do).
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
+from timers import QUEUED, clock_of
+from tokenops import _backends, use_backend
 from tokenops.cli import machine
-from tokenops.cli.timing import Spread, clock, interleaved, ratio, recorded_kernels
+from tokenops.cli.timing import Spread, ratio, recorded_kernels
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 PASSES = ("forward", "forward+backward")
 ROTATED_BYTES = 256 * 2**20  # on a GPU inputs rotate through more bytes than any L2 holds
-QUEUED = 20  # calls a GPU sample queues at most: few enough that the launch queue never fills
 RELATIVE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
+#: images by the name of a batch: on a GPU, on a CPU (where the middle one would tell nothing new)
+BATCHES = {"cuda": {"batch": 256, "middle": 32, "single": 1}, "cpu": {"batch": 16, "eight": 8, "single": 1}}
+
+
 class Size(NamedTuple):
-    """An operator's size: DeiT's 196 tokens slimmed to 98 at one width, for the device's whole batch or one image."""
+    """An operator's size: DeiT's 196 tokens slimmed to 98 at one width, for one of the batches."""
 
     C: int
-    whole_batch: bool = True
+    batch: str = "batch"
     main: bool = False
 
     def of(self, bench: "Bench") -> tuple[int, int, int, int]:
         """B, N, M, C."""
-        return bench.batch(self.whole_batch), *((24, 12, self.C // 12) if bench.quick else (196, 98, self.C))
+        return bench.batch(self.batch), *((24, 12, self.C // 12) if bench.quick else (196, 98, self.C))
 
     def __str__(self) -> str:
-        return f"{'batch' if self.whole_batch else 'single'}-C{self.C}"
+        return f"{self.batch}-C{self.C}"
 
 
-SIZES = (Size(192), Size(384, main=True), Size(768), Size(384, whole_batch=False))
+SIZES = (Size(384, main=True), Size(384, "single"), Size(384, "middle"), Size(192), Size(768))
 
 
 def nbytes(*tensors: Tensor) -> int:
@@ -49,19 +57,64 @@ def nbytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+class Comparison(NamedTuple):
+    """One operator, or model, at one size: what is done and by whom. `Bench.compare` says what the fields mean."""
+
+    operator: str
+    shape: Mapping[str, int]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    ours: Callable[..., Any]
+    peers: Mapping[str, Callable[..., Any]]
+    bytes: int
+    flops: int
+    passes: str = "forward"
+    peer_flops: Mapping[str, int] = {}
+    device_time: bool = True
+    truth: Callable[..., Any] | None = None
+    errors: bool = False
+
+    @property
+    def op(self) -> str:
+        """The operator as tokenops has it; of a model, its name."""
+        return {"attention": "masked_channel_attention", "attention,": "masked_channel_attention"}.get(
+            first := self.operator.split()[0], first
+        )
+
+    def calls(self, side: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[], Any]:
+        """A call of a side on these inputs: () -> (results, gradients)."""
+        return {"forward": _forward, "forward+backward": _forward_backward}[self.passes](side, tensors)
+
+
 class Bench:
-    """One session on one device: its settings, its ceilings, and the rows measured so far."""
+    """One session on one device: its settings, its ceilings, and the rows measured so far.
 
-    def __init__(self, device: str, dtype: torch.dtype, quick: bool, compiled: str) -> None:
-        self.device, self.dtype, self.quick, self.compiled = device, dtype, quick, compiled
+    With `lines` (a gpu.record.Lines) every row is written there at once, what is there is not done again, a peer that
+    cannot run leaves a note in the row, and the ceilings are those that the run has measured.
+    """
+
+    def __init__(
+        self, device: str, dtype: torch.dtype, quick: bool, compiled: str, task: str = "measure", lines: Any = None
+    ) -> None:
+        self.device, self.dtype, self.quick, self.compiled, self.task = device, dtype, quick, compiled, task
         self.dtype_name = str(dtype).removeprefix("torch.")
-        self.seconds = clock(device)
-        self.budget = 0.02 if quick else 2.0  # seconds of timing a row
+        self.clock = clock_of(device)
+        # seconds of timing a row, and its fewest rounds
+        self.budget, self.rounds = (0.02, 3) if quick else (0.3, 5) if lines else (2.0, 9)
         self.rows: dict[str, dict[str, Any]] = {}
+        self.lines = lines
+        self.done = lines.done() if lines else set()
+        self.tried = lines.tried() if lines else set()
+        self.ceilings: dict[str, Any] = {}
+        if lines:
+            for line in lines.read("facts"):
+                self.ceilings = line.get("ceilings", self.ceilings)
 
-    def batch(self, whole: bool = True) -> int:
-        """Images in a batch: the whole batch of this device, or one."""
-        return 1 if not whole else 2 if self.quick else 256 if self.device == "cuda" else 16
+    def batch(self, name: str = "batch") -> int:
+        """Images in a batch of this name; a benchmark is skipped where the device has no such batch."""
+        images = BATCHES[self.device].get(name)
+        if images is None:
+            pytest.skip(f"no {name} batch on {self.device}")
+        return min(images, 2) if self.quick else images
 
     def wants_compiled(self, main: bool) -> bool:
         """Whether to take the torch.compile peer at a main size (or at another one): the option --compile."""
@@ -70,22 +123,8 @@ class Bench:
     def random(self, *shape: int, scale: float = 1.0) -> Tensor:
         return torch.randn(*shape, device=self.device, dtype=self.dtype) * scale
 
-    def compare(
-        self,
-        operator: str,
-        *,
-        shape: Mapping[str, int],
-        inputs: Callable[[], tuple[Tensor, ...]],
-        ours: Callable[..., Any],
-        peers: Mapping[str, Callable[..., Any]],
-        bytes: int,
-        flops: int,
-        passes: str = "forward",
-        peer_flops: Mapping[str, int] | None = None,
-        device_time: bool = True,
-        truth: Callable[..., Any] | None = None,
-    ) -> tuple[dict[str, Any], Callable[[], object]]:
-        """Time `ours` against `peers` on the same inputs, check that they agree, and keep the row.
+    def compare(self, operator: str, **fields: Any) -> dict[str, Any]:
+        """Do a comparison as the session's task has it: measure it, check it against fp64, or compile its peers.
 
         Args:
             operator: its name.
@@ -101,56 +140,137 @@ class Bench:
                 and the row says how much of the FLOP ratio is realised as time.
             device_time: on a GPU, time the kernels alone, the launches queued ahead (else from launch to end), and
                 report the host's time a call and the time of a CUDA graph's replay beside it.
-            truth: what is right; called in fp64, it gives each side's error (relative L2, of the first result), and
-                each side's peak memory is measured too.
+            truth: what is right (the peer "reference", where that is None); called in fp64 it tells errors.
+            errors: whether a row has each side's error (relative L2, of the first result) and peak memory.
 
         A side gives one tensor or several; those that both sides give are compared, the first gets a gradient.
 
         Returns:
-            The row, and one call of ours that waits for the device.
+            The row.
         """
-        run = {"forward": _forward, "forward+backward": _forward_backward}[passes]
-        copies = 1 if self.device == "cpu" else min(QUEUED, math.ceil(ROTATED_BYTES / max(bytes, 1)))
-        sets = [inputs() for _ in range(copies)]
-        sides = {name: [run(side, s) for s in sets] for name, side in {"ours": ours, **peers}.items()}
-        with recorded_kernels() as kernels:
-            expected = sides["ours"][0]()
-        for name in peers:
-            if name not in (peer_flops or {}):
-                _assert_close(f"{operator} {dict(shape)}: {name}", sides[name][0](), expected, RELATIVE[self.dtype])
-        extra = {} if truth is None else self._errors_and_memory(sides, truth, sets[0])
-        times = self._interleaved(sides, _seconds_queued if self.device == "cuda" and device_time else self.seconds)
+        comparison = Comparison(operator, **fields)
+        sizes = " ".join(f"{name}{size}" for name, size in comparison.shape.items())
+        name = f"{operator} {comparison.passes} {sizes} {self.dtype_name}"
+        if name in self.done:
+            pytest.skip("there is a line of it")
+        row = _rounded(
+            {"measure": self._measured, "check": self._checked, "compile": self._made}[self.task](comparison)
+        )
+        self.rows[name] = row
+        if self.lines:
+            outcome = "failed" if row.get("wrong") else "ok"
+            self.lines.write(name, outcome, row=row)
+        if row.get("wrong"):
+            raise AssertionError(f"{name}: {'; '.join(row['wrong'])}")
+        return row
+
+    def _measured(self, c: Comparison) -> dict[str, Any]:
+        copies = 1 if self.device == "cpu" else min(QUEUED, math.ceil(ROTATED_BYTES / max(c.bytes, 1)))
+        sets = [c.inputs() for _ in range(copies)]
+        sides, kernels, failed = self._sides(c, sets)
+        extra = self._errors_and_memory(sides, c, sets[0]) if c.errors else {}
+        times = self.clock.side_by_side(sides, self.budget, self.rounds, c.device_time)
         us = {name: Spread.of([1e6 * t for t in ts]) for name, ts in times.items()}
-        floor = 1e6 * max(bytes / self.copy_bytes_per_s, flops / self.flops_per_s)
+        floor = 1e6 * max(c.bytes / self.copy_bytes_per_s, c.flops / self.flops_per_s)
         row: dict[str, Any] = {
-            "operator": operator,
-            "passes": passes,
+            "operator": c.operator,
+            "passes": c.passes,
             "dtype": self.dtype_name,
-            "shape": dict(shape),
+            "shape": dict(c.shape),
             "kernels": sorted(kernels),
             "us": us["ours"],
-            "bytes": bytes,
-            "flops": flops,
+            "bytes": c.bytes,
+            "flops": c.flops,
             "floor_us": floor,
             "of_floor": floor / us["ours"].median,
-            "peers": {name: {"us": us[name], "ratio": ratio(times[name], times["ours"])} for name in peers},
+            "peers": {name: {"us": us[name], "ratio": ratio(times[name], times["ours"])} for name in sides},
         }
+        del row["peers"]["ours"]
+        if c.device_time and (self.device == "cuda" or self.lines):
+            for name, calls in sides.items():
+                extra[name] = extra.get(name, {}) | self._host_and_graph(calls)
         for name, figures in extra.items():
             (row if name == "ours" else row["peers"][name]).update(figures)
-        for name, theirs in (peer_flops or {}).items():
-            flop_ratio = theirs / flops
-            row["peers"][name] |= {
-                "flop_ratio": flop_ratio,
-                "realised": row["peers"][name]["ratio"].median / flop_ratio,
-            }
-        if self.device == "cuda" and device_time:
-            row |= {"host_us": self._host_us(sides["ours"]), "graph_us": self._graph_us(sides["ours"][0])}
-        row = _rounded(row)
-        sizes = " ".join(f"{name}{size}" for name, size in shape.items())
-        self.rows[f"{operator} {passes} {sizes} {self.dtype_name}"] = row
-        return row, lambda: (sides["ours"][0](), self.synchronize())
+        for name, theirs in c.peer_flops.items():
+            if name in row["peers"]:
+                flop_ratio = theirs / c.flops
+                realised = row["peers"][name]["ratio"].median / flop_ratio
+                row["peers"][name] |= {"flop_ratio": flop_ratio, "realised": realised}
+        if failed:
+            row["failed"] = failed
+        self.once = lambda: (sides["ours"][0](), self.clock.synchronize())
+        return row
 
-    def lines(self) -> list[str]:
+    def _sides(
+        self, c: Comparison, sets: Sequence[tuple[Tensor, ...]]
+    ) -> tuple[dict[str, list[Callable[[], Any]]], set[str], dict[str, str]]:
+        """The calls of every side on every set of inputs, our kernels that ran, and why sides are left out."""
+        sides = {"ours": [c.calls(c.ours, s) for s in sets]}
+        with recorded_kernels() as kernels:
+            expected = sides["ours"][0]()
+        peers, failed = dict(c.peers), {}
+        if self.device == "cuda" and any(kernel.endswith(".native") for kernel in kernels):
+            peers["triton"] = _on("triton", c.ours)
+        for name, side in peers.items():
+            try:
+                calls = [c.calls(side, s) for s in sets]
+                result = calls[0]()
+                if name not in c.peer_flops:
+                    _assert_close(f"{c.operator} {dict(c.shape)}: {name}", result, expected, RELATIVE[self.dtype])
+                if self.device == "cuda" and c.device_time:
+                    self.clock.queued(calls[0])
+            except Exception as error:
+                self.clock.synchronize()  # an error that sticks to the device ends this session
+                if not self.lines:
+                    raise
+                failed[name] = f"{type(error).__name__}: {error}"[:300]
+            else:
+                sides[name] = calls
+        return sides, kernels, failed
+
+    def _made(self, c: Comparison) -> dict[str, Any]:
+        """Peers that compile have compiled, and left it in the caches on disk."""
+        start = time.perf_counter()
+        _, _, failed = self._sides(c, [c.inputs()])
+        return {"seconds": time.perf_counter() - start} | ({"failed": failed} if failed else {})
+
+    def _checked(self, c: Comparison) -> dict[str, Any]:
+        """Every backend against fp64: twice the error of plain PyTorch in this dtype is allowed."""
+        tensors, truth = c.inputs(), c.truth or c.peers["reference"]
+        wide = [t.double() if t.is_floating_point() else t for t in tensors]
+        right, plain = (_named(c.calls(truth, inputs)()) for inputs in (wide, tensors))
+        row: dict[str, Any] = {"operator": c.operator, "passes": c.passes, "dtype": self.dtype_name, "backends": {}}
+        wrong = []
+        for backend in _backends.TABLE[c.op][self.device]:
+            if _backends.why_not(c.op, backend, self.device, self.dtype) is not None:
+                continue  # Triton on a CPU that does not interpret
+            with _poisoned(), recorded_kernels() as kernels:
+                found = _named(c.calls(_on(backend, c.ours), tensors)())
+            if not any(kernel.endswith(f".{backend}") for kernel in kernels):
+                wrong.append(f"{backend}: none of its kernels ran, but {sorted(kernels)}")
+            errors = {}
+            for name, value in right.items():
+                if value is None or found.get(name) is None or value.numel() == 1:
+                    continue  # the gradient of a scale cancels to less than its terms' roundings
+                ours, theirs = (_relative(x[name], value) for x in (found, plain))
+                errors[name] = {"ours": ours, "plain": theirs}
+                if not ours <= 2 * theirs + 2 * torch.finfo(self.dtype).eps:  # NaN is wrong too
+                    wrong.append(f"{backend}: {name} is {ours:.1e} from fp64, plain PyTorch {theirs:.1e}")
+            row["backends"][backend] = {"kernels": sorted(kernels), "errors": errors}
+        if not row["backends"]:
+            wrong.append("no backend could run")
+        return row | ({"wrong": wrong} if wrong else {})
+
+    def _host_and_graph(self, calls: Sequence[Callable[[], Any]]) -> dict[str, Any]:
+        figures: dict[str, Any] = {"host_us": self.clock.host_us(calls)}
+        try:
+            figures["graph_us"] = self.clock.graph_us(calls[0])
+        except Exception as error:
+            self.clock.synchronize()
+            figures["no_graph"] = f"{type(error).__name__}: {error}"[:200]
+        return figures
+
+    def text(self) -> list[str]:
         """The rows in words: time, fraction of the floor, and how many times as fast as each peer (quartiles)."""
         return [
             f"{name}: {row['us'][0]:.4g} us, {row['of_floor']:.0%} of the floor; times as fast as "
@@ -159,37 +279,19 @@ class Bench:
             )
             + _errors_and_memory(row)
             for name, row in self.rows.items()
+            if "us" in row
         ]
 
-    def synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def _interleaved(
-        self, sides: Mapping[str, Sequence[Callable[[], object]]], seconds: Callable[[Callable[[], object]], float]
-    ) -> dict[str, list[float]]:
-        """Seconds a call, of every side in every round; short calls are repeated until a sample takes a millisecond."""
-        loops = {name: math.ceil(1e-3 / _warm(calls, self.seconds)) for name, calls in sides.items()}
-        if self.device == "cuda":
-            loops = {name: min(count, QUEUED) for name, count in loops.items()}
-        batches = {name: partial(_loop, calls, loops[name]) for name, calls in sides.items()}
-        start = time.perf_counter()
-        for batch in batches.values():
-            seconds(batch)
-        rounds = math.ceil(self.budget / (time.perf_counter() - start))
-        times = interleaved(batches, min(max(rounds, 3 if self.quick else 9), 101), seconds)
-        return {name: [t / loops[name] for t in ts] for name, ts in times.items()}
-
     def _errors_and_memory(
-        self, sides: Mapping[str, Sequence[Callable[[], Any]]], truth: Callable[..., Any], inputs: Sequence[Tensor]
+        self, sides: Mapping[str, Sequence[Callable[[], Any]]], c: Comparison, inputs: Sequence[Tensor]
     ) -> dict[str, dict[str, float]]:
         """Of every side: the first result's relative L2 error against fp64, and bytes held at the peak of a call."""
+        truth = c.truth or c.peers["reference"]
         right = _tuple(truth(*(t.double() for t in inputs)))[0]
-        found = {}
-        for name, calls in sides.items():
-            error = (calls[0]()[0][0].double() - right).norm() / right.norm()
-            found[name] = {"error": error.item(), "peak_bytes": self._peak(calls[0])}
-        return found
+        return {
+            name: {"error": _relative(calls[0]()[0][0], right), "peak_bytes": self._peak(calls[0])}
+            for name, calls in sides.items()
+        }
 
     def _peak(self, call: Callable[[], object]) -> int:
         """What torch's allocator hands out at most during a call (on a CPU, not the scratch of compiled code)."""
@@ -208,48 +310,24 @@ class Bench:
             peak = max(peak, held)
         return peak
 
-    def _host_us(self, calls: Sequence[Callable[[], object]]) -> float:
-        """Host time of one call, the device never waited for."""
-        times = []
-        for _ in range(11):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            _loop(calls, QUEUED)
-            times.append((time.perf_counter() - start) / QUEUED)
-        return 1e6 * Spread.of(times).median
-
-    def _graph_us(self, call: Callable[[], object]) -> float:
-        """Time of one call replayed from a CUDA graph (same inputs every time, so they may sit in L2)."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            kept = call()  # noqa: F841  results must outlive the capture
-        times = [_seconds_queued(partial(_loop, [graph.replay], QUEUED)) / QUEUED for _ in range(11)]
-        return 1e6 * Spread.of(times).median
-
     @cached_property
     def copy_bytes_per_s(self) -> float:
         """Bytes read plus written by a copy of a large buffer."""
+        if "copy_bytes_per_s" in self.ceilings:
+            return self.ceilings["copy_bytes_per_s"]
         size = 2**22 if self.quick else 2**30 if self.device == "cuda" else 2**27
         source = torch.empty(size, dtype=torch.uint8, device=self.device).random_()
         target = torch.empty_like(source)
-        return 2 * size / self._best(lambda: target.copy_(source))
+        return 2 * size / self.clock.best(lambda: target.copy_(source), 3 if self.quick else 10)
 
     @cached_property
     def flops_per_s(self) -> float:
         """Rate of a large square matmul of random numbers in this dtype."""
+        if f"flops_per_s_{self.dtype_name}" in self.ceilings:
+            return self.ceilings[f"flops_per_s_{self.dtype_name}"]
         size = 256 if self.quick else 8192 if self.device == "cuda" else 2048
         a, b = self.random(size, size), self.random(size, size)
-        return 2 * size**3 / self._best(lambda: a @ b)
-
-    def _best(self, call: Callable[[], object]) -> float:
-        call()
-        return min(self.seconds(call) for _ in range(3 if self.quick else 10))
+        return 2 * size**3 / self.clock.best(lambda: a @ b, 3 if self.quick else 10)
 
     def write(self, folder: Path) -> Path:
         """Merge this session's rows into folder/<device>.json; earlier rows stay, with the run they came from."""
@@ -298,12 +376,14 @@ def _forward(side: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[]
 
 
 def _forward_backward(side: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[], Any]:
-    """A call that gives the results, and the gradients of the inputs for one of the first result."""
+    """A call that gives the results, and the gradients of the inputs for one of the first result, the same for every
+    side."""
     tensors = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     leaves = [t for t in tensors if t.requires_grad]
     with torch.no_grad():
         like = _tuple(side(*tensors))[0]
-    dy = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=_generator(like.device))
+    generator = torch.Generator(like.device).manual_seed(0)
+    dy = torch.randn(like.shape, dtype=torch.bfloat16, device=like.device, generator=generator).to(like.dtype)
 
     def call():
         results = _tuple(side(*tensors))
@@ -313,41 +393,37 @@ def _forward_backward(side: Callable[..., Any], tensors: Sequence[Tensor]) -> Ca
     return call
 
 
-def _generator(device: torch.device) -> torch.Generator:
-    """The same upstream gradient for every side."""
-    return torch.Generator(device).manual_seed(0)
+def _on(backend: str, side: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*tensors):
+        with use_backend(backend):
+            return side(*tensors)
+
+    return call
 
 
-def _loop(calls: Sequence[Callable[[], object]], times: int) -> None:
-    for i in range(times):
-        calls[i % len(calls)]()
+def _named(found: tuple[Sequence[Any], Sequence[Any]]) -> dict[str, Tensor | None]:
+    """Results and gradients under names."""
+    results = {f"result {i}": x if x.is_floating_point() else None for i, x in enumerate(found[0])}
+    return results | {f"gradient {i}": x for i, x in enumerate(found[1])}
 
 
-def _warm(calls: Sequence[Callable[[], object]], seconds: Callable[[Callable[[], object]], float]) -> float:
-    """Call until it is warm (and whatever compiles lazily is compiled); the best time of a call."""
-    calls[0]()
-    times = [seconds(calls[0])]
-    while len(times) < max(3, len(calls)) and sum(times) < 0.5:
-        times.append(seconds(calls[len(times) % len(calls)]))
-    return min(times)
+def _relative(found: Tensor, right: Tensor) -> float:
+    """Relative L2 error; a NaN in it stays one."""
+    if found.shape != right.shape:
+        return math.inf
+    right = right.double()
+    return ((found.double() - right).norm() / right.norm().clamp_min(1e-30)).item()
 
 
-def _seconds_queued(call: Callable[[], object]) -> float:
-    """Device time alone: the GPU sleeps until the host has queued everything, so it never waits for a launch."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for cycles in (4 * 10**6, 4 * 10**7, 4 * 10**8):
-        torch.cuda.synchronize()
-        torch.cuda._sleep(cycles)
-        start.record()
-        call()
-        end.record()
-        in_time = not start.query()  # still asleep: all of it was queued
-        end.synchronize()
-        if in_time:
-            break
-    else:
-        raise RuntimeError("the host could not queue a sample ahead of the GPU: its times would be launch times")
-    return start.elapsed_time(end) / 1e3
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    """torch.empty gives NaN, so that elements which no kernel wrote are seen."""
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
 def _assert_close(what: str, theirs: Any, ours: Any, tolerance: float) -> None:

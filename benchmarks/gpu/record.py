@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-#: the outcome of a line: "ok" and "skipped" are not done again when a run is resumed, the others are
-OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+#: the outcome of a line: "ok" and "skipped" are not done again when a run is resumed, the others are; "started" says
+#: that it was tried, and is followed by another line unless that ended the process
+OK, FAILED, SKIPPED, STARTED = "ok", "failed", "skipped", "started"
 LONGEST = 1500  # characters kept of a text
 
 
@@ -47,6 +48,10 @@ class Lines:
     def done(self) -> set[str]:
         """Keys of this step that need not be done again."""
         return {line["key"] for line in self.read(self.step) if line["outcome"] in (OK, SKIPPED)}
+
+    def tried(self) -> set[str]:
+        """Keys of this step that this run has begun with, however they ended."""
+        return {line["key"] for line in self.read(self.step) if line["run"] == os.environ.get("GPU_RUN", "")}
 
 
 def parsed(path: Path) -> tuple[list[dict[str, Any]], int]:

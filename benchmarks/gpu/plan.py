@@ -1,0 +1,60 @@
+"""What is done when: steps one after another have the GPU to themselves, or share it with steps beside them."""
+
+from typing import NamedTuple
+
+
+class Step(NamedTuple):
+    """`python -m gpu.<name>`. Seconds are of the plan; a step that ends early leaves its time to the next."""
+
+    name: str
+    seconds: float
+    what: str
+
+
+class Beside(NamedTuple):
+    """A step that runs on the other cores, from the beginning of one step to the end of another."""
+
+    name: str
+    first: str
+    last: str
+    what: str
+    nice: int = 5
+
+
+STEPS = (
+    Step("facts", 15, "the machine, the compiled library, ceilings of copies and products"),
+    Step("smoke", 45, "every operator forward and backward at DeiT-S sizes against fp64"),
+    Step("tests", 150, "the tests of the device"),
+    Step("operators", 140, "every operator at batches of 1, 32 and 256 beside its peers"),
+    Step("models", 100, "whole models: eager, compiled, as graphs"),
+    Step("sweep", 100, "launch configurations of the hot kernels"),
+)
+BESIDE = (
+    Beside("kernels", "facts", "tests", "compiles the Triton kernels of later steps", nice=10),
+    Beside("peers", "smoke", "tests", "compiles the peers of later steps", nice=15),
+    Beside("sanitize", "tests", "tests", "memcheck and racecheck on our kernels"),
+)
+NAMES = tuple(step.name for step in (*STEPS, *BESIDE))
+
+
+def deadlines(chosen: list[str], limit: float) -> dict[str, float]:
+    """When the plan has every step ended, in seconds: the chosen ones share the limit as the plan does.
+
+    A step beside others ends with the last of its span that was chosen; alone, it has the limit.
+    """
+    total = sum(step.seconds for step in STEPS if step.name in chosen)
+    ends, now = {}, 0.0
+    for step in STEPS:
+        if step.name in chosen:
+            now += step.seconds * limit / total
+            ends[step.name] = now
+    for beside in BESIDE:
+        if beside.name in chosen:
+            span = [name for name in spanned(beside) if name in ends]
+            ends[beside.name] = ends[span[-1]] if span else limit
+    return ends
+
+
+def spanned(beside: Beside) -> list[str]:
+    names = [step.name for step in STEPS]
+    return names[names.index(beside.first) : names.index(beside.last) + 1]

@@ -1,0 +1,151 @@
+"""Clocks: what a call costs the device, what it costs the host, and what is left of both in a CUDA graph."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+
+from tokenops.cli.timing import Call, Spread, clock, interleaved
+
+QUEUED = 20  # calls a GPU sample queues at most: few enough that the launch queue never fills
+
+
+def loop(calls: Sequence[Call], times: int) -> None:
+    for i in range(times):
+        calls[i % len(calls)]()
+
+
+class Clock:
+    """The clocks of a CPU: a call's time is its time on the wall, and there are no graphs."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.seconds = clock(self.device)
+
+    def synchronize(self) -> None:
+        pass
+
+    def queued(self, call: Call) -> float:
+        """Seconds of the device alone."""
+        return self.seconds(call)
+
+    def graphed(self, call: Call) -> Call:
+        """The call as a graph that is replayed: same tensors every time."""
+        return call
+
+    def host_us(self, calls: Sequence[Call]) -> float:
+        """Host time of one call, the device never waited for."""
+        times = []
+        for _ in range(11):
+            self.synchronize()
+            start = time.perf_counter()
+            loop(calls, QUEUED)
+            times.append((time.perf_counter() - start) / QUEUED)
+        return 1e6 * Spread.of(times).median
+
+    def graph_us(self, call: Call) -> float:
+        """Time of one call replayed from a graph (its inputs are the same every time, so they may sit in L2)."""
+        replay = self.graphed(call)
+        times = [self.queued(partial(loop, [replay], QUEUED)) / QUEUED for _ in range(11)]
+        return 1e6 * Spread.of(times).median
+
+    def best(self, call: Call, times: int) -> float:
+        """The least seconds of a call."""
+        call()
+        return min(self.seconds(call) for _ in range(times))
+
+    def warm(self, calls: Sequence[Call]) -> float:
+        """Call until it is warm (and whatever compiles lazily is compiled); the best time of a call."""
+        calls[0]()
+        times = [self.seconds(calls[0])]
+        while len(times) < max(3, len(calls)) and sum(times) < 0.5:
+            times.append(self.seconds(calls[len(times) % len(calls)]))
+        return min(times)
+
+    def side_by_side(
+        self, sides: Mapping[str, Sequence[Call]], budget: float, fewest: int, device_time: bool
+    ) -> dict[str, list[float]]:
+        """Seconds a call, of every side in every round, in about `budget` seconds and no fewer rounds than `fewest`;
+        short calls are repeated until a sample takes a millisecond."""
+        seconds = self.queued if device_time else self.seconds
+        loops = {name: self.repeats(self.warm(calls)) for name, calls in sides.items()}
+        batches = {name: partial(loop, calls, loops[name]) for name, calls in sides.items()}
+        start = time.perf_counter()
+        for batch in batches.values():
+            seconds(batch)
+        rounds = math.ceil(budget / (time.perf_counter() - start))
+        times = interleaved(batches, min(max(rounds, fewest), 101), seconds)
+        return {name: [t / loops[name] for t in ts] for name, ts in times.items()}
+
+    def repeats(self, seconds: float) -> int:
+        return math.ceil(1e-3 / seconds)
+
+
+class GpuClock(Clock):
+    device = "cuda"
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def repeats(self, seconds: float) -> int:
+        return min(super().repeats(seconds), QUEUED)
+
+    def queued(self, call: Call) -> float:
+        """The GPU sleeps until the host has queued everything, so it never waits for a launch."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for cycles in (4 * 10**6, 4 * 10**7, 4 * 10**8):
+            torch.cuda.synchronize()
+            torch.cuda._sleep(cycles)
+            start.record()
+            call()
+            end.record()
+            in_time = not start.query()  # still asleep: all of it was queued
+            end.synchronize()
+            if in_time:
+                return start.elapsed_time(end) / 1e3
+        raise RuntimeError("the host could not queue a sample ahead of the GPU: its times would be launch times")
+
+    def graphed(self, call: Call) -> Call:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = call()
+
+        def replay() -> object:
+            graph.replay()
+            return results  # they must outlive the capture
+
+        return replay
+
+
+def clock_of(device: str) -> Clock:
+    return GpuClock() if device == "cuda" else Clock()
+
+
+class Graphed:
+    """A module for inference as a CUDA graph: captured at the first call, then the input is copied in and it is
+    replayed."""
+
+    def __init__(self, module: Callable, clock: Clock) -> None:
+        self.module, self.clock = module, clock
+        self.replay: Call | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.replay is None:
+            self.x = x.clone()
+
+            def call() -> None:
+                self.y = self.module(self.x)
+
+            self.replay = self.clock.graphed(call)
+        self.x.copy_(x)
+        self.replay()
+        return self.y
