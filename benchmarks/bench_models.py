@@ -186,7 +186,7 @@ def operators_a_block(model, vit, images):
 
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("batch", ["batch", "single", "middle", "eight"])
-@pytest.mark.parametrize("form", FORMS, ids=name_of)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: name_of(form).replace(" ", "-"))
 def test_model(bench, compare, form, batch, how, capsys):
     if how != "eager" and not bench.lines and (bench.compiled != "all" or how != "compiled"):
         pytest.skip("compiled models only with --compile all, graphs on a GPU")

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 
 import torch
 
@@ -43,26 +44,20 @@ def facts(device: str) -> dict:
     return found
 
 
-def library(device: str) -> dict:
-    """The compiled library: carried along, or built for this card alone where none loads."""
+def library(device: str) -> tuple[str, dict]:
+    """The compiled library: carried along, or built for this card alone where none loads; its outcome and account."""
     why_not = _native.why_not(device)
     if why_not is None:
-        return {"library": "carried", "info": _native.info()}
+        return record.OK, {"library": "carried", "info": _native.info()}
     environ = environment(TOKENOPS_BUILD="auto")
     if device == "cuda":
         environ["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environ, capture_output=True, text=True
-    )
-    asked = f"from tokenops import _native; print(_native.why_not({device!r}), end='')"  # loaded anew
-    after = subprocess.run([sys.executable, "-c", asked], env=environ, capture_output=True, text=True)
-    return {
-        "library": "built",
-        "carried": why_not,
-        "now": after.stdout,
-        "code": done.returncode,
-        "log": done.stderr[-900:],
-    }
+    build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    built = subprocess.run(build, cwd=ROOT, env=environ, capture_output=True, text=True)
+    load = f"from tokenops import _native; print(_native.why_not({device!r}), end='')"  # in a process of its own
+    loaded = subprocess.run([sys.executable, "-c", load], env=environ, capture_output=True, text=True)
+    outcome = record.OK if loaded.stdout == "None" else record.FAILED
+    return outcome, {"library": "built", "carried": why_not, "loads": loaded.stdout, "log": built.stderr[-900:]}
 
 
 def ceilings() -> dict[str, float]:
@@ -70,11 +65,10 @@ def ceilings() -> dict[str, float]:
     clock = clock_of("cuda")
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    found = {"copy_bytes_per_s": 2 * source.numel() / clock.best(lambda: target.copy_(source), 10)}
-    del source, target
+    found = {"copy_bytes_per_s": 2 * source.numel() / clock.best(partial(target.copy_, source), 10)}
     for dtype, size in ((torch.bfloat16, 8192), (torch.float16, 8192), (torch.float32, 4096)):
         a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
-        found[f"flops_per_s_{str(dtype)[6:]}"] = 2 * size**3 / clock.best(lambda: a @ b, 10)
+        found[f"flops_per_s_{str(dtype)[6:]}"] = 2 * size**3 / clock.best(partial(torch.matmul, a, b), 10)
     return found
 
 
@@ -84,8 +78,8 @@ def main() -> int:
     lines.write("machine", facts=facts(device))
     found = FAKE if device == "cpu" else ceilings()
     lines.write("ceilings", ceilings=found, seconds=round(time.time() - start, 1))
-    built = library(device)
-    lines.write("library", record.OK if not built.get("now", "None").replace("None", "") else record.FAILED, **built)
+    outcome, account = library(device)
+    lines.write("library", outcome, **account)
     return 0
 
 
