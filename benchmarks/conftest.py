@@ -94,12 +94,12 @@ def pytest_terminal_summary(terminalreporter, config):
     bench, folder = config.bench, config.getoption("--results")
     if folder is None and not bench.quick:
         folder = RESULTS
-    if not bench.rows or bench.task != "measure":
+    if not bench.rows or bench.task != "measure" or bench.lines:
         return
     terminalreporter.section(f"side by side on {bench.device}, {bench.dtype_name}")
     for line in bench.text():
         terminalreporter.write_line(line)
-    if folder is not None and not bench.lines:
+    if folder is not None:
         terminalreporter.write_line(f"{len(bench.rows)} rows written to {bench.write(folder)}")
 
 

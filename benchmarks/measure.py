@@ -330,26 +330,34 @@ class Bench:
         return 2 * size**3 / self.clock.best(lambda: a @ b, 3 if self.quick else 10)
 
     def write(self, folder: Path) -> Path:
-        """Merge this session's rows into folder/<device>.json; earlier rows stay, with the run they came from."""
-        path = folder / f"{machine.slug(self.device)}.json"
-        kept = json.loads(path.read_text()) if path.exists() else {"runs": {}, "rows": {}}
+        """Merge this session's rows into folder/<device>.json."""
         run = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        rows = kept["rows"] | {name: {"run": run, **row} for name, row in self.rows.items()}
-        runs = kept["runs"] | {run: self._run()}
-        used = {row["run"] for row in rows.values()}
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            '{"runs": {\n'
-            + ",\n".join(f"{json.dumps(key)}: {json.dumps(runs[key])}" for key in sorted(used))
-            + '\n},\n"rows": {\n'
-            + ",\n".join(f"{json.dumps(key)}: {json.dumps(rows[key])}" for key in sorted(rows))
-            + "\n}}\n"
-        )
+        rates = {"copy_bytes_per_s": self.copy_bytes_per_s, f"flops_per_s_{self.dtype_name}": self.flops_per_s}
+        facts = machine.facts(self.device) | {"commit": machine.commit()} | _rounded(rates)
+        path = folder / f"{machine.slug(self.device)}.json"
+        store(path, {run: facts}, {name: {"run": run, **row} for name, row in self.rows.items()})
         return path
 
-    def _run(self) -> dict[str, Any]:
-        ceilings = {"copy_bytes_per_s": self.copy_bytes_per_s, f"flops_per_s_{self.dtype_name}": self.flops_per_s}
-        return machine.facts(self.device) | {"commit": machine.commit()} | _rounded(ceilings)
+
+def store(path: Path, runs: Mapping[str, Any], rows: Mapping[str, Any], evidence: Mapping[str, Any] = {}) -> None:
+    """Merge rows into a result file; earlier ones stay, with the run they came from."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    parts = {
+        "runs": kept.get("runs", {}) | runs,
+        "rows": kept.get("rows", {}) | rows,
+        "evidence": kept.get("evidence", {}) | evidence,
+    }
+    used = {row["run"] for part in ("rows", "evidence") for row in parts[part].values()}
+    parts["runs"] = {run: facts for run, facts in parts["runs"].items() if run in used}
+    texts = (
+        f"{json.dumps(part)}: {{\n"
+        + ",\n".join(f"{json.dumps(key)}: {json.dumps(values[key])}" for key in sorted(values))
+        + "\n}"
+        for part, values in parts.items()
+        if values
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{" + ",\n".join(texts) + "}\n")
 
 
 def _errors_and_memory(row: Mapping[str, Any]) -> str:

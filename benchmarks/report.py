@@ -1,7 +1,10 @@
 """Turns benchmarks/results/*.json into the tables of README.md and into plots: `python benchmarks/report.py`.
 
 A README says where tables go: between `<!-- results:cpu -->` and `<!-- /results -->` come those of the result files
-whose names begin with "cpu"; `<!-- results:cpu models -->` takes only the models, `operators` only the operators.
+whose names begin with "cpu"; `<!-- results:cpu models -->` takes only the models, `operators` only the operators,
+`main` only the operators at DeiT-S's size, `strongest` the models against the fastest that the dense model can be
+made, and `evidence` what ran on the device and how it ended. With `--lines` the lines of an evidence run are merged
+into the result file of their machine before; of a rehearsal's only plots are made, beside the lines.
 """
 
 import argparse
@@ -10,31 +13,56 @@ import json
 import re
 from pathlib import Path
 
+from gpu.record import parsed
+from gpu.results import results as results_of
+from measure import store
+
 ROOT = Path(__file__).parents[1]
-MARKED = re.compile(r"(<!-- results:(\S+)(?: (operators|models))? -->\n).*?(<!-- /results -->)", re.DOTALL)
+KINDS = "operators|models|main|strongest|evidence"
+MARKED = re.compile(rf"(<!-- results:(\S+)(?: ({KINDS}))? -->\n).*?(<!-- /results -->)", re.DOTALL)
 #: the order of columns; others come behind
 PEERS = ("reference", "published", "naive", "topk", "scatter", "eager", "sdpa flash", "sdpa + row", "compiled")
 MARKERS = "osD^vP*Xhd<>"
+HOW = re.compile(r"(.*?)(?: (eager|graph|compiled|compiled graph))?")
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     options.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options.add_argument("--lines", type=Path, help="lines.jsonl of an evidence run")
     args = options.parse_args()
+    if args.lines and take(args.lines, args.results):
+        return
     files = [path for path in sorted(args.results.glob("*.json")) if path.stem != "accuracy"]  # has its own table
     results = {path.stem: json.loads(path.read_text()) for path in files}
-    plots = importlib.util.find_spec("matplotlib") is not None
-    if not plots:
-        print("no plots: matplotlib is not installed")
-    for stem, result in results.items() if plots else ():
-        for kind, draw in (("operators", draw_operators), ("models", draw_models)):
-            if rows := rows_of(result, kind):
-                draw(rows, result).savefig(args.results / f"{stem}-{kind}.png")
-                print(args.results / f"{stem}-{kind}.png")
+    for stem, result in results.items():
+        plot(args.results, stem, result)
     if args.readme.exists():
         args.readme.write_text(filled(args.readme.read_text(), results))
         print(args.readme)
+
+
+def take(path: Path, folder: Path) -> bool:
+    """Merge an evidence run into the result file of its machine; or draw a rehearsal's, and say that it was one."""
+    lines, torn = parsed(path)
+    found = results_of(lines)
+    print(f"{path}: {len(lines)} lines, {torn} torn, {len(found.rows)} rows of {found.name}")
+    if found.rehearsal:
+        plot(path.parent, found.name, {"runs": found.runs, "rows": found.rows})
+        return True
+    store(folder / f"{found.name}.json", found.runs, found.rows, found.evidence)
+    return False
+
+
+def plot(folder: Path, stem: str, result: dict) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: matplotlib is not installed")
+        return
+    for kind, draw in (("operators", draw_operators), ("models", draw_models)):
+        if rows := rows_of(result, kind):
+            draw(rows, result).savefig(folder / f"{stem}-{kind}.png")
+            print(folder / f"{stem}-{kind}.png")
 
 
 def filled(text: str, results: dict) -> str:
@@ -48,14 +76,24 @@ def filled(text: str, results: dict) -> str:
             )
             return match[0]
         kinds = [match[3]] if match[3] else ["models", "operators"]
-        tables = [table(rows, result) for result in chosen for kind in kinds if (rows := rows_of(result, kind))]
-        return match[1] + "\n" + "\n\n".join(tables) + "\n\n" + match[4]
+        if match[3] == "evidence":
+            texts = [evidence(result) for result in chosen if "evidence" in result]
+        else:
+            texts = [
+                table(rows, result, kind) for result in chosen for kind in kinds if (rows := rows_of(result, kind))
+            ]
+        return match[1] + "\n" + "\n\n".join(texts) + "\n\n" + match[4]
 
     return MARKED.sub(fill, text)
 
 
 def rows_of(result: dict, kind: str) -> list[dict]:
-    return [row for row in result["rows"].values() if is_model(row) == (kind == "models")]
+    rows = [row for row in result["rows"].values() if is_model(row) == (kind in ("models", "strongest"))]
+    if kind != "main" or not rows:
+        return rows
+    batch = max(row["shape"]["B"] for row in rows)
+    main = [row for row in rows if row["shape"]["B"] == batch and row["passes"] == "forward"]
+    return [row for row in main if any(item in row["shape"].items() for item in (("C", 384), ("N", 197)))]
 
 
 def is_model(row: dict) -> bool:
@@ -63,9 +101,21 @@ def is_model(row: dict) -> bool:
     return set(row["shape"]) == {"B"}
 
 
-def table(rows: list[dict], result: dict) -> str:
+def evidence(result: dict) -> str:
+    """What ran on the device, and how it ended."""
+    lines = []
+    for step, found in result["evidence"].items():
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(found["counts"].items()))
+        failed = "".join(f"\n  - {key}: {' '.join(said.split())}" for key, said in found["failed"].items())
+        run = result["runs"][found["run"]]
+        lines.append(f"- {step} on {run['device']}, commit {run['commit']}: {counts}{failed}")
+    return "\n".join(lines)
+
+
+def table(rows: list[dict], result: dict, kind: str) -> str:
     """A Markdown table and, below it, where its figures come from."""
-    header, lines = (model_lines if is_model(rows[0]) else operator_lines)(rows)
+    lines_of = {"models": model_lines, "strongest": strongest_lines}.get(kind, operator_lines)
+    header, lines = lines_of(rows)
     body = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
     return (
         "\n".join(body)
@@ -111,6 +161,26 @@ def model_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     return header, lines
 
 
+def strongest_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Every side as fast as it can be made: the best of eager, compiled and graph."""
+    forms: dict[tuple, dict[str, list]] = {}
+    for row in rows:
+        form, how = HOW.fullmatch(row["operator"]).groups()
+        sides = forms.setdefault((form, row["dtype"], row["shape"]["B"]), {"ours": [], "dense": [], "published": []})
+        sides["ours"].append((row["us"][0], how or "eager", 1.0))
+        for name, peer in row["peers"].items():
+            side = "published" if name == "published" else "dense"
+            sides[side].append((peer["us"][0], how or "eager", peer.get("flop_ratio", 1.0)))
+    header = ["model", "batch", "dtype", "images/s", "ours as", "dense as", "speed-up", "FLOP ratio", "realised"]
+    lines = []
+    for (form, dtype, batch), sides in sorted(forms.items(), key=lambda item: (*item[0][:2], -item[0][2])):
+        (ours, as_, _), (dense, dense_as, flop_ratio) = min(sides["ours"]), min(sides["dense"])
+        published = f"{min(sides['published'])[0] / ours:.2f}" if sides["published"] else ""
+        speed = [f"{dense / ours:.2f}", f"{flop_ratio:.2f}", f"{dense / ours / flop_ratio:.2f}", published]
+        lines.append([form, str(batch), dtype, f"{1e6 * batch / ours:.4g}", as_, dense_as, *speed])
+    return [*header, "x published"], lines
+
+
 def origin(run: dict) -> str:
     rates = [
         f"{run[key] / 1e12:.3g} TFLOP/s {key.rpartition('_')[2]} matmul"
@@ -145,7 +215,7 @@ def ratio(peer: dict) -> str:
 
 
 def peers_of(rows: list[dict]) -> list[str]:
-    there = {peer for row in rows for peer in row["peers"]}
+    there = {peer for row in rows for peer, figures in row["peers"].items() if "ratio" in figures}
     return [peer for peer in PEERS if peer in there] + sorted(there - set(PEERS))
 
 

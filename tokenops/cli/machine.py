@@ -31,7 +31,12 @@ def device_name(device: str) -> str:
 
 def slug(device: str) -> str:
     """The device as a file name: nvidia-h200, cpu-amd-epyc."""
-    name = re.sub(r"\((R|TM)\)|@.*|\bCPU\b|\bProcessor\b", " ", device_name(device), flags=re.IGNORECASE)
+    return slug_of(device_name(device), device)
+
+
+def slug_of(name: str, device: str) -> str:
+    """The same of a name found elsewhere."""
+    name = re.sub(r"\((R|TM)\)|@.*|\bCPU\b|\bProcessor\b", " ", name, flags=re.IGNORECASE)
     words = re.findall(r"[a-z0-9]+", name.lower())
     return "-".join(words if device == "cuda" else ["cpu", *words])
 

@@ -1,0 +1,57 @@
+"""From the lines of a run to what is kept of it: benchmarks/results/<device>.json."""
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tokenops.cli import machine
+
+from . import record
+
+#: steps whose rows are results, and those of which is told how they ended
+ROWS, EVIDENCE = ("operators", "models"), ("smoke", "tests", "sanitize")
+
+
+class Results(NamedTuple):
+    """Of the machine that the lines come from."""
+
+    name: str  # a file's
+    rehearsal: bool
+    runs: dict[str, Any]
+    rows: dict[str, Any]
+    evidence: dict[str, Any]
+
+
+def results(lines: Sequence[Mapping[str, Any]]) -> Results:
+    """The last line of everything counts. ValueError: no line says what machine it was."""
+    runs: dict[str, Any] = {}
+    rehearsal = False
+    for line in lines:
+        if line["step"] == "facts" and line["key"] == "machine":
+            runs[line["run"]] = dict(line["facts"])
+        if line["step"] == "facts" and line["key"] == "ceilings":
+            rates = dict(line["ceilings"])
+            rehearsal = rehearsal or rates.pop("fake", False)
+            runs[line["run"]] |= rates
+    if not runs:
+        raise ValueError("no line of the step facts says what machine this was")
+    facts = list(runs.values())[-1]
+    rows: dict[str, Any] = {}
+    last: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for line in lines:
+        if line["step"] in ROWS and line["outcome"] == record.OK and "row" in line:
+            rows[line["key"]] = {"run": line["run"], **line["row"]}
+        if line["step"] in EVIDENCE:
+            last[line["step"], line["key"]] = line
+    evidence = {step: of_step(step, list(last.values())) for step in EVIDENCE if any(s == step for s, _ in last)}
+    name = machine.slug_of(facts["device"], "cpu" if rehearsal else "cuda")
+    return Results(f"rehearsal-{name}" if rehearsal else name, rehearsal, runs, rows, evidence)
+
+
+def of_step(step: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many of its keys ended how, and what failed."""
+    mine = [line for line in lines if line["step"] == step and "row" not in line]
+    counts = collections.Counter("failed" if line["outcome"] == record.STARTED else line["outcome"] for line in mine)
+    failed = [line for line in mine if line["outcome"] in (record.FAILED, record.STARTED)]
+    said = {line["key"]: line.get("message", "it ended the process") for line in failed}
+    return {"run": mine[-1]["run"], "counts": dict(counts), "failed": {k: v[:300] for k, v in said.items()}}
