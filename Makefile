@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load
 #: object files, so that the tests of building do not compile again what the set-up has compiled
 export TOKENOPS_BUILD_CACHE ?= $(CURDIR)/build/objects
 
-.PHONY: demo test test-all check mutants resources bench accuracy gpu clean
+.PHONY: demo test test-all check mutants resources bench accuracy gpu gpu-rehearsal clean
 
 demo: $(READY)
 	$(BIN)/python -m tokenops demo
@@ -33,7 +33,7 @@ mutants: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest -q benchmarks
-	$(BIN)/python benchmarks/report.py
+	$(GPU) $(BIN)/python benchmarks/report.py
 
 accuracy: $(READY)
 	$(BIN)/python benchmarks/accuracy.py
@@ -50,12 +50,23 @@ $(READY): $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
-# On a GPU machine, offline, with the python and torch that are there; `make gpu GPU_PARTS="build test"` runs a part.
+# On a GPU machine, offline, with the python and torch that are there: benchmarks/GPU.md. GPU_STEPS="facts smoke" runs
+# some of its steps, GPU_RESUME=lines.jsonl leaves out what was found before.
 GPU_PYTHON ?= python3
 GPU_OUT ?= out/gpu
-GPU_PARTS ?= build test sanitize bench
+GPU_STEPS ?=
+GPU_RESUME ?=
+GPU_LIMIT ?= 560
+GPU_COMMIT ?= $(shell git describe --always --dirty --abbrev=12 --match= 2>/dev/null)
+GPU := PYTHONPATH=.:benchmarks:tests
 gpu:
-	$(GPU_PYTHON) benchmarks/gpu.py --out $(GPU_OUT) $(GPU_PARTS)
+	$(GPU) $(GPU_PYTHON) -m gpu $(GPU_STEPS) --out $(GPU_OUT) --limit $(GPU_LIMIT) \
+		$(addprefix --resume ,$(GPU_RESUME)) $(addprefix --commit ,$(GPU_COMMIT))
+
+# the same on this machine's processor: interpreted, at tiny sizes, with ceilings that no machine has
+gpu-rehearsal: $(READY)
+	$(GPU) $(BIN)/python -m gpu $(GPU_STEPS) --out out/rehearsal --device cpu $(addprefix --resume ,$(GPU_RESUME))
+	$(GPU) $(BIN)/python benchmarks/report.py --lines out/rehearsal/lines.jsonl
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info tokenops/*.so tokenops/_build_info.json

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from . import plan, processes, record
 
+LIMIT, REHEARSAL = 560, 175  # seconds for everything
 GRACE = 5  # seconds kept of the limit for the summary
 LOST = 3  # exit code of a step that has lost the device to an error: a new process goes on
 
@@ -36,7 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of lines.jsonl and log.txt")
     parser.add_argument("--resume", type=Path, help="a lines.jsonl of before: what it has is not done again")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal at tiny sizes")
-    parser.add_argument("--limit", type=float, default=560.0, help="seconds for everything")
+    parser.add_argument("--limit", type=float, help=f"seconds for everything; default: {LIMIT}")
     parser.add_argument("--commit", help="what the results are of, where the source is no git repository")
     options = parser.parse_args()
     for step in options.steps:
@@ -66,14 +67,15 @@ def main() -> int:
     if options.device == "cpu":
         os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     chosen = options.steps or list(plan.NAMES)
-    run(chosen, options.device, options.limit - GRACE, lines, began)
+    limit = options.limit or (REHEARSAL if options.device == "cpu" else LIMIT)
+    run(chosen, options.device, limit - GRACE, lines, began)
     print(summary(lines, os.environ["GPU_RUN"]), flush=True)
     ran = [line for line in lines.read() if line["run"] == os.environ["GPU_RUN"]]
     return int(any(line["outcome"] == record.FAILED for line in ran))
 
 
 def run(chosen: list[str], device: str, limit: float, lines: record.Lines, began: float) -> None:
-    ends = plan.deadlines(chosen, limit)
+    ends = plan.deadlines(chosen, limit, device)
     names = [step.name for step in plan.STEPS if step.name in chosen]
     waiting = [beside for beside in plan.BESIDE if beside.name in chosen]
     running: dict[str, Running] = {}
@@ -83,7 +85,7 @@ def run(chosen: list[str], device: str, limit: float, lines: record.Lines, began
         lines.write(f"{name} begins", seconds=round(left, 1))
         print(f"{time.time() - began:5.0f} s  {name} begins", flush=True)
         command = processes.python("-m", f"gpu.{name}", "--device", device)
-        running[name] = Running(processes.start(command, nice=nice), nice, time.time(), len(lines.read()))
+        running[name] = Running(processes.start(command, nice=nice, group=True), nice, time.time(), len(lines.read()))
 
     def settle(name: str) -> None:
         """Take note of a step that has ended; it is made to, at its deadline."""

@@ -8,6 +8,7 @@ class Step(NamedTuple):
 
     name: str
     seconds: float
+    rehearsal: float  # seconds of it on two cores
     what: str
 
 
@@ -22,12 +23,12 @@ class Beside(NamedTuple):
 
 
 STEPS = (
-    Step("facts", 15, "the machine, the compiled library, ceilings of copies and products"),
-    Step("smoke", 45, "every operator forward and backward at DeiT-S sizes against fp64"),
-    Step("tests", 150, "the tests of the device"),
-    Step("operators", 140, "every operator at batches of 1, 32 and 256 beside its peers"),
-    Step("models", 100, "whole models: eager, compiled, as graphs"),
-    Step("sweep", 100, "launch configurations of the hot kernels"),
+    Step("facts", 15, 10, "the machine, the compiled library, ceilings of copies and products"),
+    Step("smoke", 45, 50, "every operator forward and backward at DeiT-S sizes against fp64"),
+    Step("tests", 150, 30, "the tests of the device"),
+    Step("operators", 140, 30, "every operator at batches of 1, 32 and 256 beside its peers"),
+    Step("models", 100, 25, "whole models: eager, compiled, as graphs"),
+    Step("sweep", 100, 25, "launch configurations of the hot kernels"),
 )
 BESIDE = (
     Beside("kernels", "facts", "tests", "compiles the Triton kernels of later steps", nice=10),
@@ -37,17 +38,16 @@ BESIDE = (
 NAMES = tuple(step.name for step in (*STEPS, *BESIDE))
 
 
-def deadlines(chosen: list[str], limit: float) -> dict[str, float]:
+def deadlines(chosen: list[str], limit: float, device: str) -> dict[str, float]:
     """When the plan has every step ended, in seconds: the chosen ones share the limit as the plan does.
 
     A step beside others ends with the last of its span that was chosen; alone, it has the limit.
     """
-    total = sum(step.seconds for step in STEPS if step.name in chosen)
+    planned = {s.name: s.rehearsal if device == "cpu" else s.seconds for s in STEPS if s.name in chosen}
     ends, now = {}, 0.0
-    for step in STEPS:
-        if step.name in chosen:
-            now += step.seconds * limit / total
-            ends[step.name] = now
+    for name, seconds in planned.items():
+        now += seconds * limit / sum(planned.values())
+        ends[name] = now
     for beside in BESIDE:
         if beside.name in chosen:
             span = [name for name in spanned(beside) if name in ends]

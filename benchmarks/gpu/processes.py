@@ -18,21 +18,26 @@ def environment(**values: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **values}
 
 
+def die_with_parent() -> None:
+    """This process is killed when the one that started it ends, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def start(
-    command: Sequence[str], log: Path | None = None, env: Mapping[str, str] | None = None, nice: int = 0
+    command: Sequence[str], env: Mapping[str, str] | None = None, nice: int = 0, group: bool = False
 ) -> subprocess.Popen:
-    """A process in a group of its own that is killed with its parent; what it prints is appended to the log."""
-    libc, parent = ctypes.CDLL(None), os.getpid()
+    """A process that is killed with its parent, in a group of its own or its parent's; its output goes to GPU_LOG."""
+    parent = os.getpid()
 
     def before() -> None:
-        os.setpgid(0, 0)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if group:
+            os.setpgid(0, 0)
+        die_with_parent()
         if os.getppid() != parent:  # it has ended in between
             os._exit(1)
         os.nice(nice)
 
-    log = log or Path(os.environ.get("GPU_LOG", os.devnull))
-    with log.open("ab") as file:
+    with Path(os.environ.get("GPU_LOG", os.devnull)).open("ab") as file:
         file.write(f"$ {' '.join(command)}\n".encode())
         file.flush()
         return subprocess.Popen(
