@@ -1,0 +1,225 @@
+"""The evidence run, rehearsed on this machine's processor: whole, resumed, killed in every step, and reported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pytest_benchmark")
+pytest.importorskip("timm")
+
+from gpu import plan, record, results
+
+ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join(str(ROOT / part) for part in ("", "benchmarks", "tests"))
+COMMAND = (sys.executable, "-m", "gpu", "--device", "cpu", "--out")
+
+
+def environment(tmp_path):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("GPU_", "PYTEST_"))}
+    return {**kept, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+
+
+def rehearse(out, *arguments):
+    done = subprocess.run(
+        [*COMMAND, str(out), *arguments], cwd=ROOT, env=environment(out.parent), capture_output=True, text=True
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def whole_lines(out):
+    """All lines of the file, each of which is whole."""
+    text = (out / "lines.jsonl").read_text()
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def processes_of(out):
+    """Of this run, by what they have in their environment."""
+    mark, found = f"GPU_LINES={out.resolve() / 'lines.jsonl'}".encode(), []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark in path.read_bytes().split(b"\0"):
+                found.append(path.parent.name)
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+def killed_in(step, out):
+    """A rehearsal of one step, killed with its first result; the lines it left."""
+    process = subprocess.Popen(
+        [*COMMAND, str(out), step], cwd=ROOT, env=environment(out.parent), stdout=subprocess.DEVNULL
+    )
+    lines, deadline = record.Lines(out / "lines.jsonl"), time.monotonic() + 120
+    while not lines.read(step):
+        assert process.poll() is None and time.monotonic() < deadline, (out / "log.txt").read_text()[-3000:]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while alive := processes_of(out):
+        assert time.monotonic() < deadline, f"still there: {alive}"
+        time.sleep(0.1)
+    return whole_lines(out)
+
+
+def test_a_killed_run_has_left_whole_lines_and_goes_on(tmp_path):
+    before = killed_in("facts", tmp_path / "out")
+    assert before[0]["key"] == "facts begins" and before[1]["step"] == "facts"
+    code, said, _ = rehearse(tmp_path / "out", "facts")
+    after = whole_lines(tmp_path / "out")
+    assert code == 0 and after[: len(before)] == before
+    assert {line["key"] for line in after if line["step"] == "facts"} == {"machine", "ceilings", "library"}
+    assert "facts      3 ok" in said
+    ceilings = next(line["ceilings"] for line in after if line["key"] == "ceilings")
+    assert ceilings["fake"] is True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", plan.NAMES)
+def test_killed_in_every_step(step, tmp_path):
+    lines = killed_in(step, tmp_path / "out")
+    assert lines[0]["key"] == f"{step} begins"
+    assert all({"step", "key", "outcome", "run", "t"} <= set(line) for line in lines)
+
+
+def test_a_step_is_stopped_at_its_limit(tmp_path):
+    code, _, _ = rehearse(tmp_path / "out", "operators", "--limit", "7")
+    lines = whole_lines(tmp_path / "out")
+    assert lines[-1]["key"] == "operators ends" and lines[-1]["message"] == "stopped at its limit"
+    assert lines[-1]["t"] < 10 and code == 0
+    assert not processes_of(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_whole_rehearsal_is_done_in_time_resumed_and_drawn(tmp_path):
+    out = tmp_path / "out"
+    code, said, error = rehearse(out)
+    lines = whole_lines(out)
+    assert code == 0, said + error
+    ends = {line["key"].removesuffix(" ends"): line for line in lines if line["key"].endswith(" ends")}
+    assert set(ends) == set(plan.NAMES) and lines[-1]["t"] < 180
+    assert {step: line["message"] for step, line in ends.items()} == dict.fromkeys(plan.NAMES, "done")
+    assert {line["step"] for line in lines} == {"run", *plan.NAMES}
+    assert sorted(path.name for path in out.iterdir()) == ["lines.jsonl", "log.txt"]
+
+    found = results.results(lines)
+    assert found.rehearsal and found.name.startswith("rehearsal-")
+    operators = {row["operator"].split()[0] for row in found.rows.values()}
+    assert {"attention", "select_tokens", "soft_aggregate", "token_mlp", "merge_bipartite"} <= operators
+    assert any(set(row["shape"]) == {"B"} for row in found.rows.values())
+    assert all(row["host_us"] > 0 and row["graph_us"] > 0 for row in found.rows.values() if "M" in row["shape"])
+    for step in ("smoke", "tests", "sanitize"):
+        assert found.evidence[step]["counts"]["ok"] > 0 and not found.evidence[step]["failed"]
+
+    report = [sys.executable, "benchmarks/report.py", "--lines", str(out / "lines.jsonl"), "--results", str(tmp_path)]
+    subprocess.run(report, cwd=ROOT, env=environment(tmp_path), check=True)
+    assert {path.name.rpartition("-")[2] for path in out.glob("*.png")} == {"operators.png", "models.png"}
+    assert not list(tmp_path.glob("*.json")), "a rehearsal is no result"
+
+    started = time.monotonic()
+    code, said, error = rehearse(out, "operators", "models")
+    again = whole_lines(out)[len(lines) :]
+    assert code == 0, said + error
+    assert not [line for line in again if "row" in line], "what was found is not done again"
+    assert time.monotonic() - started < 60
+
+
+#: a benchmark that fails, and a device that is lost by it, once
+LOST = """
+import os, pytest, timers
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    if "none-forward+backward" in item.nodeid:
+        with open(os.environ["TOUCHED"], "a") as file:
+            file.write("x")
+        timers.Clock.synchronize = lambda self: lost()
+        raise RuntimeError("an illegal memory access")
+
+def lost():
+    raise RuntimeError("an illegal memory access, and it sticks")
+"""
+
+
+def test_a_session_goes_on_behind_what_lost_the_device(tmp_path, monkeypatch):
+    from gpu import sessions
+
+    (tmp_path / "lost.py").write_text(LOST)
+    touched, lines = tmp_path / "touched", record.Lines(tmp_path / "lines.jsonl", "operators")
+    for name, value in {
+        **environment(tmp_path),
+        "GPU_LINES": str(lines.path),
+        "GPU_LOG": str(tmp_path / "log.txt"),
+        "GPU_RUN": "now",
+        "TOUCHED": str(touched),
+        "PYTHONPATH": f"{PATHS}:{tmp_path}",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sessions.processes, "environment", lambda: None)  # as it is
+    file = str(sessions.FOLDER / "bench_select_tokens.py")
+    choice = ("-p", "lost", "--compile", "none", "-k", "single and (none or weighted-forward)", file)
+    sessions.run("operators", sessions.command("operators", "cpu", *choice))
+    last = {line["key"].rpartition("::")[2]: line for line in lines.read() if "::" in line["key"]}
+    assert {key: line["outcome"] for key, line in last.items()} == {
+        "test_select_tokens[single-C384-none-forward] float32": "ok",
+        "test_select_tokens[single-C384-none-forward+backward] float32": "failed",
+        "test_select_tokens[single-C384-weighted-forward] float32": "ok",
+        "test_select_tokens[single-C384-weighted-forward+backward] float32": "ok",
+    }
+    assert "the device is lost" in last["test_select_tokens[single-C384-none-forward+backward] float32"]["message"]
+    assert touched.read_text() == "x", "it was tried once"
+    assert sum("row" in line for line in lines.read()) == 3
+
+
+def test_the_plan_shares_the_limit():
+    ends = plan.deadlines(list(plan.NAMES), 550, "cuda")
+    assert [round(ends[step.name]) for step in plan.STEPS] == [15, 60, 210, 350, 450, 550]
+    assert ends["kernels"] == ends["peers"] == ends["sanitize"] == ends["tests"]
+    assert plan.deadlines(["models", "sweep"], 300, "cuda") == {"models": 150, "sweep": 300}
+    assert plan.deadlines(["sanitize"], 100, "cuda") == {"sanitize": 100}
+
+
+def line(step, key, outcome="ok", run="1", **values):
+    return {"step": step, "key": key, "outcome": outcome, "run": run, "t": 0.0, **values}
+
+
+def test_results_are_the_last_of_every_line():
+    row = {"operator": "o", "passes": "forward", "shape": {"B": 1, "C": 2}}
+    lines = [
+        line("facts", "machine", facts={"device": "NVIDIA H200", "commit": "a"}),
+        line("facts", "ceilings", ceilings={"copy_bytes_per_s": 4e12}),
+        line("tests", "t1", "failed", message="first"),
+        line("tests", "t2", "started"),
+        line("operators", "o forward", row=row | {"us": [1, 1, 1]}),
+        line("operators", "p forward", "failed", row=row),
+        line("facts", "machine", run="2", facts={"device": "NVIDIA H200", "commit": "b"}),
+        line("facts", "ceilings", run="2", ceilings={"copy_bytes_per_s": 5e12}),
+        line("tests", "t1", run="2"),
+        line("operators", "o forward", run="2", row=row | {"us": [2, 2, 2]}),
+    ]
+    found = results.results(lines)
+    assert found.name == "nvidia-h200" and not found.rehearsal
+    assert found.runs["2"] == {"device": "NVIDIA H200", "commit": "b", "copy_bytes_per_s": 5e12}
+    assert found.rows == {"o forward": {"run": "2", **row, "us": [2, 2, 2]}}
+    assert found.evidence == {
+        "tests": {"run": "1", "counts": {"ok": 1, "failed": 1}, "failed": {"t2": "it ended the process"}}
+    }
+    with pytest.raises(ValueError, match="no line of the step facts"):
+        results.results(lines[2:4])
+
+
+def test_lines_are_appended_whole_and_a_torn_one_is_closed(tmp_path):
+    lines = record.Lines(tmp_path / "lines.jsonl", "tests")
+    lines.write("a")
+    with lines.path.open("a") as file:
+        file.write('{"step": "tests", "key": "to')
+    lines.write("b", record.FAILED, message="x" * 10_000)
+    read, torn = record.parsed(lines.path)
+    assert [line["key"] for line in read] == ["a", "b"] and torn == 1
+    assert len(read[1]["message"]) == record.LONGEST and lines.done() == {"a"}
