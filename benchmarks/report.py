@@ -89,11 +89,14 @@ def filled(text: str, results: dict) -> str:
 
 def rows_of(result: dict, kind: str) -> list[dict]:
     rows = [row for row in result["rows"].values() if is_model(row) == (kind in ("models", "strongest"))]
-    if kind != "main" or not rows:
-        return rows
-    batch = max(row["shape"]["B"] for row in rows)
-    main = [row for row in rows if row["shape"]["B"] == batch and row["passes"] == "forward"]
-    return [row for row in main if any(item in row["shape"].items() for item in (("C", 384), ("N", 197)))]
+    return [row for row in rows if is_main(row)] if kind == "main" else rows
+
+
+def is_main(row: dict) -> bool:
+    """Forward at DeiT-S's size, a whole batch."""
+    size, wanted = row["shape"], {"N": (196, 197), "M": (98,), "C": (384,), "H": (6, 14), "Dk": (64,)}
+    fits = all(size[name] in values for name, values in wanted.items() if name in size)
+    return fits and size["B"] > 1 and row["passes"] == "forward" and "vertical" not in row["operator"]
 
 
 def is_model(row: dict) -> bool:
@@ -114,7 +117,7 @@ def evidence(result: dict) -> str:
 
 def table(rows: list[dict], result: dict, kind: str) -> str:
     """A Markdown table and, below it, where its figures come from."""
-    lines_of = {"models": model_lines, "strongest": strongest_lines}.get(kind, operator_lines)
+    lines_of = {"models": model_lines, "strongest": strongest_lines, "main": main_lines}.get(kind, operator_lines)
     header, lines = lines_of(rows)
     body = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
     return (
@@ -122,6 +125,16 @@ def table(rows: list[dict], result: dict, kind: str) -> str:
         + "\n\n"
         + "\n".join(origin(result["runs"][run]) for run in sorted({row["run"] for row in rows}))
     )
+
+
+def main_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Medians only, and the peers in one cell."""
+    header = ["operator", "B", "dtype", "us", "of the floor", "times as fast as"]
+    return header, [
+        [row["operator"], str(row["shape"]["B"]), row["dtype"], f"{row['us'][0]:.4g}", f"{row['of_floor']:.0%}"]
+        + [", ".join(f"{peer} {row['peers'][peer]['ratio'][0]:.2f}" for peer in peers_of([row]))]
+        for row in sorted(rows, key=order)
+    ]
 
 
 def operator_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
