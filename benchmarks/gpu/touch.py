@@ -8,6 +8,7 @@ import argparse
 import faulthandler
 import json
 import os
+import re
 import time
 from contextlib import contextmanager
 
@@ -29,7 +30,9 @@ class Inputs:
     """Random tensors that want gradients; `apart` puts the rows apart, `turned` makes the channels the slow axis."""
 
     def __init__(self, device: str) -> None:
-        self.device, self.tiny = device, device == "cpu"
+        self.device, tiny = device, device == "cpu"
+        self.B, self.C, self.heads = (1, 35, 1) if tiny else (2, 193, 2)
+        self.many = 30 if tiny else 300  # tokens: on a GPU more than a block has threads
 
     def leaf(self, *shape, dtype=FP32, apart=False, turned=False):
         if turned:
@@ -38,8 +41,9 @@ class Inputs:
             given = torch.randn(*shape[:-1], shape[-1] + 3 * apart, device=self.device).to(dtype)[..., : shape[-1]]
         return given.requires_grad_()
 
-    def whole(self, *rows):
-        return torch.tensor(rows, device=self.device)
+    def each(self, *values):
+        """One of each image."""
+        return torch.tensor(values[: self.B], device=self.device)
 
     def norm(self, C):
         return self.leaf(C), self.leaf(C), 1e-6
@@ -52,85 +56,87 @@ def back(*results):
 
 
 def select_tokens(given):
-    x, scores = given.leaf(3, 38, 64, dtype=BF16), given.leaf(3, 37)
-    follow = given.leaf(3, 37, dtype=BF16), torch.arange(111, device=given.device).view(3, 37)
-    counts = given.whole(17, 5, 0)
-    chosen = tokenops.select_tokens(
-        x, scores, 17, rest="weighted", counts=counts, companions=follow, norm=given.norm(64)
-    )
+    B, C, N = given.B, given.C, given.many
+    x, scores, counts = given.leaf(B, 38, 64, dtype=BF16), given.leaf(B, 37), given.each(5, 0)
+    follow = given.leaf(B, 37, dtype=BF16), torch.arange(B * 37, device=given.device).view(B, 37)
+    options = {"rest": "weighted", "counts": counts, "companions": follow, "norm": given.norm(64)}
+    chosen = tokenops.select_tokens(x, scores, 17, **options)
     back(chosen.tokens, chosen.normed, *chosen.companions)
-    x, scores = given.leaf(2, 33, 193, apart=True), given.leaf(2, 33, dtype=BF16)
+    x, scores = given.leaf(B, 33, C, apart=True), given.leaf(B, 33, dtype=BF16)
     back(tokenops.select_tokens(x, scores, 9, prefix=0, rest="mean", order="index").tokens)
-    N = 30 if given.tiny else 300  # more tokens than a block has threads
     x, scores = given.leaf(1, 2 + N, 7, turned=True), given.leaf(1, N)
     back(tokenops.select_tokens(x, scores, 9, prefix=2, rest="weighted", normalize=False).tokens)
 
 
 def restore_tokens(given):
-    index = torch.stack([torch.randperm(37, device=given.device)[:17] for _ in range(3)])
+    B, C = given.B, given.C
+    index = torch.stack([torch.randperm(37, device=given.device)[:17] for _ in range(B)])
     index[0, 3] = -1  # goes nowhere
-    pairs = (given.leaf(3, 37), given.leaf(3, 17)), (index.new_zeros(3, 37), index.clone())
-    base, tokens = given.leaf(3, 38, 64, dtype=BF16), given.leaf(3, 18, 64, dtype=BF16)  # with the prefix
+    pairs = (given.leaf(B, 37), given.leaf(B, 17)), (index.new_zeros(B, 37), index.clone())
+    base, tokens = given.leaf(B, 38, 64, dtype=BF16), given.leaf(B, 18, 64, dtype=BF16)  # with the prefix
     y, found = tokenops.restore_tokens(base, tokens, index, companions=pairs)
     back(y, *found)
-    back(tokenops.restore_tokens(given.leaf(3, 37, 193, apart=True), given.leaf(3, 17, 193), index, prefix=0))
-    back(tokenops.restore_tokens(given.leaf(3, 39, 5, turned=True), given.leaf(3, 17, 5), index, prefix=2))
+    back(tokenops.restore_tokens(given.leaf(B, 37, C, apart=True), given.leaf(B, 17, C), index, prefix=0))
+    back(tokenops.restore_tokens(given.leaf(B, 39, 5, turned=True), given.leaf(B, 17, 5), index, prefix=2))
 
 
 def merge_neighbours(given):
-    merge = tokenops.merge_neighbours
-    back(merge(given.leaf(2, 36, 64, dtype=BF16), (5, 7), "horizontal"))
-    sizes, channels = given.leaf(2, 35).detach().abs(), (given.leaf(193), given.leaf(193))
-    x = given.leaf(2, 37, 193, apart=True)
-    back(*merge(x, (7, 5), "vertical", channels, prefix=2, sizes=sizes, norm=given.norm(193)))
-    x, logits = given.leaf(2, 35, 64, dtype=BF16), given.leaf(2, 35, dtype=BF16)
+    B, C, merge = given.B, given.C, tokenops.merge_neighbours
+    back(merge(given.leaf(B, 36, 64, dtype=BF16), (5, 7), "horizontal"))
+    x, sizes, channels = (
+        given.leaf(B, 37, C, apart=True),
+        given.leaf(B, 35).detach().abs(),
+        (given.leaf(C), given.leaf(C)),
+    )
+    back(*merge(x, (7, 5), "vertical", channels, prefix=2, sizes=sizes, norm=given.norm(C)))
+    x, logits = given.leaf(B, 35, 64, dtype=BF16), given.leaf(B, 35, dtype=BF16)
     back(*merge(x, (5, 7), "vertical", logits, prefix=0, norm=given.norm(64)))
-    back(merge(given.leaf(2, 36, 37), (5, 7), "horizontal", given.leaf(2, 35), sizes=sizes))
-    back(merge(given.leaf(2, 36, 64, turned=True), (5, 7), "horizontal", (given.leaf(1), 0.4)))
+    back(merge(given.leaf(B, 36, 37), (5, 7), "horizontal", given.leaf(B, 35), sizes=sizes)[0])
+    back(merge(given.leaf(B, 36, 64, turned=True), (5, 7), "horizontal", (given.leaf(1), 0.4)))
 
 
 def merge_bipartite(given):
-    x, metric, sizes = given.leaf(3, 34, 64, dtype=BF16), given.leaf(3, 34, 24, dtype=BF16), given.leaf(3, 34)
+    B, C = given.B, given.C
+    x, metric, sizes = given.leaf(B, 34, 64, dtype=BF16), given.leaf(B, 34, 24, dtype=BF16), given.leaf(B, 34)
     merged = tokenops.merge_bipartite(x, metric, 9, sizes=sizes.detach().abs(), norm=given.norm(64))
     back(merged.tokens, merged.normed)
-    back(tokenops.unmerge_bipartite(given.leaf(3, 25, 64, dtype=BF16), merged.index))
-    merged = tokenops.merge_bipartite(given.leaf(2, 33, 193, apart=True), given.leaf(2, 33, 37), 16, prefix=0)
+    back(tokenops.unmerge_bipartite(given.leaf(B, 25, 64, dtype=BF16), merged.index))
+    merged = tokenops.merge_bipartite(given.leaf(B, 33, C, apart=True), given.leaf(B, 33, 37), 16, prefix=0)
     back(merged.tokens)
-    back(tokenops.unmerge_bipartite(given.leaf(2, 17, 193, turned=True), merged.index, prefix=0))
-    # one image of 4 tiles by 4: several blocks look for its edges, and another launch chooses
-    tokenops.match_bipartite(given.leaf(1, 141 if given.tiny else 401, 72, dtype=BF16), 60)
+    back(tokenops.unmerge_bipartite(given.leaf(B, 17, C, turned=True), merged.index, prefix=0))
+    # one image, on a GPU of 5 tiles by 4: several blocks look for its edges, and another launch chooses
+    tokenops.match_bipartite(given.leaf(1, 1 + 2 * given.many, 72, dtype=BF16), given.many // 2)
 
 
 def masked_channel_attention(given):
-    attend = tokenops.masked_channel_attention
-    qkv = given.leaf(1, 70, 1 if given.tiny else 2, 192, dtype=BF16).transpose(1, 2)
+    B, H, attend = given.B, given.heads, tokenops.masked_channel_attention
+    qkv = given.leaf(1, 70, H, 192, dtype=BF16).transpose(1, 2)
     back(*attend(*qkv.split(64, 3), scores="class"))
-    H = 1 if given.tiny else 2
-    q, k, v = (given.leaf(2, H, *size, dtype=BF16) for size in ((13, 40), (70, 40), (70, 52)))
+    q, k, v = (given.leaf(B, H, *size, dtype=BF16) for size in ((13, 40), (70, 40), (70, 52)))
     masks = {"qk_mask": given.leaf(H, 40), "v_mask": given.leaf(H, 52)}
-    masks |= {"key_bias": given.leaf(2, 1, 1, 70), "key_lengths": given.whole(70, 33)}
+    masks |= {"key_bias": given.leaf(B, 1, 1, 70), "key_lengths": given.each(33, 70)}
     back(*attend(q, k, v, **masks, scores="received", return_lse=True, return_key_mean=True))
     q, k, v = (given.leaf(1, 3, *size, apart=True) for size in ((17, 24), (37, 24), (37, 5)))
     back(*attend(q, k, v, key_bias=given.leaf(1, 3, 1, 37), scores="class", heads="mean", return_key_mean=True))
-    q, k, v = (given.leaf(2, H, *size) for size in ((1, 24), (37, 24), (37, 5)))  # one query
-    back(*attend(q, k, v, key_lengths=given.whole(0, 37), scores="received", heads="mean"))
+    q, k, v = (given.leaf(B, H, *size) for size in ((1, 24), (37, 24), (37, 5)))  # one query
+    back(*attend(q, k, v, key_lengths=given.each(37, 0), scores="received", heads="mean"))
 
 
 def soft_aggregate(given):
-    x, w, mask = given.leaf(2, 71, 64, dtype=BF16), given.leaf(2, 70, 33, dtype=BF16), given.leaf(2, 70) > 0
+    B, C = given.B, given.C
+    x, w, mask = given.leaf(B, 71, 64, dtype=BF16), given.leaf(B, 70, 33, dtype=BF16), given.leaf(B, 70) > 0
     back(tokenops.soft_aggregate(x, w, scale=given.leaf(1), mask=mask, prefix=1))
-    back(tokenops.soft_aggregate(given.leaf(2, 37, 193, apart=True), given.leaf(2, 37, 19, turned=True), scale=0.5))
-    back(tokenops.soft_scatter(given.leaf(2, 33, 64, dtype=BF16), w, scale=given.leaf(1)))
+    back(tokenops.soft_aggregate(given.leaf(B, 37, C, apart=True), given.leaf(B, 37, 19, turned=True), scale=0.5))
+    back(tokenops.soft_scatter(given.leaf(B, 33, 64, dtype=BF16), w, scale=given.leaf(1)))
 
 
 def token_mlp(given):
     def tensors(*shapes, dtype):
         return [given.leaf(*shape, dtype=dtype) for shape in shapes]
 
-    B = 1 if given.tiny else 2
-    back(tokenops.token_mlp(*tensors((B, 24, 70), (100, 24), (100,), (40, 100), (40,), dtype=BF16)))
+    back(tokenops.token_mlp(*tensors((given.B, 24, 70), (100, 24), (100,), (40, 100), (40,), dtype=BF16)))
     w1, w2 = tensors((41, 19), (37, 41), dtype=FP32)
-    back(tokenops.token_mlp(given.leaf(1, 19, 33 if given.tiny else 193, apart=True), w1, None, w2, None))
+    back(tokenops.token_mlp(given.leaf(1, 19, given.C, apart=True), w1, None, w2, None))
 
 
 OPERATORS = (
@@ -221,7 +227,7 @@ def all_launches(device: str):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             yield names
             torch.cuda.synchronize()
-        names |= {event.key for event in profiler.key_averages() if "tokenops::" in event.key}
+        names |= {name for event in profiler.events() for name in re.findall(r"tokenops::\w+_kernel", event.name)}
 
 
 def cases(device: str) -> dict:
