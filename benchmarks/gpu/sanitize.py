@@ -31,7 +31,7 @@ OPERATORS = (*NATIVE, "masked_channel_attention", "soft_aggregate", "token_mlp")
 LEAST = 12  # seconds within which nothing is worth starting
 EXIT_CODE = 86  # of the sanitizer that found something
 
-#: how the planted fault is looked for, until it is found: the processes that are followed, and whether kernels are named
+#: how the planted fault is looked for until it is found: the processes that are followed; whether kernels are named
 FORMS = (("application-only", True), ("all", True), ("all", False))
 #: the option that names kernels, the newest first; all take kns=, a part of the mangled name, and may be repeated
 FILTERS = ("--kernel-name", "--kernel-regex", "--filter")
@@ -140,7 +140,7 @@ class Output:
 
 
 def run(command: list[str], device: str, seconds: float, heard: Callable[[dict, Output], None]) -> tuple[Output, int]:
-    """Listens to a process to its end; touch.py ends itself in time, so that `heard` is the last resort's word too."""
+    """Listens to a process to its end, which touch.py makes in time itself; `heard` gets what touch.py said."""
     settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": str(int(device == "cpu"))}
     if device == "cpu":
         settings["OMP_NUM_THREADS"] = "1"
