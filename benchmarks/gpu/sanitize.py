@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from gpu.processes import die_with_parent
 from gpu.record import FAILED, OK, SKIPPED, Lines, lines
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +152,7 @@ def run(command: list[str], device: str, seconds: float, heard: Callable[[dict, 
         text=True,
         errors="replace",
         env=os.environ | settings,
+        preexec_fn=die_with_parent,
     )
     output = Output()
     killer = threading.Timer(seconds + 15, process.kill)
