@@ -1,0 +1,199 @@
+"""Machine code as nvdisasm prints it: blocks, loops, and how often a warp issues each instruction, given the trips.
+
+What is counted is a least: a block that some way through its loop goes around (a slow path, a branch not taken, what a
+loop that might have no trips is wrapped in) counts only as far as a loop with known trips needs it.
+"""
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+ADDRESS = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;?\s*/\* 0x[0-9a-f]{16} \*/")
+UPPER = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/")
+LABEL = re.compile(r"(\.L_\w+):")
+TARGET = re.compile(r"`\((\.L_\w+)\)")
+LINE = re.compile(r'\s*//## File "(.*?)", line (\d+)')
+SECTION = re.compile(r"\.text\.(\S+):$")
+
+
+class Instruction(NamedTuple):
+    text: str
+    stall: int  # cycles until the same warp may issue again, as the assembler wrote them
+    line: tuple[str, int] | None = None  # of the source, where the code tells
+
+    @property
+    def guarded(self) -> bool:
+        return self.text.startswith("@")
+
+    @property
+    def operation(self) -> str:
+        return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0]
+
+    @property
+    def conditional(self) -> bool:
+        """A branch that may fall through: guarded, by a second predicate, uniform or divergent."""
+        operands = re.sub(r"^@!?U?P\w+\s+", "", self.text)
+        return self.guarded or not re.match(r"BRA\s+`", operands)
+
+
+@dataclass
+class Loop:
+    header: int
+    latches: list[int]
+    blocks: set[int]
+    parent: "Loop | None" = None
+
+    @property
+    def depth(self) -> int:
+        return 0 if self.parent is None else 1 + self.parent.depth
+
+
+class Irreducible(ValueError):
+    pass
+
+
+@dataclass
+class Code:
+    """One kernel."""
+
+    instructions: list[Instruction]
+    labels: dict[str, int]
+    starts: list[int] = field(init=False)
+
+    def __post_init__(self):
+        ends = [i + 1 for i, one in enumerate(self.instructions) if self._ends(one)]
+        starts = {0, *ends, *self.labels.values()}
+        self.starts = sorted(start for start in starts if start < len(self.instructions))
+
+    @staticmethod
+    def _ends(one: Instruction) -> bool:
+        kind = one.operation.split(".")[0]
+        if kind in ("BRX", "JMX", "JMP"):
+            raise Irreducible(f"{one.text}: a branch whose targets are not known")
+        return kind in ("BRA", "EXIT", "RET", "BSYNC")
+
+    def block(self, number: int) -> range:
+        following = [*self.starts[1:], len(self.instructions)]
+        return range(self.starts[number], following[number])
+
+    @cached_property
+    def successors(self) -> list[list[int]]:
+        number = {start: i for i, start in enumerate(self.starts)}
+        following: list[list[int]] = []
+        for i in range(len(self.starts)):
+            last = self.block(i)[-1]
+            one, kind = self.instructions[last], self.instructions[last].operation.split(".")[0]
+            targets, falls = [], True
+            if kind == "BRA":
+                targets, falls = [number[self.labels[TARGET.search(one.text)[1]]]], one.conditional
+            elif kind == "BSYNC":  # to where the nearest BSSY of its barrier says
+                barrier, falls = one.text.split()[-1], one.guarded
+                before = (self.instructions[j].text for j in range(last, -1, -1))
+                wanted = next(text for text in before if re.search(rf"BSSY\S*\s+{barrier},", text))
+                targets = [number[self.labels[TARGET.search(wanted)[1]]]]
+            elif kind in ("EXIT", "RET"):
+                falls = one.guarded
+            following.append(sorted({*targets, *([i + 1] if falls and i + 1 < len(self.starts) else [])}))
+        return following
+
+    def reached(self, start: int, within: set[int] | None = None, without: int | None = None) -> set[int]:
+        """Blocks on ways from `start` through some blocks, but not through one of them."""
+        seen, left = set(), [start]
+        while left:
+            block = left.pop()
+            if block == without or block in seen or (within is not None and block not in within):
+                continue
+            seen.add(block)
+            left += self.successors[block]
+        return seen
+
+    @cached_property
+    def alive(self) -> set[int]:
+        return self.reached(0)
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        """Natural loops in the order of their code, the outer before the inner."""
+        by_header: dict[int, Loop] = {}
+        for latch in sorted(self.alive):
+            for header in self.successors[latch]:
+                if header > latch or latch not in self.reached(header):
+                    continue
+                if latch in self.reached(0, without=header):
+                    raise Irreducible(f"the loop at instruction {self.starts[header]} has several entries")
+                loop = by_header.setdefault(header, Loop(header, [], {header}))
+                loop.latches.append(latch)
+                predecessors = {b: [p for p in self.alive if b in self.successors[p]] for b in self.alive}
+                left = [latch]
+                while left:
+                    block = left.pop()
+                    if block not in loop.blocks:
+                        loop.blocks.add(block)
+                        left += predecessors[block]
+        loops = sorted(by_header.values(), key=lambda loop: (loop.header, -len(loop.blocks)))
+        for loop in loops:
+            outer = [other for other in loops if other is not loop and loop.header in other.blocks]
+            loop.parent = min(outer, key=lambda other: len(other.blocks), default=None)
+        return loops
+
+    def executions(self, trips: list[float]) -> list[float]:
+        """How often a warp issues the instructions of each block at least; `trips` of each loop, once it is entered."""
+        share = dict.fromkeys(range(len(self.starts)), 0.0)
+        of_all = Loop(0, [b for b in self.alive if not set(self.successors[b]) & self.alive], self.alive)
+        times = {id(of_all): 1.0}
+        for loop, count in zip(self.loops, trips, strict=True):
+            times[id(loop)] = count * times[id(loop.parent or of_all)]
+        for region in (of_all, *self.loops):
+            inner = [(o, count) for o, count in zip(self.loops, trips) if (o.parent or of_all) is region]
+            mine = region.blocks.difference(*(loop.blocks for loop, _ in inner))
+            for block in mine:
+                around = self.reached(region.header, region.blocks, without=block)
+                needed = 0.0 if around & set(region.latches) else 1.0
+                for loop, count in inner:  # what leads to a loop, or away from it, runs when the loop does
+                    left = self.reached(loop.header, region.blocks, without=block)
+                    if loop.header not in around or not left & set(region.latches):
+                        needed = max(needed, min(1.0, count))
+                share[block] = needed * times[id(region)]
+        return [share[block] for block in range(len(self.starts))]
+
+    def counts(self, executions: list[float]) -> tuple[Counter, float]:
+        """Instructions of each operation that a warp issues, and the cycles it takes with nothing in its way."""
+        operations: Counter = Counter()
+        cycles = 0.0
+        for number, times in enumerate(executions):
+            for one in self.block(number) if times else ():
+                operations[self.instructions[one].operation] += times
+                cycles += times * max(1, self.instructions[one].stall)
+        return operations, cycles
+
+
+def parse(listing: str) -> dict[str, Code]:
+    """The kernels of a listing by name."""
+    parts: dict[str, tuple[list[Instruction], dict[str, int]]] = {}
+    instructions, labels, line = [], {}, None
+    for text in listing.splitlines():
+        if section := SECTION.match(text.strip()):
+            instructions, labels, line = [], {}, None
+            parts[section[1]] = instructions, labels
+        elif place := LINE.match(text):
+            line = (place[1], int(place[2]))
+        elif label := LABEL.match(text.strip()):
+            labels[label[1]] = len(instructions)
+        elif found := ADDRESS.match(text):
+            instructions.append(Instruction(found[1], 0, line))
+        elif (upper := UPPER.match(text)) and instructions:
+            instructions[-1] = instructions[-1]._replace(stall=int(upper[1], 16) >> 41 & 0xF)
+    return {name: Code(*part) for name, part in parts.items()}
+
+
+def disassembled(cubin: Path) -> dict[str, Code]:
+    command = [TOOLS / "nvdisasm", "--print-code", "--print-instruction-encoding", "--print-line-info", cubin]
+    return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
