@@ -15,22 +15,25 @@ It is no prediction: nothing waits for memory, barriers or matrix instructions, 
 blocks; a program does the mean of all programs' work, and code that a branch may skip counts as skipped.
 """
 
-import argparse
 import ast
 import functools
-import json
 import math
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from kernel_cases import TOOLS, launches, resources
-from sass import Code, Irreducible, Loop, disassembled
+from kernel_cases import TOOLS, Launch, launches, resources
+from sass import Code, Loop, disassembled
+from tokenops import _native
 
-MULTIPROCESSORS, SCHEDULERS, CLOCK, BANDWIDTH = 132, 4, 1.9e9, 4.3e12  # of an H200
+NOTES = Path(__file__).with_name("NOTES.md")
+
+MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.9e9  # of an H200
+BANDWIDTH, MATMUL = 4.3e12, 790e12  # of a copy and of a large product, as measured
 REGISTERS, SHARED, WARPS, BLOCKS = 65536, 228 * 1024, 64, 32  # of a multiprocessor
 RESERVED = 1024  # bytes of shared memory that each block costs beside its own
 PRODUCTS = 512  # of bf16, that a scheduler's tensor core adds a cycle
@@ -71,6 +74,149 @@ CONDITIONS = {
 }
 
 
+class Pass(NamedTuple):
+    """A launch, or some, with the floor and the prediction of NOTES.md."""
+
+    operator: str
+    name: str
+    case: str
+    bytes: float
+    products: float  # of pairs of numbers, times two
+    predicted: float | None
+    triton: dict[str, float | None]  # the bytes of each kernel, None where they are the pass's
+    native: str = ""
+
+    @property
+    def floor(self) -> float:
+        return max(self.bytes / BANDWIDTH, self.products / MATMUL) * 1e6
+
+
+QUERIES, LONG = B * H * (N + 1) ** 2 * D * 2, B * 12 * 577  # products of q and k; queries of a longer case
+LOGITS = B * N * M * 2
+CLASS = "M197-N197-D64-64-class"
+PASSES = (
+    Pass(
+        "soft_aggregate", "forward", "N196-M98-C384", ROW * (N + M + 2) + LOGITS, LOGITS * C, 25,
+        {"soft_aggregate_fwd_kernel": None},
+    ),
+    Pass(
+        "soft_aggregate", "backward", "N196-M98-C384", 2 * (ROW * (N + M + 2) + LOGITS), 2 * LOGITS * C, 65,
+        {"soft_aggregate_bwd_kernel": None},
+    ),
+    Pass(
+        "token_mlp", "forward", "M98-N196-C384", ROW * (M + N), 8 * B * C * N * (M + N), 130,
+        {"token_mlp_fwd_kernel": None},
+    ),
+    Pass(
+        "token_mlp", "backward", "M98-N196-C384", ROW * (2 * M + N), 16 * B * C * N * (M + N), 330,
+        {
+            "token_mlp_bwd_z_kernel": ROW * (2 * M + N),
+            "token_mlp_bwd_weight_kernel": ROW * (M + N),
+            "token_mlp_bwd_weight_kernel#2": ROW * (M + N),
+        },
+    ),
+    Pass(
+        "masked_channel_attention", "class, forward", CLASS, ROW * 4 * (N + 1) + HEADS, 2 * QUERIES, 80,
+        {"masked_channel_attention_fwd_kernel": None},
+    ),
+    Pass(
+        "masked_channel_attention", "class, backward", CLASS, ROW * 8 * (N + 1) + HEADS, 5 * QUERIES, 220,
+        {
+            "masked_channel_attention_bwd_q_kernel": ROW * 6 * (N + 1),
+            "masked_channel_attention_bwd_kv_kernel": ROW * 6 * (N + 1),
+        },
+    ),
+    Pass(
+        "masked_channel_attention", "received (577 tokens, 12 heads), its own launch", "M577-N577-D64-64-received",
+        LONG * (4 * D + 8), LONG * 577 * D * 2, None, {"masked_channel_attention_received_kernel": None},
+    ),
+    Pass(
+        "select_tokens", "no rest, forward", "N196-k98-C384-none", ROW * 2 * (M + 1), 0, 12,
+        {"select_tokens_fwd_kernel": None}, "select_tokens_fwd_kernel<BFloat16, 8, false>",
+    ),
+    Pass(
+        "select_tokens", "no rest, backward", "N196-k98-C384-none", ROW * (M + N + 2), 0, None,
+        {"select_tokens_bwd_kernel": None}, "select_tokens_bwd_kernel<BFloat16, 8>",
+    ),
+    Pass(
+        "restore_tokens", "forward", "N196-k98-C384", ROW * 2 * (N + 1), 0, 21,
+        {"restore_tokens_fwd_kernel": None}, "restore_tokens_fwd_kernel<uint4>",
+    ),
+    Pass(
+        "restore_tokens", "backward", "N196-k98-C384", ROW * (2 * (N + 1) + M), 0, None,
+        {"restore_tokens_bwd_kernel": None}, "restore_tokens_bwd_kernel<uint4>",
+    ),
+    Pass(
+        "merge_neighbours", "average, forward", "H14-W14-C384-average", ROW * (N + M + 2), 0, 16,
+        {"merge_neighbours_fwd_kernel": None}, "merge_neighbours_fwd_kernel<BFloat16, 8>",
+    ),
+    Pass(
+        "merge_neighbours", "average, backward", "H14-W14-C384-average", ROW * (N + M + 2), 0, 17,
+        {"merge_neighbours_bwd_kernel": None}, "merge_neighbours_bwd_kernel<BFloat16, 8, false>",
+    ),
+    Pass(
+        "match_bipartite", "forward", "N196-D64-r13", B * (N + 1) * D * 2 + B * N * 8, LOGITS // 2 * D, 17,
+        {"match_bipartite_fwd_kernel": None}, "match_bipartite_kernel<BFloat16, 8>",
+    ),
+    Pass(
+        "merge_bipartite", "forward", "N196-r13-C384-sizes", ROW * (2 * (N + 1) - 13), 0, 21,
+        {"sum_rows_kernel": None}, "merge_bipartite_kernel<BFloat16, 8, false>",
+    ),
+    Pass(
+        "merge_bipartite", "with norm, forward", "N196-r13-C384-sizes-norm", ROW * (3 * (N + 1) - 26), 0, 31,
+        {"sum_rows_kernel": None}, "merge_bipartite_kernel<BFloat16, 8, true>",
+    ),
+    Pass(
+        "merge_bipartite", "backward", "N196-r13-C384-sizes", ROW * (2 * (N + 1) - 13), 0, 20,
+        {"gather_rows_kernel": None}, "unmerge_bipartite_kernel<BFloat16, 8>",
+    ),
+    Pass(
+        "unmerge_bipartite", "forward", "N196-M183-C384", ROW * (2 * (N + 1) - 13), 0, 20,
+        {"gather_rows_kernel": None}, "unmerge_bipartite_kernel<BFloat16, 8>",
+    ),
+    Pass(
+        "unmerge_bipartite", "backward", "N196-M183-C384", ROW * (2 * (N + 1) - 13), 0, 21,
+        {"sum_rows_kernel": None}, "merge_bipartite_kernel<BFloat16, 8, false>",
+    ),
+)  # fmt: skip
+
+
+class Native(NamedTuple):
+    """A launch of a CUDA C++ kernel: what its plan chooses on an H200 at the reference sizes, and its loops."""
+
+    programs: int
+    loops: (
+        str  # in the order of their code, > before the inner ones: trips a warp in the mean, ! where all rows are there
+    )
+    dynamic: int = 0  # bytes of shared memory
+    threads: int = 256
+
+
+#: `a 0` is a loop that is not entered here, or whose unrolled part is not: few threads have a few trips
+NATIVE = {
+    # places of rows and their rest (20 rows a block), tokens, companions, units, rows
+    "restore_tokens_fwd_kernel<uint4>": Native(2560, "0 0 0.5 0 >0 1! >1!", threads=240),
+    # the same with lost tokens and, in the first of 10 blocks, tokens that go nowhere; as if all rows were replaced
+    "restore_tokens_bwd_kernel<uint4>": Native(2560, "0 0 0.5 >0 >0 2 >0 >0 0 >0 1! >1!", threads=240),
+    # digits (scores four at a time, search), compaction, sort, indices (companions), units (rows), rest
+    "select_tokens_fwd_kernel<BFloat16, 8, false>": Native(512, "4 >0 >0 1 0 >0 >>0 0.5 >0 1! >3! 0 0 0 >0 >0", 392),
+    # slots and their rest, tokens and their rest, rest, rows (units)
+    "select_tokens_bwd_kernel<BFloat16, 8>": Native(512, "0.5 0 0.5 0 0 12.4 >2", 396),
+    # pairs, units (rows)
+    "merge_neighbours_fwd_kernel<BFloat16, 8>": Native(1268, "0.1 1! >1!"),
+    "merge_neighbours_bwd_kernel<BFloat16, 8, false>": Native(1268, "0.1 1! >1!"),
+    # even rows (norms, odd rows (norms, channels)), digits (edges, search), compaction, numbers
+    "match_bipartite_kernel<BFloat16, 8>": Native(256, "2 >1! >2 >>1! >>1.6! 4 >0 >0 1 0.5 0 0.5 0", 196),
+    # origins and tokens with their rests, rows (of many, of two; what lanes do not hold; sums of lanes for the norm)
+    "merge_bipartite_kernel<BFloat16, 8, false>": Native(1024, "0.2 0 0.9 0 3! >0 >>0 >0 >0 >>0 >>>0 >>0"),
+    "merge_bipartite_kernel<BFloat16, 8, true>": Native(
+        1024, "0.2 0 0.9 0 3! >0 >>0 >0 >0 >>0 >>>0 >>0 >0 >4 >0 >4 >0"
+    ),
+    # what rows are given, units (rows)
+    "unmerge_bipartite_kernel<BFloat16, 8>": Native(1009, "0.2 1! >2.5!"),
+}
+
+
 class Unknown(ValueError):
     """Why a kernel has no bound."""
 
@@ -84,7 +230,7 @@ class Kernel(NamedTuple):
     warps: int
     registers: int
     shared: int
-    bytes: float
+    full: Collection[int] = ()  # the loops of which the fullest way is taken
 
 
 @functools.cache
@@ -105,7 +251,9 @@ def source_trips(kernel: str, loop: Loop, code: Code, arguments: dict) -> float:
     """The trips of a loop of a Triton kernel, as the `for` says that it comes from."""
     places = {code.instructions[code.block(latch)[-1]].line for latch in loop.latches}
     path, line = next(iter(places)) if len(places) == 1 and None not in places else ("", 0)
-    found = [node for node in ast.walk(_parsed(path)) if isinstance(node, ast.For) and node.lineno == line] if path else []
+    found = (
+        [node for node in ast.walk(_parsed(path)) if isinstance(node, ast.For) and node.lineno == line] if path else []
+    )
     if not found:
         raise Unknown(f"the loop at instruction {code.block(loop.header)[0]} comes from no `for`: {places}")
     (node,) = found
@@ -129,7 +277,7 @@ def source_trips(kernel: str, loop: Loop, code: Code, arguments: dict) -> float:
     return count
 
 
-def of_launch(launch, bytes: float) -> Kernel:
+def of_launch(launch: Launch) -> Kernel:
     """A Triton kernel."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -140,7 +288,49 @@ def of_launch(launch, bytes: float) -> Kernel:
         raise Unknown(f"{len(lines)} loops found, {len(set(lines))} known: one `for` became several loops")
     trips = [source_trips(launch.kernel, loop, code, launch.arguments) for loop in code.loops]
     values = resources(launch.binary, 90)
-    return Kernel(code, trips, launch.programs, values["warps"], values["registers"], values["shared"], bytes)
+    return Kernel(code, trips, launch.programs, values["warps"], values["registers"], values["shared"])
+
+
+def _demangled(name: str) -> str:
+    """restore_tokens_fwd_kernel<uint4> of what the compiler calls it."""
+    found = re.match(r"_ZN8tokenops\d+(\w+?_kernel)I(.*?)EEvNS_", name)
+    if not found:
+        return name
+    arguments = re.findall(r"NS_\d+([A-Za-z]+\d*)E|Li(\d+)E|Lb([01])E|\d+(uint\d)", found[2] + "E")
+    flags = {"0": "false", "1": "true"}
+    return f"{found[1]}<{', '.join(a or b or flags.get(c) or d for a, b, c, d in arguments)}>"
+
+
+def native_kernels(library: Path) -> dict[str, Kernel | Unknown]:
+    """The kernels of NATIVE in a compiled library, as far as it holds sm_90."""
+    kernels: dict[str, Kernel | Unknown] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([TOOLS / "cuobjdump", "-xelf", "sm_90", library], cwd=folder, capture_output=True, check=True)
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            usage = subprocess.check_output([TOOLS / "cuobjdump", "--dump-resource-usage", cubin], text=True)
+            used = {
+                name: numbers for name, *numbers in re.findall(r"Function (\w+):\s+REG:(\d+).*?SHARED:(\d+)", usage)
+            }
+            for name, code in disassembled(cubin).items():
+                if (known := NATIVE.get(_demangled(name))) is None:
+                    continue
+                registers, shared = map(int, used[name])
+                try:
+                    kernels[_demangled(name)] = _native(code, known, registers, shared)
+                except ValueError as error:
+                    kernels[_demangled(name)] = Unknown(str(error))
+    return kernels
+
+
+def _native(code: Code, known: Native, registers: int, shared: int) -> Kernel:
+    loops = known.loops.split()
+    if [loop.count(">") for loop in loops] != [loop.depth for loop in code.loops]:
+        found = " ".join(f"{'>' * loop.depth}{code.starts[loop.header]}" for loop in code.loops)
+        raise Unknown(f"{len(code.loops)} loops found, {len(loops)} known: {found}")
+    trips = [float(loop.strip(">!")) for loop in loops]
+    full = [place for place, loop in enumerate(loops) if loop.endswith("!")]
+    warps = math.ceil(known.threads / 32)
+    return Kernel(code, trips, known.programs, warps, registers, shared + known.dynamic, full=full)
 
 
 def resident(kernel: Kernel) -> int:
@@ -159,14 +349,14 @@ def matrix_cycles(operations: dict[str, float]) -> float:
             cycles += times * math.prod(map(int, shape.groups())) / 4 / PRODUCTS
         elif shape := re.match(r"HMMA\.(16)(8)(16)\.F32\.BF16", operation):
             cycles += times * math.prod(map(int, shape.groups())) / PRODUCTS
-        elif "MMA" in operation:
+        elif re.match(r"\w*MMA", operation):
             raise Unknown(f"{operation}: its rate is not known")
     return cycles
 
 
-def bound(kernel: Kernel) -> dict:
+def bound(kernel: Kernel, bytes: float) -> dict:
     """The bound in us, by what it is reached, and what it follows from."""
-    operations, stalls = kernel.code.counts(kernel.code.executions(kernel.trips))
+    operations, stalls = kernel.code.counts(kernel.code.executions(kernel.trips, kernel.full))
     blocks, most = resident(kernel), math.ceil(kernel.programs / MULTIPROCESSORS)
     special = sum(times for operation, times in operations.items() if operation.startswith("MUFU"))
     turns = most * kernel.warps / SCHEDULERS  # of a warp on the busiest multiprocessor's schedulers
@@ -176,7 +366,7 @@ def bound(kernel: Kernel) -> dict:
         "matrix": turns * matrix_cycles(operations),
         "special": turns * special * SPECIAL,
     }
-    times = {name: count / CLOCK * 1e6 for name, count in cycles.items()} | {"bytes": kernel.bytes / BANDWIDTH * 1e6}
+    times = {name: count / CLOCK * 1e6 for name, count in cycles.items()} | {"bytes": bytes / BANDWIDTH * 1e6}
     limit = max(times, key=lambda name: times[name])
     return {
         "bound": round(times[limit], 1),
@@ -188,3 +378,80 @@ def bound(kernel: Kernel) -> dict:
         "blocks": blocks,
         "waves": round(kernel.programs / MULTIPROCESSORS / blocks, 1),
     }
+
+
+def rows(before: dict[str, dict] | None = None) -> dict[str, dict]:
+    """The bound of every kernel of every pass, or why it is not known, by `operator, pass: kernel`.
+
+    Triton's are compiled by the Triton in use; without a compiled library the others stay as they were `before`.
+    """
+    made: dict[str, dict] = {}
+    built = _native.info()
+    native = native_kernels(_native.LIBRARY) if "9.0" in (built["architectures"] or ()) else None
+    for one in PASSES:
+        seen: dict[str, int] = {}
+        for launch in _launches(one.operator, one.case):
+            seen[launch.kernel] = seen.get(launch.kernel, 0) + 1
+            name = launch.kernel + (f"#{seen[launch.kernel]}" if seen[launch.kernel] > 1 else "")
+            if name in one.triton:
+                made[f"{one.operator}, {one.name}: {name}"] = _row(one, name, of_launch, launch)
+        if one.native:
+            name = f"{one.operator}, {one.name}: {one.native}"
+            if native is not None:
+                made[name] = _row(one, one.native, native.get, one.native)
+            else:
+                made[name] = (before or {}).get(name, {"unknown": "there is no compiled library for sm_90"})
+    return made
+
+
+@functools.cache
+def _launches(operator: str, case: str) -> list:
+    return launches(operator, case, "bf16", 90)
+
+
+def _row(one: Pass, name: str, make, of) -> dict:
+    try:
+        kernel = make(of)
+        if not isinstance(kernel, Kernel):
+            raise kernel or Unknown("not in the compiled library")
+        return bound(kernel, one.triton.get(name) or one.bytes)
+    except ValueError as error:
+        return {"unknown": str(error)}
+
+
+COLUMNS = ("issue", "stalls", "matrix", "special", "bytes", "registers", "warps", "blocks", "waves")
+
+
+def table(made: dict[str, dict]) -> str:
+    """The rows as NOTES.md has them; times in us."""
+    lines = [
+        "| kernel | floor | predicted | bound | by | " + " | ".join(COLUMNS) + " |",
+        "|---" * (5 + len(COLUMNS)) + "|",
+    ]
+    for one in PASSES:
+        predicted = "" if one.predicted is None else f"{one.predicted:g}"
+        lines.append(f"| **{one.operator}, {one.name}** | {one.floor:.1f} | {predicted} |" + " |" * (2 + len(COLUMNS)))
+        mine = {name: made.get(f"{one.operator}, {one.name}: {name}") for name in (*one.triton, one.native) if name}
+        for name, row in mine.items():
+            short = re.sub(r"<.*>", "", name) + (" (CUDA C++)" if name == one.native else "")
+            if row is None or "unknown" in row:
+                why = "not in the table" if row is None else row["unknown"]
+                lines.append(f"| {short} | | | unknown | {why.replace('|', '/')} |" + " |" * len(COLUMNS))
+            else:
+                numbers = " | ".join(f"{row[column]:g}" for column in COLUMNS)
+                lines.append(f"| {short} | | | {row['bound']:g} | {row['limit']} | {numbers} |")
+        if len(one.triton) > 1 and all(row and "bound" in row for row in mine.values()):
+            total = sum(row["bound"] for row in mine.values() if row)
+            lines.append(f"| together | | | {total:g} | |" + " |" * len(COLUMNS))
+    return "\n".join(lines)
+
+
+def fill_notes(made: dict[str, dict], notes: Path = NOTES) -> None:
+    """Writes the table between the markers of NOTES.md."""
+    start, end = "<!-- bounds -->\n", "<!-- /bounds -->"
+    before, rest = notes.read_text().split(start)
+    notes.write_text(before + start + table(made) + "\n" + end + rest.split(end)[1])
+
+
+if __name__ == "__main__":
+    print(table(rows()))

@@ -7,8 +7,9 @@ loop that might have no trips is wrapped in) counts only as far as a loop with k
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,13 +77,21 @@ class Code:
     @staticmethod
     def _ends(one: Instruction) -> bool:
         kind = one.operation.split(".")[0]
-        if kind in ("BRX", "JMX", "JMP"):
-            raise Irreducible(f"{one.text}: a branch whose targets are not known")
-        return kind in ("BRA", "EXIT", "RET", "BSYNC")
+        return kind in ("BRA", "BRX", "EXIT", "RET", "BSYNC")
 
     def block(self, number: int) -> range:
         following = [*self.starts[1:], len(self.instructions)]
         return range(self.starts[number], following[number])
+
+    def joined(self, sync: int) -> int:
+        """Where a BSYNC goes: what the innermost BSSY around it says, or the nearest before it."""
+        barrier = self.instructions[sync].text.split()[-1]
+        pairs = []
+        for i, one in enumerate(self.instructions[:sync]):
+            if re.search(rf"BSSY\S*\s+{barrier},", one.text):
+                pairs.append((i, self.labels[TARGET.search(one.text)[1]]))
+        around = [pair for pair in pairs if sync < pair[1]]
+        return (around or pairs)[-1][1]
 
     @cached_property
     def successors(self) -> list[list[int]]:
@@ -92,13 +101,14 @@ class Code:
             last = self.block(i)[-1]
             one, kind = self.instructions[last], self.instructions[last].operation.split(".")[0]
             targets, falls = [], True
-            if kind == "BRA":
+            if one.operation.startswith("BRA.DIV"):
+                pass  # the detour of a warp whose lanes have parted
+            elif kind == "BRA":
                 targets, falls = [number[self.labels[TARGET.search(one.text)[1]]]], one.conditional
-            elif kind == "BSYNC":  # to where the nearest BSSY of its barrier says
-                barrier, falls = one.text.split()[-1], one.guarded
-                before = (self.instructions[j].text for j in range(last, -1, -1))
-                wanted = next(text for text in before if re.search(rf"BSSY\S*\s+{barrier},", text))
-                targets = [number[self.labels[TARGET.search(wanted)[1]]]]
+            elif kind == "BRX":
+                targets, falls = [number[self.labels[label]] for label in re.findall(r"\.L_\w+", one.text)], False
+            elif kind == "BSYNC":
+                targets, falls = [number[self.joined(last)]], one.guarded
             elif kind in ("EXIT", "RET"):
                 falls = one.guarded
             following.append(sorted({*targets, *([i + 1] if falls and i + 1 < len(self.starts) else [])}))
@@ -144,25 +154,47 @@ class Code:
             loop.parent = min(outer, key=lambda other: len(other.blocks), default=None)
         return loops
 
-    def executions(self, trips: list[float]) -> list[float]:
-        """How often a warp issues the instructions of each block at least; `trips` of each loop, once it is entered."""
-        share = dict.fromkeys(range(len(self.starts)), 0.0)
+    def fullest(self, region: Loop) -> set[int]:
+        """The blocks of that way through a loop which makes the most accesses of 16 bytes, and the shortest of these."""
+        headers = {loop.header for loop in self.loops}
+        inner = set().union(*(loop.blocks for loop in self.loops if loop.parent is region))
+
+        @cache
+        def best(block: int) -> tuple[int, int, tuple[int, ...]] | None:
+            operations = [self.instructions[i].operation for i in self.block(block)] if block not in inner else []
+            wide = sum(operation.endswith(".128") for operation in operations)
+            ahead = [best(after) for after in self.successors[block] if after in region.blocks - {region.header}
+                     and not (after in headers and after <= block)]  # fmt: skip
+            ways = [way for way in ahead if way is not None] + ([(0, 0, ())] if block in region.latches else [])
+            if not ways:
+                return None
+            accesses, length, blocks = max(ways, key=lambda way: way[:2])
+            return accesses + wide, length - len(operations), (block, *blocks)
+
+        return set(best(region.header)[2])
+
+    def executions(self, trips: list[float], full: Collection[int] = ()) -> list[float]:
+        """How often a warp issues the instructions of each block at least; `trips` of each loop, once it is entered.
+
+        Of the loops that are numbered in `full` the fullest way is taken.
+        """
+        share = [0.0] * len(self.starts)
         of_all = Loop(0, [b for b in self.alive if not set(self.successors[b]) & self.alive], self.alive)
         times = {id(of_all): 1.0}
         for loop, count in zip(self.loops, trips, strict=True):
             times[id(loop)] = count * times[id(loop.parent or of_all)]
-        for region in (of_all, *self.loops):
+        for place, region in enumerate((of_all, *self.loops), start=-1):
             inner = [(o, count) for o, count in zip(self.loops, trips) if (o.parent or of_all) is region]
-            mine = region.blocks.difference(*(loop.blocks for loop, _ in inner))
-            for block in mine:
+            way = self.fullest(region) if place in full else set()
+            for block in region.blocks.difference(*(loop.blocks for loop, _ in inner)) if times[id(region)] else ():
                 around = self.reached(region.header, region.blocks, without=block)
-                needed = 0.0 if around & set(region.latches) else 1.0
+                needed = 1.0 if block in way or not around & set(region.latches) else 0.0
                 for loop, count in inner:  # what leads to a loop, or away from it, runs when the loop does
                     left = self.reached(loop.header, region.blocks, without=block)
                     if loop.header not in around or not left & set(region.latches):
                         needed = max(needed, min(1.0, count))
                 share[block] = needed * times[id(region)]
-        return [share[block] for block in range(len(self.starts))]
+        return share
 
     def counts(self, executions: list[float]) -> tuple[Counter, float]:
         """Instructions of each operation that a warp issues, and the cycles it takes with nothing in its way."""
