@@ -7,7 +7,7 @@ makes the bound unknown, aloud. The bound is the largest of
 
 - issue: instructions of all warps of the blocks on the busiest multiprocessor, over its 4 schedulers, one a cycle each.
   It holds whatever is resident: blocks that share a multiprocessor share these slots;
-- stalls: one warp's chain of stall counts, times the waves of blocks (whole ones, as many blocks as fit being resident);
+- stalls: one warp's chain of stall counts, times the waves of blocks (whole ones; all that fit are resident);
 - matrix and special: what the tensor cores, and the unit of exp, log, roots and reciprocals, take at their peak rates;
 - bytes: every input read once and every output written once, at the rate of a copy.
 
@@ -316,13 +316,13 @@ def native_kernels(library: Path) -> dict[str, Kernel | Unknown]:
                     continue
                 registers, shared = map(int, used[name])
                 try:
-                    kernels[_demangled(name)] = _native(code, known, registers, shared)
+                    kernels[_demangled(name)] = of_native(code, known, registers, shared)
                 except ValueError as error:
                     kernels[_demangled(name)] = Unknown(str(error))
     return kernels
 
 
-def _native(code: Code, known: Native, registers: int, shared: int) -> Kernel:
+def of_native(code: Code, known: Native, registers: int, shared: int) -> Kernel:
     loops = known.loops.split()
     if [loop.count(">") for loop in loops] != [loop.depth for loop in code.loops]:
         found = " ".join(f"{'>' * loop.depth}{code.starts[loop.header]}" for loop in code.loops)

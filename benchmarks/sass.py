@@ -17,7 +17,7 @@ import triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
-ADDRESS = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;?\s*/\* 0x[0-9a-f]{16} \*/")
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;?\s*/\* 0x[0-9a-f]{16} \*/")
 UPPER = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/")
 LABEL = re.compile(r"(\.L_\w+):")
 TARGET = re.compile(r"`\((\.L_\w+)\)")
@@ -155,7 +155,7 @@ class Code:
         return loops
 
     def fullest(self, region: Loop) -> set[int]:
-        """The blocks of that way through a loop which makes the most accesses of 16 bytes, and the shortest of these."""
+        """The blocks of the way through a loop with the most accesses of 16 bytes, the shortest of these."""
         headers = {loop.header for loop in self.loops}
         inner = set().union(*(loop.blocks for loop in self.loops if loop.parent is region))
 
@@ -219,7 +219,7 @@ def parse(listing: str) -> dict[str, Code]:
             line = (place[1], int(place[2]))
         elif label := LABEL.match(text.strip()):
             labels[label[1]] = len(instructions)
-        elif found := ADDRESS.match(text):
+        elif found := INSTRUCTION.match(text):
             instructions.append(Instruction(found[1], 0, line))
         elif (upper := UPPER.match(text)) and instructions:
             instructions[-1] = instructions[-1]._replace(stall=int(upper[1], 16) >> 41 & 0xF)
