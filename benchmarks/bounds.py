@@ -15,8 +15,10 @@ It is no prediction: nothing waits for memory, barriers or matrix instructions, 
 blocks; a program does the mean of all programs' work, and code that a branch may skip counts as skipped.
 """
 
+import argparse
 import ast
 import functools
+import json
 import math
 import re
 import subprocess
@@ -181,6 +183,9 @@ PASSES = (
 )  # fmt: skip
 
 
+OPERATORS = sorted({one.operator for one in PASSES})
+
+
 class Native(NamedTuple):
     """A launch of a CUDA C++ kernel: what its plan chooses on an H200 at the reference sizes, and its loops."""
 
@@ -301,24 +306,22 @@ def _demangled(name: str) -> str:
     return f"{found[1]}<{', '.join(a or b or flags.get(c) or d for a, b, c, d in arguments)}>"
 
 
-def native_kernels(library: Path) -> dict[str, Kernel | Unknown]:
-    """The kernels of NATIVE in a compiled library, as far as it holds sm_90."""
+def native_kernels(library: Path, wanted: Collection[str]) -> dict[str, Kernel | Unknown]:
+    """Kernels of NATIVE in a compiled library for sm_90."""
     kernels: dict[str, Kernel | Unknown] = {}
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([TOOLS / "cuobjdump", "-xelf", "sm_90", library], cwd=folder, capture_output=True, check=True)
         for cubin in sorted(Path(folder).glob("*.cubin")):
             usage = subprocess.check_output([TOOLS / "cuobjdump", "--dump-resource-usage", cubin], text=True)
-            used = {
-                name: numbers for name, *numbers in re.findall(r"Function (\w+):\s+REG:(\d+).*?SHARED:(\d+)", usage)
-            }
-            for name, code in disassembled(cubin).items():
-                if (known := NATIVE.get(_demangled(name))) is None:
-                    continue
-                registers, shared = map(int, used[name])
+            used = {n: sizes for n, *sizes in re.findall(r"Function (\w+):\s+REG:(\d+).*?SHARED:(\d+)", usage)}
+            if not any(_demangled(name) in wanted for name in used):
+                continue
+            for name, code in disassembled(cubin, lambda name: _demangled(name) in wanted).items():
+                kernel = _demangled(name)
                 try:
-                    kernels[_demangled(name)] = of_native(code, known, registers, shared)
+                    kernels[kernel] = of_native(code, NATIVE[kernel], *map(int, used[name]))
                 except ValueError as error:
-                    kernels[_demangled(name)] = Unknown(str(error))
+                    kernels[kernel] = Unknown(str(error))
     return kernels
 
 
@@ -380,15 +383,18 @@ def bound(kernel: Kernel, bytes: float) -> dict:
     }
 
 
-def rows(before: dict[str, dict] | None = None) -> dict[str, dict]:
+def rows(before: dict[str, dict] | None = None, operators: Collection[str] = OPERATORS) -> dict[str, dict]:
     """The bound of every kernel of every pass, or why it is not known, by `operator, pass: kernel`.
 
     Triton's are compiled by the Triton in use; without a compiled library the others stay as they were `before`.
     """
     made: dict[str, dict] = {}
     built = _native.info()
-    native = native_kernels(_native.LIBRARY) if "9.0" in (built["architectures"] or ()) else None
-    for one in PASSES:
+    passes = [one for one in PASSES if one.operator in operators]
+    native = None
+    if "9.0" in (built["architectures"] or ()):
+        native = native_kernels(_native.LIBRARY, {one.native for one in passes})
+    for one in passes:
         seen: dict[str, int] = {}
         for launch in _launches(one.operator, one.case):
             seen[launch.kernel] = seen.get(launch.kernel, 0) + 1
@@ -422,13 +428,13 @@ def _row(one: Pass, name: str, make, of) -> dict:
 COLUMNS = ("issue", "stalls", "matrix", "special", "bytes", "registers", "warps", "blocks", "waves")
 
 
-def table(made: dict[str, dict]) -> str:
+def table(made: dict[str, dict], operators: Collection[str] = OPERATORS) -> str:
     """The rows as NOTES.md has them; times in us."""
     lines = [
         "| kernel | floor | predicted | bound | by | " + " | ".join(COLUMNS) + " |",
         "|---" * (5 + len(COLUMNS)) + "|",
     ]
-    for one in PASSES:
+    for one in (one for one in PASSES if one.operator in operators):
         predicted = "" if one.predicted is None else f"{one.predicted:g}"
         lines.append(f"| **{one.operator}, {one.name}** | {one.floor:.1f} | {predicted} |" + " |" * (2 + len(COLUMNS)))
         mine = {name: made.get(f"{one.operator}, {one.name}: {name}") for name in (*one.triton, one.native) if name}
@@ -453,5 +459,14 @@ def fill_notes(made: dict[str, dict], notes: Path = NOTES) -> None:
     notes.write_text(before + start + table(made) + "\n" + end + rest.split(end)[1])
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
+    parser.add_argument("--json", action="store_true", help="not as a table")
+    options = parser.parse_args()
+    made = rows(operators=options.operators)
+    print(json.dumps(made) if options.json else table(made, options.operators))
+
+
 if __name__ == "__main__":
-    print(table(rows()))
+    main()

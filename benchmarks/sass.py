@@ -7,7 +7,7 @@ loop that might have no trips is wrapped in) counts only as far as a loop with k
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,7 +22,6 @@ UPPER = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/")
 LABEL = re.compile(r"(\.L_\w+):")
 TARGET = re.compile(r"`\((\.L_\w+)\)")
 LINE = re.compile(r'\s*//## File "(.*?)", line (\d+)')
-SECTION = re.compile(r"\.text\.(\S+):$")
 
 
 class Instruction(NamedTuple):
@@ -207,25 +206,28 @@ class Code:
         return operations, cycles
 
 
-def parse(listing: str) -> dict[str, Code]:
+def parse(listing: str, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Code]:
     """The kernels of a listing by name."""
-    parts: dict[str, tuple[list[Instruction], dict[str, int]]] = {}
-    instructions, labels, line = [], {}, None
-    for text in listing.splitlines():
-        if section := SECTION.match(text.strip()):
-            instructions, labels, line = [], {}, None
-            parts[section[1]] = instructions, labels
-        elif place := LINE.match(text):
-            line = (place[1], int(place[2]))
-        elif label := LABEL.match(text.strip()):
-            labels[label[1]] = len(instructions)
-        elif found := INSTRUCTION.match(text):
+    _, *parts = re.split(r"^\.text\.(\S+):$", listing, flags=re.M)
+    return {name: _code(part) for name, part in zip(parts[::2], parts[1::2]) if wanted(name)}
+
+
+def _code(part: str) -> Code:
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    line = None
+    for text in part.splitlines():
+        if found := INSTRUCTION.match(text):
             instructions.append(Instruction(found[1], 0, line))
         elif (upper := UPPER.match(text)) and instructions:
             instructions[-1] = instructions[-1]._replace(stall=int(upper[1], 16) >> 41 & 0xF)
-    return {name: Code(*part) for name, part in parts.items()}
+        elif place := LINE.match(text):
+            line = (place[1], int(place[2]))
+        elif label := LABEL.match(text):
+            labels[label[1]] = len(instructions)
+    return Code(instructions, labels)
 
 
-def disassembled(cubin: Path) -> dict[str, Code]:
+def disassembled(cubin: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Code]:
     command = [TOOLS / "nvdisasm", "--print-code", "--print-instruction-encoding", "--print-line-info", cubin]
-    return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout, wanted)
