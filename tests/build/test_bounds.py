@@ -242,6 +242,15 @@ def test_notes_show_the_committed_bounds():
         assert [name for name in names if "bound" not in read_bounds(file).get(name, {})] == [], file.name
 
 
+@pytest.mark.parametrize("one", [one for one in bounds.PASSES if one.products], ids=lambda one: one.operator)
+def test_loops_make_the_products_that_there_are(one):
+    """Too few trips would leave some out; what tiles are padded by, and what is computed again, is less than thrice."""
+    peak = 2 * bounds.PRODUCTS * bounds.SCHEDULERS * bounds.MULTIPROCESSORS * bounds.CLOCK / 1e6  # a microsecond
+    for file in TABLES.glob("triton-*.json"):
+        rows = [read_bounds(file)[f"{one.operator}, {one.name}: {name}"] for name in one.triton]
+        assert 1 <= sum(row["matrix"] for row in rows) / (one.products / peak) < 4, file.name
+
+
 def compiled(tmp_path, *arguments):
     """In a process that does not interpret."""
     command = [sys.executable, BENCHMARKS / "bounds.py", "--json", *arguments]
