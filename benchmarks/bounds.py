@@ -33,6 +33,7 @@ from sass import Code, Loop, disassembled
 from tokenops import _native
 
 NOTES = Path(__file__).with_name("NOTES.md")
+KERNELS = Path(_native.LIBRARY).parent / "_triton"
 
 MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.9e9  # of an H200
 BANDWIDTH, MATMUL = 4.3e12, 790e12  # of a copy and of a large product, as measured
@@ -197,7 +198,7 @@ class Native(NamedTuple):
     threads: int = 256
 
 
-#: `a 0` is a loop that is not entered here, or whose unrolled part is not: few threads have a few trips
+#: 0: not entered here, or the unrolled part of a loop of few trips; a fraction where only some warps have one
 NATIVE = {
     # places of rows and their rest (20 rows a block), tokens, companions, units, rows
     "restore_tokens_fwd_kernel<uint4>": Native(2560, "0 0 0.5 0 >0 1! >1!", threads=240),
@@ -239,8 +240,8 @@ class Kernel(NamedTuple):
 
 
 @functools.cache
-def _parsed(path: str) -> ast.Module:
-    tree = ast.parse(Path(path).read_text())
+def _parsed(path: Path) -> ast.Module:
+    tree = ast.parse(path.read_text() if path.is_file() else "")
     for node in ast.walk(tree):
         for child in ast.iter_child_nodes(node):
             child.parent = node  # type: ignore[attr-defined]
@@ -255,18 +256,17 @@ def _value(text: str, names: dict):
 def source_trips(kernel: str, loop: Loop, code: Code, arguments: dict) -> float:
     """The trips of a loop of a Triton kernel, as the `for` says that it comes from."""
     places = {code.instructions[code.block(latch)[-1]].line for latch in loop.latches}
-    path, line = next(iter(places)) if len(places) == 1 and None not in places else ("", 0)
-    found = (
-        [node for node in ast.walk(_parsed(path)) if isinstance(node, ast.For) and node.lineno == line] if path else []
-    )
-    if not found:
+    path, line = next(iter(places)) or ("", 0)
+    ours = KERNELS / Path(path).name  # code from a cache may have been compiled elsewhere
+    found = [node for node in ast.walk(_parsed(ours if ours.is_file() else Path(path))) if isinstance(node, ast.For)]
+    found = [node for node in found if node.lineno == line]
+    if len(places) > 1 or not found:
         raise Unknown(f"the loop at instruction {code.block(loop.header)[0]} comes from no `for`: {places}")
     (node,) = found
-    names = dict(arguments)
-    for name, value in LOCALS.get(kernel, {}).items():
-        names[name] = _value(value, names)
-    text = ast.unparse(node.iter)
+    text, names = ast.unparse(node.iter), dict(arguments)
     try:
+        for name, value in LOCALS.get(kernel, {}).items():
+            names[name] = _value(value, names)
         if (kernel, text) in RANGES:
             count = _value(RANGES[kernel, text], names)
         else:
@@ -392,7 +392,7 @@ def rows(before: dict[str, dict] | None = None, operators: Collection[str] = OPE
     built = _native.info()
     passes = [one for one in PASSES if one.operator in operators]
     native = None
-    if "9.0" in (built["architectures"] or ()):
+    if "9.0" in built.get("architectures", ()):
         native = native_kernels(_native.LIBRARY, {one.native for one in passes})
     for one in passes:
         seen: dict[str, int] = {}

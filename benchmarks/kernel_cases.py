@@ -50,7 +50,6 @@ class Launch(NamedTuple):
     binary: Any  # Triton's compiled kernel
     programs: int
     arguments: dict[str, Any]  # by name; tensors are on the meta device
-    source: str  # the file that the kernel is in
 
 
 @contextmanager
@@ -70,7 +69,7 @@ def compiling(capability, done=None):
                 return
             binary = kernel.run(*args, grid=grid, warmup=True, **kwargs)
             arguments = dict(zip(kernel.arg_names, args)) | kwargs
-            compiled.append(Launch(name, binary, math.prod(grid), arguments, kernel.fn.__code__.co_filename))
+            compiled.append(Launch(name, binary, math.prod(grid), arguments))
             if done is not None:
                 done.add(name)
 

@@ -262,8 +262,8 @@ def compiled(tmp_path, *arguments):
 
 def test_the_loops_of_one_operator_are_known(tmp_path):
     made = compiled(tmp_path, "--operators", "restore_tokens")
-    rows = {name: row for name, row in made.items() if "<" not in name}
-    assert len(rows) == 2 and all("unknown" not in row for row in rows.values()), rows
+    rows = {name: row for name, row in made.items() if "unknown" not in row}
+    assert len(made) == 4 and len(rows) == (4 if "9.0" in _native.info().get("architectures", ()) else 2), made
     # it cannot be quicker than its bytes, and each warp of a row's 128 threads issues some hundred instructions
     assert all(row["bound"] >= row["bytes"] > 15 and 3 < row["issue"] < 100 for row in rows.values()), rows
 
@@ -273,5 +273,5 @@ def test_all_loops_are_known(tmp_path):
     made = compiled(tmp_path)
     assert {name: row for name, row in made.items() if "unknown" in row and "<" not in name} == {}
     missing = {name: row for name, row in made.items() if "unknown" in row}
-    assert not missing or _native.why_not("cuda") is not None, missing
+    assert missing == {} or "9.0" not in _native.info().get("architectures", ())
     assert len(made) == sum(len(one.triton) + bool(one.native) for one in bounds.PASSES)
