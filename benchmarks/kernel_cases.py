@@ -8,11 +8,13 @@ resources.py makes tables of all cases.
 
 import functools
 import json
+import math
 import re
 import subprocess
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -43,9 +45,16 @@ class PretendDriver:
         return 0
 
 
+class Launch(NamedTuple):
+    kernel: str
+    binary: Any  # Triton's compiled kernel
+    programs: int
+    arguments: dict[str, Any]  # by name; tensors are on the meta device
+
+
 @contextmanager
 def compiling(capability, done=None):
-    """Within the block every launch is a compilation; yields the list of (kernel name, compiled kernel).
+    """Within the block every launch is a compilation; yields the list of Launches.
 
     With `done`, a set of names, kernels that are in it are passed over and the others join it.
     """
@@ -58,7 +67,9 @@ def compiling(capability, done=None):
             name = kernel.fn.__name__
             if done is not None and name in done:
                 return
-            compiled.append((name, kernel.run(*args, grid=grid, warmup=True, **kwargs)))
+            binary = kernel.run(*args, grid=grid, warmup=True, **kwargs)
+            arguments = dict(zip(kernel.arg_names, args)) | kwargs
+            compiled.append(Launch(name, binary, math.prod(grid), arguments))
             if done is not None:
                 done.add(name)
 
@@ -327,14 +338,20 @@ def case_names(operator):
     return [case for case, _ in CASES[operator](torch.bfloat16)]
 
 
-def compiled_case(operator, case, dtype, capability, done=None):
-    """(kernel name, values) of every launch of a case, forward and backward."""
+def launches(operator, case, dtype, capability, done=None):
+    """Every launch of a case, forward and backward."""
     for name, run in CASES[operator](DTYPES[dtype]):
         if name == case:  # run now: the next case changes what it refers to
             with compiling(capability, done) as compiled:
                 run()
-            return [(kernel, resources(binary, capability)) for kernel, binary in compiled]
+            return compiled
     raise KeyError(f"{operator} has no case {case}")
+
+
+def compiled_case(operator, case, dtype, capability, done=None):
+    """(kernel name, values) of every launch of a case, forward and backward."""
+    compiled = launches(operator, case, dtype, capability, done)
+    return [(launch.kernel, resources(launch.binary, capability)) for launch in compiled]
 
 
 def quick(capability=90, dtype="bf16"):

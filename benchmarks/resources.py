@@ -5,6 +5,9 @@ Triton, benchmarks/resources/triton-X.Y.json, and writes it. A row that spills, 
 matrix unit, more than its committed row does, is a REGRESSION where this Triton has a table (exit code 1, and the
 table is written only with --accept), and a FINDING where it has none. A part of the cases (--operators, --targets,
 --dtypes) is compared and never written over a whole table.
+
+The table also holds the bounds of bounds.py, which a whole run computes again, as does --bounds, which leaves the rows
+as they are. Those of the GPU machines' Triton go into NOTES.md as well.
 """
 
 import argparse
@@ -18,10 +21,12 @@ from typing import NamedTuple
 
 import triton
 
+import bounds
 from kernel_cases import CASES, DTYPES, PRODUCTS, SHARED_LIMIT, TARGETS, case_names, compiled_case
 
 TABLES = Path(__file__).with_name("resources")
 REGISTERS = 65536  # of a multiprocessor
+OF_NOTES = "3.6"  # the Triton whose bounds are in NOTES.md
 
 
 class Row(NamedTuple):
@@ -46,14 +51,42 @@ def read(path):
     return {Row.parse(name): values for name, values in table["rows"].items()}, table["whole"]
 
 
-def write(path, version, rows, whole):
+def read_bounds(path):
+    """The bounds of a table by kernel; none where there is no table."""
+    return json.loads(path.read_text()).get("bounds", {}) if path.exists() else {}
+
+
+def write(path, version, rows, whole, made=None):
     """One row a line, sorted by name, so that a diff shows the rows that changed."""
-    lines = [
-        f"{json.dumps(name)}: {json.dumps(values)}" for name, values in sorted((str(r), v) for r, v in rows.items())
-    ]
+
+    def lines(values):
+        return ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in values)
+
     path.parent.mkdir(parents=True, exist_ok=True)
     head = f'"triton": {json.dumps(version)},\n"whole": {json.dumps(whole)},\n'
-    path.write_text("{\n" + head + '"rows": {\n' + ",\n".join(lines) + "\n}\n}\n")
+    listed = lines(sorted((str(row), value) for row, value in rows.items()))
+    path.write_text(
+        "{\n" + head + '"rows": {\n' + listed + '\n},\n"bounds": {\n' + lines((made or {}).items()) + "\n}\n}\n"
+    )
+
+
+def compute_bounds(before):
+    """In a process of its own that does not interpret."""
+    os.environ["TRITON_INTERPRET"] = "0"
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(bounds.rows, before).result()
+
+
+def bound_changes(made, before):
+    """A line for every kernel whose bound is not what it was, or is not known."""
+    lines = []
+    for name, row in made.items():
+        old = before.get(name, {})
+        if "unknown" in row:
+            lines.append(f"UNKNOWN BOUND: {name}: {row['unknown']}")
+        elif row["bound"] != old.get("bound"):
+            lines.append(f"bound: {name}: {old.get('bound', '-')} -> {row['bound']} us by {row['limit']}")
+    return lines
 
 
 def excess(row, values):
@@ -78,6 +111,15 @@ def verdicts(rows, committed):
             if now > before.get(what, 0):
                 lines.append(f"{word}: {row}: {now} {what}" if now > 1 else f"{word}: {row}: {what}")
     return lines
+
+
+def finish(out, version, rows, whole, made, before):
+    """Shows the bounds that changed, writes the table, and NOTES.md with it; 1 where a bound is not known."""
+    write(out, version, rows, whole, made)
+    print(*bound_changes(made, before), f"written to {out}", sep="\n")
+    if out == TABLES / f"triton-{OF_NOTES}.json":
+        bounds.fill_notes(made)
+    return int(any("unknown" in row for row in made.values()))
 
 
 def changes(rows, committed):
@@ -140,6 +182,7 @@ def main(arguments=None):
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: the cores")
     parser.add_argument("--out", type=Path, help="a file for the table; default: the committed one, for all cases")
     parser.add_argument("--accept", action="store_true", help="write the table in spite of regressions")
+    parser.add_argument("--bounds", action="store_true", help="bounds only, into the committed table")
     options = parser.parse_args(arguments)
     selected = [set(options.operators), set(options.targets), set(options.dtypes)]
     whole = selected == [set(CASES), set(TARGETS), set(DTYPES)]
@@ -148,6 +191,11 @@ def main(arguments=None):
     table = TABLES / f"triton-{version}.json"
     if not whole and options.out and options.out.exists() and read(options.out)[1]:
         parser.error(f"{options.out} is a whole table, which a part of the cases is not written over")
+    bounds_before = read_bounds(table)
+    if options.bounds:
+        if not table.exists():
+            parser.error(f"{table} is not there: a whole run makes it")
+        return finish(table, version, *read(table), compute_bounds(bounds_before), bounds_before)
     committed = read(table)[0] if table.exists() else None
     if committed is not None:
         names = [(row, (row.operator, row.sm, row.dtype)) for row in committed]
@@ -170,8 +218,7 @@ def main(arguments=None):
     elif regressed and out == table and not options.accept:
         print(f"{table} is left as it is: --accept writes it in spite of regressions")
     else:
-        write(out, version, rows, whole)
-        print(f"written to {out}")
+        finish(out, version, rows, whole, compute_bounds(bounds_before) if whole else {}, bounds_before)
     return int(regressed)
 
 

@@ -5,11 +5,12 @@ import json
 import pytest
 
 import resources
-from resources import TABLES, Row, changes, excess, read, verdicts, write
+from resources import TABLES, Row, bound_changes, changes, excess, read, read_bounds, verdicts, write
 
 BACKWARD = Row("token_mlp", "M98-N196-C384", "token_mlp_bwd_weight_kernel#2", "fp32", 100)
 FORWARD = Row("token_mlp", "M98-N196-C384", "token_mlp_fwd_kernel", "bf16", 90)
 MOVING = Row("restore_tokens", "N196-k98-C384", "restore_tokens_fwd_kernel", "bf16", 80)
+BOUND = {"token_mlp, forward: token_mlp_fwd_kernel": {"bound": 272.7, "limit": "stalls"}}
 GOOD = {"registers": 168, "spills": 0, "shared": 49152, "warps": 8, "matrix": True, "mma": 12}
 
 
@@ -69,6 +70,14 @@ def test_a_table_is_a_sorted_row_a_line(tmp_path):
     assert json.loads(file.read_text())["triton"] == "3.8"
     lines = [line.split('"')[1] for line in file.read_text().splitlines() if "registers" in line]
     assert lines == [str(MOVING), str(BACKWARD), str(FORWARD)]
+    assert read_bounds(file) == read_bounds(tmp_path / "none.json") == {}
+
+
+def test_bounds_that_changed_or_are_not_known_are_told():
+    (name,) = BOUND
+    assert bound_changes(BOUND, BOUND) == []
+    assert bound_changes(BOUND, {}) == [f"bound: {name}: - -> 272.7 us by stalls"]
+    assert bound_changes({name: {"unknown": "3 loops"}}, BOUND) == [f"UNKNOWN BOUND: {name}: 3 loops"]
 
 
 @pytest.fixture
@@ -78,12 +87,17 @@ def tool(tmp_path, monkeypatch, capsys):
     write(table, "3.8", {FORWARD: GOOD, MOVING: GOOD}, True)
     monkeypatch.setattr(resources, "TABLES", tmp_path)
 
-    def run(rows, *arguments, version="3.8.1"):
+    filled = []
+
+    def run(rows, *arguments, version="3.8.1", bounds=BOUND):
         monkeypatch.setattr(resources.triton, "__version__", version)
         monkeypatch.setattr(resources, "compile_all", lambda *selection: rows)
+        monkeypatch.setattr(resources, "compute_bounds", lambda before: bounds)
+        monkeypatch.setattr(resources.bounds, "fill_notes", filled.append)
         code = resources.main(arguments)
         return code, capsys.readouterr().out, read(table)[0]
 
+    run.filled = filled
     return run
 
 
@@ -116,6 +130,26 @@ def test_a_part_is_not_written_over_a_whole(tool, tmp_path):
     assert read(tmp_path / "triton-3.8.json") == ({FORWARD: GOOD, MOVING: GOOD}, True)
     code, said, _ = tool(part, "--targets", "90", "--dtypes", "bf16", "--out", str(tmp_path / "part.json"))
     assert code == 0 and read(tmp_path / "part.json") == (part, False)
+
+
+def test_bounds_alone_leave_the_rows(tool, tmp_path):
+    (name,) = BOUND
+    code, said, table = tool({}, "--bounds")
+    assert code == 0 and f"bound: {name}: - -> 272.7 us" in said and table == {FORWARD: GOOD, MOVING: GOOD}
+    assert read_bounds(tmp_path / "triton-3.8.json") == BOUND and tool.filled == []
+    code, said, _ = tool({}, "--bounds", bounds={name: {"unknown": "3 loops found, 2 known"}})
+    assert code == 1 and f"UNKNOWN BOUND: {name}: 3 loops found, 2 known" in said
+    with pytest.raises(SystemExit):
+        tool({}, "--bounds", version="3.10.0")  # which has no rows yet
+
+
+def test_a_whole_run_has_bounds_and_those_of_one_triton_go_into_the_notes(tool, tmp_path):
+    tool({FORWARD: GOOD, MOVING: GOOD})
+    assert read_bounds(tmp_path / "triton-3.8.json") == BOUND and tool.filled == []
+    tool({FORWARD: GOOD, MOVING: GOOD}, version=f"{resources.OF_NOTES}.0")
+    assert read_bounds(tmp_path / f"triton-{resources.OF_NOTES}.json") == BOUND and tool.filled == [BOUND]
+    tool({FORWARD: GOOD}, "--operators", "token_mlp", "--out", str(tmp_path / "part.json"))
+    assert read_bounds(tmp_path / "part.json") == {} and tool.filled == [BOUND]
 
 
 def test_no_committed_table_spills():
