@@ -56,7 +56,7 @@ Entries = dict[str, dict[tuple | None, Config]]
 
 
 def overlaid(
-    kernel: str, dtype: torch.dtype, images: int, sizes: tuple[int, ...], default: Config, given: tuple = ()
+    kernel: str, dtype: torch.dtype, images: int, sizes: tuple[int, ...], default: Config, given: tuple[bool, ...] = ()
 ) -> Config:
     """A launcher's configuration with what the table says of such a call.
 
@@ -66,13 +66,23 @@ def overlaid(
         images: B.
         sizes: those of KERNELS.
         default: the launcher's own configuration.
-        given: the optional arguments of KERNELS; None and False are not given.
+        given: which of the optional arguments of KERNELS there are.
     """
-    entries = _entries.get(kernel)
-    if entries is None:
+    if kernel not in _entries:
         return default
-    config = entries.get(_key(_present(), dtype, images, sizes, given)) or entries.get(None)
+    device = None if INTERPRETED else triton.runtime.driver.active.get_current_device()
+    config = _found(kernel, device, dtype, images, sizes, given)
     return default if config is None else {**default, **config}
+
+
+@lru_cache(1024)
+def _found(
+    kernel: str, device: int | None, dtype: torch.dtype, images: int, sizes: tuple[int, ...], given: tuple[bool, ...]
+) -> Config | None:
+    """What the table says of a call on the current device; kept, because a call at B=1 takes as long as its launch."""
+    gpu = None if device is None else triton.runtime.driver.active.get_current_target().arch
+    entries = _entries[kernel]
+    return entries.get(_key(gpu, dtype, images, sizes, given)) or entries.get(None)
 
 
 @contextmanager
@@ -81,12 +91,18 @@ def using(entries: Mapping[str, Config]) -> Iterator[None]:
 
     A name may be a kernel's alone: that entry counts for every call of it, interpreted ones too.
     """
-    global _entries
-    before, _entries = _entries, parsed(entries)
+    before = _entries
+    _use(parsed(entries))
     try:
         yield
     finally:
-        _entries = before
+        _use(before)
+
+
+def _use(entries: Entries) -> None:
+    global _entries
+    _entries = entries
+    _found.cache_clear()
 
 
 def name(
@@ -155,20 +171,8 @@ def _bucket(size: int) -> int:
     return (max(size, 1) - 1).bit_length()
 
 
-def _key(gpu: int | None, dtype: torch.dtype, images: int, sizes: tuple[int, ...], given: tuple) -> tuple:
-    present = tuple(t is not None and t is not False for t in given)
-    return gpu, dtype, images <= FEW, tuple(map(_bucket, sizes)), present
-
-
-def _present() -> int | None:
-    """The GPU in use, 90 for compute capability 9.0; None interpreted."""
-    return None if INTERPRETED else _arch(triton.runtime.driver.active.get_current_device())
-
-
-@lru_cache
-def _arch(device: int) -> int:
-    """Of the current device; asking the driver takes longer than looking here."""
-    return triton.runtime.driver.active.get_current_target().arch
+def _key(gpu: int | None, dtype: torch.dtype, images: int, sizes: tuple[int, ...], given: tuple[bool, ...]) -> tuple:
+    return gpu, dtype, images <= FEW, tuple(map(_bucket, sizes)), given
 
 
 _entries: Entries = {} if INTERPRETED else parsed(json.loads(TABLE.read_text()), TABLE.name)

@@ -309,7 +309,8 @@ def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale,
         q, k, v, qk_mask, v_mask, bias, lengths
     )
     default = _fwd_config(q.dtype, M, N, DK, DV)
-    call = (q.dtype, B, (M, N, DK, DV), default, (qk_mask, v_mask, bias, lengths))
+    given = (qk_mask is not None, v_mask is not None, bias is not None, lengths is not None)
+    call = (q.dtype, B, (M, N, DK, DV), default, given)
     sizes = launches.overlaid("masked_channel_attention_fwd", *call)
     factor = float(scale) * math.log2(math.e)
     class_mean = scores == "class" and mean

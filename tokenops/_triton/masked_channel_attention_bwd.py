@@ -257,13 +257,12 @@ def masked_channel_attention_bwd(
 ):
     (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
     dq, dk, dv = heads_inside(q, M, DK), heads_inside(k, N, DK), heads_inside(v, N, DV)
-    of_queries, of_keys = (
-        launches.overlaid(
-            f"masked_channel_attention_bwd_{owner}", q.dtype, B, (M, N, DK, DV), default,
-            (qk_mask, v_mask, bias, lengths, dscores is not None and scores == "received"),
-        )
-        for owner, default in zip(("q", "kv"), _bwd_configs(q.dtype, M, N, DK, DV))
-    )  # fmt: skip
+    of_queries, of_keys = _bwd_configs(q.dtype, M, N, DK, DV)
+    received = dscores is not None and scores == "received"
+    optional = (qk_mask is not None, v_mask is not None, bias is not None, lengths is not None, received)
+    call = (q.dtype, B, (M, N, DK, DV))
+    of_queries = launches.overlaid("masked_channel_attention_bwd_q", *call, of_queries, optional)
+    of_keys = launches.overlaid("masked_channel_attention_bwd_kv", *call, of_keys, optional)
     given, strides, bias_strides, constants = shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, dout)
     strides = [stride for of_one in strides for stride in of_one]
     split = qk_mask is None and max(DK, DV) <= 64  # two loops take more registers
