@@ -106,9 +106,12 @@ class Kernel(NamedTuple):
     summed: int | None = None  # the argument whose sum over its first dimension belongs to the work
 
 
-def _set(warps: int = 0, stages: int = 0, **tiles: int) -> Config:
-    settings = {f"BLOCK_{name}": size for name, size in tiles.items()} | {"num_warps": warps, "num_stages": stages}
-    return {name: value for name, value in settings.items() if value}
+def configs(text: str) -> tuple[Config, ...]:
+    """Candidates: tiles by the letter of their size, w for warps, s for stages."""
+    names = {"w": "num_warps", "s": "num_stages"}
+    return tuple(
+        {names.get(word[0], f"BLOCK_{word[0]}"): int(word[1:]) for word in one.split()} for one in text.split(",")
+    )
 
 
 def _aggregate(s: Size) -> tuple[int, ...]:
@@ -130,61 +133,20 @@ KERNELS = {
         "masked_channel_attention_fwd_kernel",
         partial(attention, backward=False, scores="class"),
         _heads,
-        many=(
-            _set(M=128, warps=8),
-            _set(M=128, warps=4),
-            _set(stages=2),
-            _set(stages=4),
-            _set(N=32),
-            _set(N=32, stages=4),
-            _set(M=128, N=32, warps=4),
-            _set(M=128, N=32, warps=8),
-            _set(N=128, stages=2),
-            _set(M=128, N=128, warps=8, stages=2),
-            _set(M=32, warps=2),
+        many=configs(
+            "M128 w8, M128 w4, s2, s4, N32, N32 s4, M128 N32 w4, M128 N32 w8, N128 s2, M128 N128 w8 s2, M32 w2"
         ),
-        few=(
-            _set(M=16),
-            _set(M=16, warps=2),
-            _set(M=16, N=128, stages=2),
-            _set(M=16, N=32, warps=2),
-            _set(M=32),
-            _set(M=32, warps=2),
-            _set(M=32, N=128, stages=2),
-            _set(stages=2),
-            _set(warps=8),
-        ),
+        few=configs("M16, M16 w2, M16 N128 s2, M16 N32 w2, M32, M32 w2, M32 N128 s2, s2, w8"),
     ),
     "soft_aggregate_fwd": Kernel(
         "soft_aggregate",
         "soft_aggregate_fwd_kernel",
         partial(soft_aggregate, backward=False),
         _aggregate,
-        many=(
-            _set(N=64),
-            _set(N=64, stages=2),
-            _set(stages=2),
-            _set(stages=4),
-            _set(C=256),
-            _set(C=256, N=64, stages=2),
-            _set(M=64, C=256),
-            _set(M=64, warps=4),
-            _set(M=64),
-            _set(C=64),
-            _set(C=64, warps=4),
-            _set(N=16, stages=4),
-        ),
-        few=(
-            _set(M=16, C=64, warps=4),
-            _set(M=16, C=32, warps=2),
-            _set(M=16, C=32, warps=4),
-            _set(M=16, C=128, warps=4),
-            _set(M=32, C=32, warps=4),
-            _set(M=32, C=64, warps=4),
-            _set(M=16, C=32, N=64, warps=4),
-            _set(M=16, C=64, N=128, warps=4, stages=2),
-            _set(M=64, C=32, warps=4),
-            _set(M=64, C=64, N=64, warps=8),
+        many=configs("N64, N64 s2, s2, s4, C256, C256 N64 s2, M64 C256, M64 w4, M64, C64, C64 w4, N16 s4"),
+        few=configs(
+            "M16 C64 w4, M16 C32 w2, M16 C32 w4, M16 C128 w4, M32 C32 w4, M32 C64 w4, M16 C32 N64 w4, "
+            "M16 C64 N128 w4 s2, M64 C32 w4, M64 C64 N64"
         ),
     ),
     "token_mlp_fwd": Kernel(
@@ -192,30 +154,9 @@ KERNELS = {
         "token_mlp_fwd_kernel",
         partial(token_mlp, backward=False),
         _mlp,
-        many=(
-            _set(stages=3),
-            _set(stages=1),
-            _set(R=32),
-            _set(R=32, stages=3),
-            _set(R=128),
-            _set(C=128),
-            _set(C=128, R=32),
-            _set(C=32, warps=4),
-            _set(warps=4),
-            _set(N=128, C=128),
-            _set(N=128, warps=4),
-        ),
-        few=(
-            _set(N=64, C=16, warps=4),
-            _set(N=64, C=32, warps=4),
-            _set(N=32, C=32, warps=4),
-            _set(N=32, C=64),
-            _set(N=64, C=64),
-            _set(N=128, C=16),
-            _set(N=128, C=32),
-            _set(N=64, C=16, R=128),
-            _set(N=64, C=32, R=128),
-            _set(C=16),
+        many=configs("s3, s1, R32, R32 s3, R128, C128, C128 R32, C32 w4, w4, N128 C128, N128 w4"),
+        few=configs(
+            "N64 C16 w4, N64 C32 w4, N32 C32 w4, N32 C64, N64 C64, N128 C16, N128 C32, N64 C16 R128, N64 C32 R128, C16"
         ),
     ),
     "token_mlp_bwd_w1": Kernel(
@@ -223,29 +164,8 @@ KERNELS = {
         "token_mlp_bwd_weight_kernel",
         partial(token_mlp, backward=True),
         _mlp,
-        many=(
-            _set(N=128),
-            _set(N=256),
-            _set(stages=1),
-            _set(stages=3),
-            _set(R=32),
-            _set(R=128),
-            _set(C=32),
-            _set(C=128),
-            _set(C=128, N=128, stages=1),
-            _set(N=256, C=32),
-            _set(warps=4),
-        ),
-        few=(
-            _set(R=32),
-            _set(C=32),
-            _set(R=32, C=32),
-            _set(R=32, C=32, warps=4),
-            _set(R=16, C=32, warps=4),
-            _set(R=32, C=16, warps=4),
-            _set(R=16, C=16, warps=4),
-            _set(R=32, C=16, N=256),
-        ),
+        many=configs("N128, N256, s1, s3, R32, R128, C32, C128, C128 N128 s1, N256 C32, w4"),
+        few=configs("R32, C32, R32 C32, R32 C32 w4, R16 C32 w4, R32 C16 w4, R16 C16 w4, R32 C16 N256"),
         summed=5,
     ),
     "token_mlp_bwd_w2": Kernel(
@@ -253,29 +173,8 @@ KERNELS = {
         "token_mlp_bwd_weight_kernel",
         partial(token_mlp, backward=True),
         _mlp,
-        many=(
-            _set(N=256),
-            _set(N=64),
-            _set(stages=1),
-            _set(stages=3),
-            _set(R=32),
-            _set(R=128),
-            _set(C=128),
-            _set(C=32),
-            _set(N=256, C=128),
-            _set(N=256, R=32),
-            _set(warps=4),
-        ),
-        few=(
-            _set(N=64),
-            _set(R=32),
-            _set(C=32),
-            _set(N=64, C=32),
-            _set(R=32, C=32, warps=4),
-            _set(N=64, C=32, warps=4),
-            _set(N=64, R=32, C=32, warps=4),
-            _set(R=32, C=16, warps=4),
-        ),
+        many=configs("N256, N64, s1, s3, R32, R128, C128, C32, N256 C128, N256 R32, w4"),
+        few=configs("N64, R32, C32, N64 C32, R32 C32 w4, N64 C32 w4, N64 R32 C32 w4, R32 C16 w4"),
         nth=1,
         summed=5,
     ),
@@ -284,136 +183,40 @@ KERNELS = {
         "token_mlp_bwd_z_kernel",
         partial(token_mlp, backward=True),
         _mlp,
-        many=(
-            _set(N=128),
-            _set(N=256),
-            _set(stages=1),
-            _set(stages=3),
-            _set(R=32),
-            _set(R=128),
-            _set(C=32),
-            _set(C=128),
-            _set(C=128, R=32),
-            _set(N=256, C=32),
-            _set(warps=4),
-        ),
-        few=(
-            _set(C=16),
-            _set(C=32),
-            _set(C=16, warps=4),
-            _set(M=64, C=16),
-            _set(M=32, C=16, warps=4),
-            _set(M=32, C=32),
-            _set(M=64, C=32),
-            _set(C=16, N=256),
-            _set(M=32, C=16, N=128),
-        ),
+        many=configs("N128, N256, s1, s3, R32, R128, C32, C128, C128 R32, N256 C32, w4"),
+        few=configs("C16, C32, C16 w4, M64 C16, M32 C16 w4, M32 C32, M64 C32, C16 N256, M32 C16 N128"),
     ),
     "soft_aggregate_bwd": Kernel(
         "soft_aggregate",
         "soft_aggregate_bwd_kernel",
         partial(soft_aggregate, backward=True),
         _aggregate,
-        many=(
-            _set(C=64),
-            _set(C=64, stages=3),
-            _set(stages=3),
-            _set(stages=1),
-            _set(N=32),
-            _set(N=32, warps=4),
-            _set(N=32, C=64),
-            _set(N=128),
-            _set(N=128, M=64),
-            _set(M=64, C=64),
-            _set(M=64, warps=4),
-        ),
-        few=(
-            _set(N=16),
-            _set(N=16, warps=4),
-            _set(N=16, C=64),
-            _set(N=16, C=128, warps=4),
-            _set(N=16, M=64, C=64, warps=4),
-            _set(N=32),
-            _set(N=32, C=64),
-            _set(N=32, C=64, warps=4),
-        ),
+        many=configs("C64, C64 s3, s3, s1, N32, N32 w4, N32 C64, N128, N128 M64, M64 C64, M64 w4"),
+        few=configs("N16, N16 w4, N16 C64, N16 C128 w4, N16 M64 C64 w4, N32, N32 C64, N32 C64 w4"),
     ),
     "masked_channel_attention_bwd_kv": Kernel(
         "masked_channel_attention_bwd",
         "masked_channel_attention_bwd_kv_kernel",
         partial(attention, backward=True, scores="class"),
         _heads,
-        many=(
-            _set(N=128, warps=8),
-            _set(N=128, M=32, warps=8),
-            _set(M=32),
-            _set(M=32, stages=3),
-            _set(stages=1),
-            _set(stages=3),
-            _set(warps=8),
-            _set(N=32),
-            _set(N=32, M=32),
-            _set(M=128, warps=8),
-        ),
-        few=(
-            _set(N=16),
-            _set(N=16, M=32),
-            _set(N=16, M=32, warps=2),
-            _set(N=16, M=128),
-            _set(N=32),
-            _set(N=32, M=32),
-            _set(warps=8),
-        ),
+        many=configs("N128 w8, N128 M32 w8, M32, M32 s3, s1, s3, w8, N32, N32 M32, M128 w8"),
+        few=configs("N16, N16 M32, N16 M32 w2, N16 M128, N32, N32 M32, w8"),
     ),
     "masked_channel_attention_bwd_q": Kernel(
         "masked_channel_attention_bwd",
         "masked_channel_attention_bwd_q_kernel",
         partial(attention, backward=True, scores="class"),
         _heads,
-        many=(
-            _set(M=128, warps=8),
-            _set(M=128, N=32, warps=8),
-            _set(N=32),
-            _set(N=32, stages=3),
-            _set(stages=1),
-            _set(stages=3),
-            _set(warps=8),
-            _set(M=32),
-            _set(N=128, warps=8),
-        ),
-        few=(
-            _set(M=16),
-            _set(M=16, N=32),
-            _set(M=16, N=32, warps=2),
-            _set(M=16, N=128),
-            _set(M=32),
-            _set(M=32, N=32),
-            _set(warps=8),
-        ),
+        many=configs("M128 w8, M128 N32 w8, N32, N32 s3, s1, s3, w8, M32, N128 w8"),
+        few=configs("M16, M16 N32, M16 N32 w2, M16 N128, M32, M32 N32, w8"),
     ),
     "masked_channel_attention_received": Kernel(
         "masked_channel_attention",
         "masked_channel_attention_received_kernel",
         partial(attention, backward=False, scores="received"),
         _heads,
-        many=(
-            _set(M=128, warps=8),
-            _set(M=32),
-            _set(N=128, warps=8),
-            _set(N=32),
-            _set(stages=2),
-            _set(stages=4),
-            _set(warps=8),
-            _set(M=16, N=128),
-        ),
-        few=(
-            _set(N=16),
-            _set(N=16, M=128),
-            _set(N=16, M=32),
-            _set(N=32),
-            _set(N=32, warps=2),
-            _set(M=128),
-        ),
+        many=configs("M128 w8, M32, N128 w8, N32, s2, s4, w8, M16 N128"),
+        few=configs("N16, N16 M128, N16 M32, N32, N32 w2, M128"),
     ),
 }
 
@@ -589,15 +392,17 @@ def sweep(group: Group, candidates: Iterable[Config], device: str, found: Lines)
                     calls.append(group.prepared(device))
                     defaults.append(group.launched(calls[-1], {}))
             began = time.perf_counter()
-            with _poisoned():
-                sets = [group.launched(calls[0], candidate)]
-                wrong = agree(sets[0].outputs, defaults[0].outputs, DTYPES[group.dtype])
+            sets, wrong = defaults, None
+            if candidate:
+                with _poisoned():
+                    sets = [group.launched(calls[0], candidate)]
+                    wrong = agree(sets[0].outputs, defaults[0].outputs, DTYPES[group.dtype])
+                sets += [group.launched(call, candidate) for call in calls[1:]]
             line["seconds"] = round(time.perf_counter() - began, 2)
             binary = sets[0].binary
             if binary is not None:  # interpreted there is none
                 spills, shared = binary.n_spills, binary.metadata.shared
                 line |= {"registers": binary.n_regs, "spills": spills, "shared": shared}
-            sets += [group.launched(call, candidate) for call in calls[1:]]
             sides = {"default_us": [s.again for s in defaults], "us": [s.again for s in sets]}
             line |= {name: float(f"{us:.4g}") for name, us in microseconds(sides, device).items()}
         except Exception as error:
