@@ -175,4 +175,8 @@ def _key(gpu: int | None, dtype: torch.dtype, images: int, sizes: tuple[int, ...
     return gpu, dtype, images <= FEW, tuple(map(_bucket, sizes)), given
 
 
-_entries: Entries = {} if INTERPRETED else parsed(json.loads(TABLE.read_text()), TABLE.name)
+def _committed() -> Entries:
+    return {} if INTERPRETED else parsed(json.loads(TABLE.read_text()), TABLE.name)
+
+
+_entries = _committed()
