@@ -449,6 +449,16 @@ def text(table: Mapping[str, Config]) -> str:
     return "{\n" + entries + "\n}\n" if entries else "{\n}\n"
 
 
+def run(device: str, dtypes: Sequence[str], kernels: Iterable[str], found: Lines) -> None:
+    """Everything that has no line yet."""
+    tried = {line["key"] for line in found.read("sweep")}
+    for group in groups(device, dtypes, kernels):
+        candidates = group.candidates[:2] if device == "cpu" else group.candidates
+        missing = [candidate for candidate in candidates if group.key(candidate) not in tried]
+        if missing:
+            sweep(group, missing, device, found)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: interpreted, at tiny sizes")
@@ -464,13 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from support.interpreter import patch_once
 
         patch_once()
-    found = lines("sweep")
-    tried = {line["key"] for line in found.read("sweep")}
-    for group in groups(options.device, options.dtypes, options.kernels):
-        candidates = group.candidates[:2] if options.device == "cpu" else group.candidates
-        missing = [candidate for candidate in candidates if group.key(candidate) not in tried]
-        if missing:
-            sweep(group, missing, options.device, found)
+    run(options.device, options.dtypes, options.kernels, lines("sweep"))
 
 
 if __name__ == "__main__":
