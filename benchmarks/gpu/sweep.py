@@ -136,7 +136,7 @@ KERNELS = {
         many=configs(
             "M128 w8, M128 w4, s2, s4, N32, N32 s4, M128 N32 w4, M128 N32 w8, N128 s2, M128 N128 w8 s2, M32 w2"
         ),
-        few=configs("M16, M16 w2, M16 N128 s2, M16 N32 w2, M32, M32 w2, M32 N128 s2, s2, w8"),
+        few=configs("M16, M16 w2, M16 s2, M16 N32 w2, M32, M32 w2, M32 N128 s2, s2, w8"),
     ),
     "soft_aggregate_fwd": Kernel(
         "soft_aggregate",
@@ -154,7 +154,7 @@ KERNELS = {
         "token_mlp_fwd_kernel",
         partial(token_mlp, backward=False),
         _mlp,
-        many=configs("s3, s1, R32, R32 s3, R128, C128, C128 R32, C32 w4, w4, N128 C128, N128 w4"),
+        many=configs("R32, R32 s3, s3, s1, C128 R32, C128 R32 s3, R32 w4, C32 w4, N128 C128, N128 w4, N128 R32 w4"),
         few=configs(
             "N64 C16 w4, N64 C32 w4, N32 C32 w4, N32 C64, N64 C64, N128 C16, N128 C32, N64 C16 R128, N64 C32 R128, C16"
         ),
@@ -164,8 +164,8 @@ KERNELS = {
         "token_mlp_bwd_weight_kernel",
         partial(token_mlp, backward=True),
         _mlp,
-        many=configs("N128, N256, s1, s3, R32, R128, C32, C128, C128 N128 s1, N256 C32, w4"),
-        few=configs("R32, C32, R32 C32, R32 C32 w4, R16 C32 w4, R32 C16 w4, R16 C16 w4, R32 C16 N256"),
+        many=configs("N128, N256, s1, s3, R32, R32 w4, R128, C32, N256 C32, C128 R32"),
+        few=configs("R32, C32, R32 C32, R32 C16, R16 C32 w4, R32 C16 w4, R16 C16 w4, R32 C16 N256"),
         summed=5,
     ),
     "token_mlp_bwd_w2": Kernel(
@@ -183,7 +183,7 @@ KERNELS = {
         "token_mlp_bwd_z_kernel",
         partial(token_mlp, backward=True),
         _mlp,
-        many=configs("N128, N256, s1, s3, R32, R128, C32, C128, C128 R32, N256 C32, w4"),
+        many=configs("R32, R32 s3, R32 w4, N128, N128 R32, s1, s3, C32, C32 w4, C128 R32"),
         few=configs("C16, C32, C16 w4, M64 C16, M32 C16 w4, M32 C32, M64 C32, C16 N256, M32 C16 N128"),
     ),
     "soft_aggregate_bwd": Kernel(
@@ -191,8 +191,8 @@ KERNELS = {
         "soft_aggregate_bwd_kernel",
         partial(soft_aggregate, backward=True),
         _aggregate,
-        many=configs("C64, C64 s3, s3, s1, N32, N32 w4, N32 C64, N128, N128 M64, M64 C64, M64 w4"),
-        few=configs("N16, N16 w4, N16 C64, N16 C128 w4, N16 M64 C64 w4, N32, N32 C64, N32 C64 w4"),
+        many=configs("C64, C64 s3, s3, s1, N32, N32 w4, N32 C64, N128 M64, M64 C64, M64 w4"),
+        few=configs("N16, N16 w4, N16 C64, N16 C128 w4, N16 M64 C64 w4, N32, N32 C64, N32 w4"),
     ),
     "masked_channel_attention_bwd_kv": Kernel(
         "masked_channel_attention_bwd",
