@@ -15,10 +15,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
 
-import torch
-
 from gpu.record import FAILED, OK, lines
-from gpu.sweep import Config, Group, compiled, groups
+from gpu.sweep import Config, Group, capability, compiled, groups
 
 #: the rest of what DeiT-S launches is in kernel_cases.QUICK
 DEIT_S = (
@@ -40,12 +38,12 @@ class Case(NamedTuple):
     def key(self) -> str:
         return f"{self.operator} {self.name} {self.dtype}"
 
-    def compile(self, capability: int) -> None:
+    def compile(self, target: int) -> None:
         from kernel_cases import CASES, DTYPES, compiling
 
         for name, run in CASES[self.operator](DTYPES[self.dtype]):
             if name == self.name:  # run now: the next case changes what it refers to
-                with compiling(capability):
+                with compiling(target):
                     run()
 
 
@@ -59,8 +57,8 @@ class Candidate(NamedTuple):
     def key(self) -> str:
         return f"sweep {self.group.key(self.launch)}"
 
-    def compile(self, capability: int) -> None:
-        compiled(self.group, self.launch, capability)
+    def compile(self, target: int) -> None:
+        compiled(self.group, self.launch, target)
 
 
 def jobs() -> Iterator[Case | Candidate]:
@@ -84,10 +82,10 @@ def start(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def work(job: Case | Candidate, capability: int) -> None:
+def work(job: Case | Candidate, target: int) -> None:
     found, began, error = lines("kernels"), time.perf_counter(), None
     try:
-        job.compile(capability)
+        job.compile(target)
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
     seconds = round(time.perf_counter() - began, 2)
@@ -103,17 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     os.environ["TRITON_INTERPRET"] = "0"  # of the workers, which import triton
-    capability = 90
-    if options.device == "cuda":
-        major, minor = torch.cuda.get_device_capability()
-        capability = 10 * major + minor
+    target = 90 if options.device == "cpu" else capability()
     wanted = [Case(*SMALL, "bf16")] if options.device == "cpu" and options.cases is None else list(jobs())
     done = lines("kernels").done()
     wanted = [job for job in wanted[: options.cases] if job.key not in done]
     if wanted:
         workers = min(options.workers, len(wanted))
         with ProcessPoolExecutor(workers, get_context("spawn"), initializer=start, initargs=(os.getpid(),)) as pool:
-            for job in [pool.submit(work, job, capability) for job in wanted]:
+            for job in [pool.submit(work, job, target) for job in wanted]:
                 job.result()  # raises if a worker died
 
 

@@ -46,8 +46,10 @@ class Size(NamedTuple):
         return f"B{self.B} N{self.N} M{self.M} C{self.C}"
 
 
-DEIT_S, DEIT_S_ALONE = Size(256, 196, 98, 384, 6, 64), Size(1, 196, 98, 384, 6, 64)
-VIT_B, VIT_L = Size(256, 196, 98, 768, 12, 64), Size(256, 196, 98, 1024, 16, 64)
+DEIT_S = Size(256, 196, 98, 384, 6, 64)
+DEIT_S_ALONE = DEIT_S._replace(B=1)
+DEIT_S_EDGES = DEIT_S._replace(B=4), DEIT_S._replace(B=64)  # of few and of many images
+WIDE = Size(256, 196, 98, 768, 12, 64), Size(256, 196, 98, 1024, 16, 64)  # ViT-B, ViT-L
 TINY = Size(2, 6, 4, 8, 1, 8)
 
 
@@ -258,8 +260,10 @@ class Group(NamedTuple):
     @property
     def candidates(self) -> tuple[Config, ...]:
         """The launcher's own first."""
+        from tokenops._triton import launches
+
         known = KERNELS[self.kernel]
-        return {}, *(known.few if self.size.B == 1 else known.many)
+        return {}, *(known.few if self.size.B <= launches.FEW else known.many)
 
     def key(self, candidate: Config) -> str:
         settings = " ".join(f"{name}={value}" for name, value in candidate.items())
@@ -307,22 +311,22 @@ def groups(
     device: str = "cuda", dtypes: Sequence[str] = ("bf16",), kernels: Iterable[str] = KERNELS
 ) -> Iterator[Group]:
     """All of them, the most useful first; for a rehearsal the tiny ones."""
-    sizes = (TINY,) if device == "cpu" else (DEIT_S, DEIT_S_ALONE, VIT_B, VIT_L)
+    sizes = (TINY,) if device == "cpu" else (DEIT_S, DEIT_S_ALONE, *DEIT_S_EDGES, *WIDE)
     for dtype in dtypes:
         for size in sizes:
             for kernel in kernels:
-                if size in (VIT_B, VIT_L) and kernel.startswith("masked_channel_attention"):
+                if size in WIDE and kernel.startswith("masked_channel_attention"):
                     continue  # only the number of heads is another
                 yield Group(kernel, size, dtype)
 
 
-def compiled(group: Group, candidate: Config, capability: int) -> Any:
+def compiled(group: Group, candidate: Config, target: int) -> Any:
     """The kernel compiled as the sweep will launch it, without a GPU."""
     from kernel_cases import compiling
 
     module = importlib.import_module(f"tokenops._triton.{KERNELS[group.kernel].module}")
     others = {name for name in vars(module) if name.endswith("_kernel")} | {"masked_channel_attention_fwd_kernel"}
-    with compiling(capability, done=others):  # passes over the launches of all others
+    with compiling(target, done=others):  # passes over the launches of all others
         return group.launched(group.prepared("meta"), candidate, compile_only=True).binary
 
 
@@ -335,6 +339,12 @@ def agree(ours: Sequence[Any], default: Sequence[Any], dtype: torch.dtype) -> st
         if not error <= RELATIVE[dtype]:
             return f"result {i} differs from the default configuration's: relative L2 {error:.1e}"
     return None
+
+
+def capability() -> int:
+    """Of the GPU that is there: 90 is 9.0."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 class _poisoned:
@@ -375,9 +385,7 @@ def _copies(launched: Launched, device: str) -> int:
 
 def sweep(group: Group, candidates: Iterable[Config], device: str, found: Lines) -> None:
     """A line for each of the candidates."""
-    gpu = (
-        None if device == "cpu" else 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-    )
+    gpu = None if device == "cpu" else capability()
     common = {"gpu": gpu, "kernel": group.kernel, "entry": None if gpu is None else group.entry(gpu)}
     defaults: list[Launched] = []
     calls: list[Callable[[], tuple]] = []

@@ -44,7 +44,7 @@ def interpreted(device):
 
 
 def test_a_rehearsal_is_resumed(found, interpreted):
-    rehearse = ("cpu", ["bf16"], ["soft_aggregate_fwd", "masked_channel_attention_fwd"], found)
+    rehearse = ("cpu", ["bf16"], ["soft_aggregate_fwd", "token_mlp_fwd"], found)
     sweep.run(*rehearse)
     before = found.read()
     groups = [sweep.Group(kernel, sweep.TINY, "bf16") for kernel in rehearse[2]]

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from contextlib import ExitStack
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -15,9 +16,9 @@ from tokenops import reference
 
 pytest.importorskip("triton")
 
-from triton.runtime import driver  # noqa: E402
+from triton.runtime import driver
 
-from tokenops._triton import launches  # noqa: E402
+from tokenops._triton import launches
 
 BF16 = torch.bfloat16
 CALL = ("soft_aggregate_fwd", BF16, 256, (196, 98, 384))
@@ -56,8 +57,9 @@ def test_an_entry_is_laid_over_the_default(gpu):
     "change, counts",
     (
         ({}, True),
-        ({"images": 17}, True),
-        ({"images": 16}, False),
+        ({"images": 64}, True),
+        ({"images": 63}, False),
+        ({"images": 4}, False),
         ({"sizes": (256, 128, 512)}, True),
         ({"sizes": (129, 65, 257)}, True),
         ({"sizes": (257, 98, 384)}, False),
@@ -107,6 +109,19 @@ def test_using_ends_with_its_block(gpu):
             raise KeyError
     with launches.using({}):
         assert launches.overlaid(*CALL, {}, (False,)) == {}
+
+
+@pytest.mark.parametrize("images, counts", ((1, True), (4, True), (5, False), (64, False)))
+def test_few_images(gpu, images, counts):
+    gpu(90)
+    with launches.using({ENTRY.replace("many", "few"): {"BLOCK_N": 64}}):
+        assert launches.overlaid(*CALL[:2], images, CALL[3], {}, (False,)) == ({"BLOCK_N": 64} if counts else {})
+
+
+@pytest.mark.parametrize("images", (5, 63))
+def test_between_few_and_many_there_is_no_entry(images):
+    with pytest.raises(ValueError, match=f"{images} images are neither few nor many"):
+        launches.name(90, *CALL[:2], images, CALL[3])
 
 
 @pytest.mark.parametrize("change", ({}, {"images": 1}, {"sizes": (1, 1, 1)}, {"sizes": (0, 577, 1025)}), ids=str)
@@ -204,8 +219,6 @@ def launched(group, entries):
 
 
 def patch_all(modules, stand_ins):
-    from contextlib import ExitStack
-
     stack = ExitStack()
     for module in modules:
         for name in stand_ins:
@@ -218,7 +231,7 @@ def patch_all(modules, stand_ins):
 def test_every_launcher_takes_what_the_table_says(kernel, gpu):
     """By the name that the sweep gives the entry; of each candidate, and of this kernel alone."""
     gpu(90)
-    for size in (sweep.DEIT_S, sweep.DEIT_S_ALONE):
+    for size in (sweep.DEIT_S, sweep.DEIT_S_ALONE, *sweep.DEIT_S_EDGES):
         group = sweep.Group(kernel, size, "bf16")
         default = launched(group, {})
         for candidate in group.candidates[1:]:
@@ -247,7 +260,7 @@ def aggregation(sizes, extras, device, dtype):
 
 def mlp(sizes, extras, device, dtype):
     B, N, M, C = sizes
-    R = N + 13
+    R = N + 9
     tensors = [torch.randn(B, M, C), torch.randn(R, M) / M**0.5, torch.randn(N, R) / R**0.5]
     tensors += [torch.randn(R), torch.randn(N)] if extras else []
 

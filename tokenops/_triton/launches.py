@@ -2,8 +2,8 @@
 
 launches.json holds them, one a line, as benchmarks/gpu/sweep.py makes it. A name says where an entry counts:
 "sm_90 soft_aggregate_fwd bfloat16 many N256 M128 C512 mask" is this kernel on compute capability 9.0, for bf16 tokens,
-more than FEW images, sizes up to these powers of two (and over half of them), and with a mask. What it may change is
-how work is cut and scheduled, never what is computed. Interpreted kernels have no table.
+MANY images or more (few: up to FEW), sizes up to these powers of two (and over half of them), and with a mask. What it
+may change is how work is cut and scheduled, never what is computed. Interpreted kernels have no table.
 """
 
 import json
@@ -19,7 +19,7 @@ import triton
 from .common import INTERPRETED
 
 TABLE = Path(__file__).with_suffix(".json")
-FEW = 16  # images up to which a launch leaves multiprocessors idle
+FEW, MANY = 4, 64  # images that do not fill a large GPU, and that fill it several times: between them nothing is known
 DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 
 
@@ -109,6 +109,8 @@ def name(
     gpu: int, kernel: str, dtype: torch.dtype, images: int, sizes: tuple[int, ...], given: tuple[str, ...] = ()
 ) -> str:
     """Of the entry for such calls on a GPU, 90 for compute capability 9.0; optional arguments by their names."""
+    if FEW < images < MANY:
+        raise ValueError(f"{images} images are neither few nor many")
     buckets = [f"{size}{1 << _bucket(value)}" for size, value in zip(KERNELS[kernel].sizes, sizes, strict=True)]
     return " ".join((f"sm_{gpu}", kernel, str(dtype)[6:], "few" if images <= FEW else "many", *buckets, *given))
 
@@ -140,12 +142,12 @@ def _parsed_name(text: str) -> tuple[str, tuple | None]:
     known = KERNELS[kernel]
     sizes = tuple(int(word.removeprefix(size)) for size, word in zip(known.sizes, words))
     given = tuple(words[len(sizes) :])
-    number, many = int(gpu.removeprefix("sm_")), FEW + 1 if images == "many" else 1
-    if text != name(number, kernel, DTYPES[dtype], many, sizes, given):
+    number, count = int(gpu.removeprefix("sm_")), FEW if images == "few" else MANY
+    if text != name(number, kernel, DTYPES[dtype], count, sizes, given):
         raise ValueError(f"a name of {kernel} ends with {', '.join(known.sizes)}, each with a power of two")
     if [word for word in known.optional if word in given] != list(given):
         raise ValueError(f"optional arguments of {kernel} are, in this order: {', '.join(known.optional) or 'none'}")
-    return kernel, _key(number, DTYPES[dtype], many, sizes, tuple(word in given for word in known.optional))
+    return kernel, _key(number, DTYPES[dtype], count, sizes, tuple(word in given for word in known.optional))
 
 
 def _checked(kernel: Kernel, config: Config) -> Config:
@@ -172,7 +174,7 @@ def _bucket(size: int) -> int:
 
 
 def _key(gpu: int | None, dtype: torch.dtype, images: int, sizes: tuple[int, ...], given: tuple[bool, ...]) -> tuple:
-    return gpu, dtype, images <= FEW, tuple(map(_bucket, sizes)), given
+    return gpu, dtype, images <= FEW, images >= MANY, tuple(map(_bucket, sizes)), given
 
 
 def _committed() -> Entries:
