@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gpu.record import FAILED, OK, lines
 from gpu.sweep import Config, Group, capability, compiled, groups
@@ -38,13 +38,15 @@ class Case(NamedTuple):
     def key(self) -> str:
         return f"{self.operator} {self.name} {self.dtype}"
 
-    def compile(self, target: int) -> None:
+    def compile(self, target: int) -> list[Any]:
         from kernel_cases import CASES, DTYPES, compiling
 
         for name, run in CASES[self.operator](DTYPES[self.dtype]):
             if name == self.name:  # run now: the next case changes what it refers to
-                with compiling(target):
+                with compiling(target) as made:
                     run()
+                return [binary for _, binary in made]
+        raise KeyError(f"{self.operator} has no case {self.name}")
 
 
 class Candidate(NamedTuple):
@@ -57,8 +59,8 @@ class Candidate(NamedTuple):
     def key(self) -> str:
         return f"sweep {self.group.key(self.launch)}"
 
-    def compile(self, target: int) -> None:
-        compiled(self.group, self.launch, target)
+    def compile(self, target: int) -> list[Any]:
+        return [compiled(self.group, self.launch, target)]
 
 
 def jobs() -> Iterator[Case | Candidate]:
@@ -82,14 +84,27 @@ def start(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def work(job: Case | Candidate, target: int) -> None:
-    found, began, error = lines("kernels"), time.perf_counter(), None
+def make_launcher(binary: Any) -> None:
+    """What calls the kernel: in some versions of Triton C code, compiled once a signature and cached as kernels are."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    CudaLauncher(binary.src, binary.metadata)
+
+
+def work(job: Case | Candidate, target: int, launchers: bool) -> None:
+    """One line. Where a launcher cannot be made ahead the kernel is compiled all the same, and the line says why."""
+    found, began, values = lines("kernels"), time.perf_counter(), {}
     try:
-        job.compile(target)
-    except Exception as raised:
-        error = f"{type(raised).__name__}: {raised}"
-    seconds = round(time.perf_counter() - began, 2)
-    found.write(job.key, OK if error is None else FAILED, seconds=seconds, **({"error": error} if error else {}))
+        binaries = job.compile(target)
+    except Exception as error:
+        found.write(job.key, FAILED, error=f"{type(error).__name__}: {error}")
+        return
+    try:
+        for binary in binaries if launchers else ():
+            make_launcher(binary)
+    except Exception as error:
+        values["launcher"] = f"{type(error).__name__}: {error}"
+    found.write(job.key, OK, seconds=round(time.perf_counter() - began, 2), kernels=len(binaries), **values)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -108,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if wanted:
         workers = min(options.workers, len(wanted))
         with ProcessPoolExecutor(workers, get_context("spawn"), initializer=start, initargs=(os.getpid(),)) as pool:
-            for job in [pool.submit(work, job, target) for job in wanted]:
+            for job in [pool.submit(work, job, target, options.device == "cuda") for job in wanted]:
                 job.result()  # raises if a worker died
 
 

@@ -206,7 +206,7 @@ with patch.object(JITFunction, "__getitem__", launch), patch.object(driver, "_ac
 AHEAD = """
 from gpu import kernels, sweep
 group = sweep.Group("soft_aggregate_fwd", sweep.DEIT_S_ALONE, "bf16")
-kernels.work(kernels.Candidate(group, group.candidates[1]), 90)
+kernels.work(kernels.Candidate(group, group.candidates[1]), 90, False)
 """
 
 

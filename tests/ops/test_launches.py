@@ -244,6 +244,31 @@ def test_every_launcher_takes_what_the_table_says(kernel, gpu):
             assert launched(group, others) == default, f"{kernel} follows {other}"
 
 
+@pytest.mark.parametrize("there", (None, "qk_mask", "v_mask", "bias", "lengths"))
+def test_attention_says_what_it_was_given(there, monkeypatch):
+    forward = importlib.import_module("tokenops._triton.masked_channel_attention")
+    backward = importlib.import_module("tokenops._triton.masked_channel_attention_bwd")
+    said = {}
+    monkeypatch.setattr(
+        launches,
+        "overlaid",
+        lambda kernel, dtype, images, sizes, default, given: said.update({kernel: given}) or default,
+    )
+    stand_ins = {name: Asked() for module in (forward, backward) for name in vars(module) if name.endswith("_kernel")}
+    q = torch.empty(2, 3, 40, 16, dtype=BF16, device="meta")
+    shapes = {"qk_mask": (3, 16), "v_mask": (3, 16), "bias": (2, 3, 40), "lengths": (2,)}
+    optional = [torch.empty(shape, device="meta") if name == there else None for name, shape in shapes.items()]
+    with patch_all((forward, backward), stand_ins):
+        for scores in ("class", "received"):
+            out, score, lse, _ = forward.masked_channel_attention_fwd(q, q, q, *optional, 1.0, scores, False, False)
+            backward.masked_channel_attention_bwd(out, score, None, q, q, q, *optional, out, lse, 1.0, scores, False)
+            for kernel, given in said.items():
+                names = launches.KERNELS[kernel].optional
+                expected = {there, "received" if scores == "received" else None} & {*names}
+                assert {name for name, is_there in zip(names, given, strict=True) if is_there} == expected, kernel
+    assert {*said} == {kernel for kernel in launches.KERNELS if kernel.startswith("masked_channel")}
+
+
 # Whatever the tiles, the results are right.
 
 
