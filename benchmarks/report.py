@@ -13,11 +13,13 @@ import json
 import re
 from pathlib import Path
 
+from gpu import sweep
 from gpu.record import parsed
 from gpu.results import results as results_of
 from measure import store
 
 ROOT = Path(__file__).parents[1]
+LAUNCHES = ROOT / "tokenops/_triton/launches.json"
 KINDS = "operators|models|main|strongest|evidence"
 MARKED = re.compile(rf"(<!-- results:(\S+)(?: ({KINDS}))? -->\n).*?(<!-- /results -->)", re.DOTALL)
 #: the order of columns; others come behind
@@ -52,6 +54,9 @@ def take(path: Path, folder: Path) -> bool:
         plot(path.parent, found.name, {"runs": found.runs, "rows": found.rows})
         return True
     store(folder / f"{found.name}.json", found.runs, found.rows, found.evidence)
+    table = sweep.best(lines, json.loads(LAUNCHES.read_text()))
+    LAUNCHES.write_text(sweep.text(table))
+    print(f"{LAUNCHES}: {len(table)} launch configurations")
     return False
 
 

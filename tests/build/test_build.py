@@ -94,7 +94,7 @@ def use(content):
 def test_wheel(sources, tmp_path):
     name, files, info = wheel(sources, tmp_path, "cpu")
     assert re.fullmatch(r"tokenops-[\d.]+-cp310-abi3-linux_\w+\.whl", name)
-    assert {"tokenops/_C.abi3.so", "tokenops/py.typed", "tokenops/_triton/restore_tokens.py"} <= set(files)
+    assert {"tokenops/_C.abi3.so", "tokenops/py.typed", "tokenops/_triton/launches.json"} <= set(files)
     assert all(re.match(r"tokenops/|tokenops-[\d.]+\.dist-info/", file) for file in files)
     assert not [file for file in files if "test" in file or file.endswith((".cpp", ".cu", ".cuh", ".h"))]
     assert any(file.endswith("LICENSE") for file in files)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .._schemas import heads_inside
+from . import launches
 from .common import FUSION, before_hopper, dot_options, from_units, index_type, rows, tile, unit
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -289,7 +290,7 @@ def shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, *others):
 
 def tail(rows, block, all_masked=False):
     """The size of the tiles behind the whole ones."""
-    return tile(rows if all_masked else rows % tile(rows, 16, block), 16, block)
+    return tile(rows if all_masked else rows % block, 16, block)
 
 
 def _only(constants, *names):
@@ -307,7 +308,10 @@ def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale,
     (qk_mask_, v_mask_, bias_, lengths_), strides, bias_strides, constants = shared_arguments(
         q, k, v, qk_mask, v_mask, bias, lengths
     )
-    sizes = _fwd_config(q.dtype, M, N, DK, DV)
+    default = _fwd_config(q.dtype, M, N, DK, DV)
+    given = (qk_mask is not None, v_mask is not None, bias is not None, lengths is not None)
+    call = (q.dtype, B, (M, N, DK, DV), default, given)
+    sizes = launches.overlaid("masked_channel_attention_fwd", *call)
     factor = float(scale) * math.log2(math.e)
     class_mean = scores == "class" and mean
     side = class_mean + triton.cdiv(N, sizes["BLOCK_N"]) * key_mean
@@ -323,6 +327,7 @@ def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale,
         )  # fmt: skip
     if scores == "received":
         groups = 1 if mean else H
+        sizes = launches.overlaid("masked_channel_attention_received", *call)
         programs = B * groups * triton.cdiv(N, sizes["BLOCK_N"])
         if programs:
             masked_channel_attention_received_kernel[(programs,)](

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .._schemas import heads_inside
+from . import launches
 from .common import before_hopper, from_units, rows, tile
 from .masked_channel_attention import (
     _biased,
@@ -229,8 +230,8 @@ def masked_channel_attention_bwd_kv_kernel(
     tl.store(dv_ptr + offsets, dv.to(dv_ptr.dtype.element_ty), mask=inside & (cv < DV)[None, :])
 
 
-def _bwd_config(dtype, DK, DV):
-    """Owned rows, walked rows, and the rest."""
+def _bwd_configs(dtype, M, N, DK, DV):
+    """Of the kernel that owns queries and walks over keys, and of the one that does the reverse."""
     single, wide = dtype.itemsize > 2, max(DK, DV) > 64
     if single:
         owned, walked, warps, stages = (16, 16, 8, 1) if wide else (16, 32, 8, 2)
@@ -238,7 +239,12 @@ def _bwd_config(dtype, DK, DV):
         owned, walked, warps, stages = (32, 32, 8, 2) if before_hopper() else (64, 32, 8, 2)
     else:
         owned, walked, warps, stages = (32, 32, 4, 2) if before_hopper() else (64, 64, 4, 2)
-    return owned, walked, config(DK, DV, warps, stages)
+    shared = config(DK, DV, warps, stages)
+    of_queries = {"BLOCK_M": tile(M, 16, owned), "BLOCK_N": tile(N, 16, walked), **shared}
+    if single and not wide:
+        # a tile of 16 x 32 leaves 8 warps nothing to share; without a limit ptxas spills to get to 128 registers
+        of_queries |= {"num_warps": 4, "maxnreg": 255}
+    return of_queries, {"BLOCK_M": tile(M, 16, walked), "BLOCK_N": tile(N, 16, owned), **shared}
 
 
 def _mask_gradient(partial, mask, q):
@@ -251,11 +257,16 @@ def masked_channel_attention_bwd(
 ):
     (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
     dq, dk, dv = heads_inside(q, M, DK), heads_inside(k, N, DK), heads_inside(v, N, DV)
-    owned, walked, sizes = _bwd_config(q.dtype, DK, DV)
+    of_queries, of_keys = _bwd_configs(q.dtype, M, N, DK, DV)
+    received = dscores is not None and scores == "received"
+    optional = (qk_mask is not None, v_mask is not None, bias is not None, lengths is not None, received)
+    call = (q.dtype, B, (M, N, DK, DV))
+    of_queries = launches.overlaid("masked_channel_attention_bwd_q", *call, of_queries, optional)
+    of_keys = launches.overlaid("masked_channel_attention_bwd_kv", *call, of_keys, optional)
     given, strides, bias_strides, constants = shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, dout)
     strides = [stride for of_one in strides for stride in of_one]
     split = qk_mask is None and max(DK, DV) <= 64  # two loops take more registers
-    tiles_m, tiles_n = triton.cdiv(M, tile(M, 16, owned)), triton.cdiv(N, tile(N, 16, owned))
+    tiles_m, tiles_n = triton.cdiv(M, of_queries["BLOCK_M"]), triton.cdiv(N, of_keys["BLOCK_N"])
     delta = torch.empty_like(lse)
     dqk_partial = lse.new_empty((B, H, tiles_m, DK) if qk_mask is not None else (0,))
     dv_partial = lse.new_empty((B, H, tiles_n, DV) if v_mask is not None else (0,))
@@ -267,23 +278,17 @@ def masked_channel_attention_bwd(
     numbers = (float(scale) * math.log2(math.e), float(scale), share, H, M, N)
     constants |= {"HAS_DSCORES": dscores is not None, "RECEIVED": scores == "received"}
     dscores_ = lse if dscores is None else dscores
-    of_queries = sizes
-    if q.dtype.itemsize > 2 and max(DK, DV) <= 64:
-        # a tile of 16 x 32 leaves 8 warps nothing to share; without a limit ptxas spills to get to 128 registers
-        of_queries = sizes | {"num_warps": 4, "maxnreg": 255}
     if B * H * tiles_m:
         masked_channel_attention_bwd_q_kernel[(B * H * tiles_m,)](
             dout, q, k, v, *given, out, lse, lse if dlse is None else dlse.contiguous(), dscores_, delta, dq,
             dqk_partial, *numbers, *strides, *bias_strides, *score_strides,
-            **constants, **of_queries, HAS_DLSE=dlse is not None,
-            BLOCK_M=tile(M, 16, owned), BLOCK_N=tile(N, 16, walked),
-            BLOCK_TAIL=tail(N, walked, not split or lengths is not None), SPLIT=split and lengths is None,
+            **constants, **of_queries, HAS_DLSE=dlse is not None, SPLIT=split and lengths is None,
+            BLOCK_TAIL=tail(N, of_queries["BLOCK_N"], not split or lengths is not None),
         )  # fmt: skip
     if B * H * tiles_n:
         masked_channel_attention_bwd_kv_kernel[(B * H * tiles_n,)](
             dout, q, k, v, *given, lse, delta, dscores_, dk, dv, dv_partial, dbias,
             *numbers, *strides, *bias_strides, *score_strides,
-            **constants, **sizes,
-            BLOCK_M=tile(M, 16, walked), BLOCK_N=tile(N, 16, owned), BLOCK_TAIL=tail(M, walked, not split), SPLIT=split,
+            **constants, **of_keys, BLOCK_TAIL=tail(M, of_keys["BLOCK_M"], not split), SPLIT=split,
         )  # fmt: skip
     return dq, dk, dv, _mask_gradient(dqk_partial, qk_mask, q), _mask_gradient(dv_partial, v_mask, q), dbias

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import launches
 from .common import FUSION, before_hopper, dot_options, from_units, index_type, rows, tile, unit
 
 
@@ -263,7 +264,8 @@ def soft_aggregate_fwd(x, w, scale, factor, mask, prefix):
     accumulator = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
     stats = w.new_empty((3, B, M), dtype=accumulator)
     scale_, mask_, mask_strides, constants = options
-    config = _fwd_config(x.dtype, N, M, C)
+    default = _fwd_config(x.dtype, N, M, C)
+    config = launches.overlaid("soft_aggregate_fwd", x.dtype, B, (N, M, C), default, (mask is not None,))
     tiles_m, tiles_c = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(C, config["BLOCK_C"])
     grid = (B * max(tiles_m, 1) * max(tiles_c, 1),)
     sizes, w_strides, _, units = _logit_layout(N, M, w)
@@ -280,7 +282,8 @@ def soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, stats, prefix):
     B, N, M = w.shape
     C = x.shape[2]
     scale_, mask_, mask_strides, constants = _shared_arguments(x, w, scale, mask)
-    config = _bwd_config(x.dtype, N, M, C)
+    default = _bwd_config(x.dtype, N, M, C)
+    config = launches.overlaid("soft_aggregate_bwd", x.dtype, B, (N, M, C), default, (mask is not None,))
     programs = B * max(triton.cdiv(N, config["BLOCK_N"]), 1)
     dx, dw = x.new_empty(x.shape), torch.empty_like(w)
     dscale = stats.new_empty((programs if scale is not None else 0,))

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import launches
 from .common import FUSION, before_hopper, dot_options, index_type, tile
 
 
@@ -210,7 +211,8 @@ def token_mlp_fwd(z, w1, b1, w2, b2):
     (B, M, C), R, N = z.shape, w1.shape[0], w2.shape[0]
     y = z.new_empty((B, N, C))
     # all of N in one tile: a second one would compute the hidden rows, half of the work, again
-    config = _config(z.dtype, M, R, N, C, largest_n=256, stages=1 if before_hopper() or z.dtype.itemsize > 4 else 2)
+    default = _config(z.dtype, M, R, N, C, largest_n=256, stages=1 if before_hopper() or z.dtype.itemsize > 4 else 2)
+    config = launches.overlaid("token_mlp_fwd", z.dtype, B, (M, R, N, C), default)
     grid = (B * triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(C, config["BLOCK_C"]),)
     if grid[0]:
         token_mlp_fwd_kernel[grid](
@@ -239,7 +241,8 @@ def token_mlp_bwd(dy, z, w1, b1, w2):
     def ones(config):
         return {"ONE_M": M <= config["BLOCK_M"], "ONE_N": N <= config["BLOCK_N"]}
 
-    config = _config(z.dtype, M, R, N, C, largest_n=64, stages=1 if wide else 2)
+    default = _config(z.dtype, M, R, N, C, largest_n=64, stages=1 if wide else 2)
+    config = launches.overlaid("token_mlp_bwd_z", z.dtype, B, (M, R, N, C), default)
     grid = (B * triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(C, config["BLOCK_C"]),)
     if grid[0]:
         token_mlp_bwd_z_kernel[grid](*tensors, dz, M, R, N, C, *strides, **common, **ones(config), **config)
@@ -247,7 +250,9 @@ def token_mlp_bwd(dy, z, w1, b1, w2):
     def weight(first):
         # fp32: a second stage takes 40 to 80 registers for dw1; without one dw2 spills to reach the next occupancy
         stages = 1 if (first if wide else old) else 2
-        config = _config(z.dtype, M, R, N, C, largest_n=64 if first or old else 128, stages=stages)
+        default = _config(z.dtype, M, R, N, C, largest_n=64 if first or old else 128, stages=stages)
+        kernel = "token_mlp_bwd_w1" if first else "token_mlp_bwd_w2"
+        config = launches.overlaid(kernel, z.dtype, B, (M, R, N, C), default)
         columns = M if first else N
         tiles = triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(columns, config["BLOCK_M" if first else "BLOCK_N"])
         items = B * triton.cdiv(C, config["BLOCK_C"])
