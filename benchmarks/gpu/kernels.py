@@ -45,7 +45,7 @@ class Case(NamedTuple):
             if name == self.name:  # run now: the next case changes what it refers to
                 with compiling(target) as made:
                     run()
-                return [binary for _, binary in made]
+                return [launch.binary for launch in made]
         raise KeyError(f"{self.operator} has no case {self.name}")
 
 
