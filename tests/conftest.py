@@ -55,10 +55,17 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") == "cpu":
+        mark_slow_ones(items)
+        return
+    of_the_device = [item for item in items if takes_the_device(item)]
+    config.hook.pytest_deselected(items=[item for item in items if not takes_the_device(item)])
+    items[:] = sorted(of_the_device, key=order_on_a_gpu)
+
+
+def mark_slow_ones(items):
     """`slow_interpreted(quick=None)` is slow where Triton's interpreter runs the kernels, but for the parameters that
     the function `quick` says are quick (it takes those that it names)."""
-    if config.getoption("--device") != "cpu":
-        return
     for item in items:
         marker, params = (
             item.get_closest_marker("slow_interpreted"),
@@ -69,6 +76,20 @@ def pytest_collection_modifyitems(config, items):
         quick = marker.kwargs.get("quick")
         if quick is None or not quick(*(params[name] for name in inspect.signature(quick).parameters)):
             item.add_marker(pytest.mark.slow)
+
+
+def takes_the_device(item):
+    """Whether a test has anything to say of a GPU."""
+    return "device" in getattr(item, "fixturenames", ()) and item.get_closest_marker("cpu_only") is None
+
+
+#: what a test's name begins with -> when it runs on a GPU, where a run may be cut: the most telling first
+FIRST = ("test_forward_and_backward", "test_as_good_as_plain", "test_scatter_as_good_as_plain", "test_everything")
+LATER = ("test_layouts", "test_packed", "test_gradcheck", "test_opcheck", "test_compile", "test_inductor")
+
+
+def order_on_a_gpu(item):
+    return 0
 
 
 #: operators whose CPU path is torch's own kernels with compiled code between them, or without it: "composed"
