@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 
 import pytest
 
@@ -18,6 +19,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+    else:
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the processes that run tests are enough
     import torch
 
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
@@ -27,6 +30,9 @@ def pytest_configure(config):
 
         patch_once()
     torch.set_num_threads(min(torch.get_num_threads(), 4))
+    if config.getoption("--device") == "cuda":
+        torch.set_num_threads(1)  # the other cores compile
+        torch.backends.cudnn.allow_tf32 = False  # by default convolutions are rounded to 10 bits
     if config.getoption("--margins"):
         from support import tolerance
 
@@ -36,6 +42,31 @@ def pytest_configure(config):
 @pytest.fixture
 def device(request):
     return request.config.getoption("--device")
+
+
+@pytest.fixture
+def on_device(device):
+    """Tensors and models are made on the device where no other is said."""
+    import torch
+
+    if device == "cpu":
+        yield
+    else:
+        with torch.device(device):
+            yield
+
+
+@pytest.fixture
+def chosen(device):
+    """chosen("token_mlp_fwd", ...): the kernels that run where nobody asks for a backend."""
+    import torch
+
+    from tokenops import _backends
+
+    def names(*operators):
+        return {f"{name}.{_backends.choose(name.rpartition('_')[0], device, torch.float32)}" for name in operators}
+
+    return names
 
 
 def pytest_generate_tests(metafunc):
@@ -53,12 +84,27 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", paths, indirect=True)
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Files without a test of the device are not imported where it is a GPU: what they need may not be there."""
+    if config.getoption("--device") == "cuda" and collection_path.name.startswith("test_"):
+        return None if OF_THE_DEVICE.search(collection_path.read_text()) else True
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") == "cpu":
+        mark_slow_ones(items)
+        return
+    kept = sorted(filter(takes_the_device, items), key=turn_on_a_gpu)
+    config.hook.pytest_deselected(items=[item for item in items if not takes_the_device(item)])
+    # pytest-xdist cuts the list into as many pieces as there are processes: each piece begins with what is telling
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    items[:] = [item for first in reversed(range(processes)) for item in kept[first::processes]]
+
+
+def mark_slow_ones(items):
     """`slow_interpreted(quick=None)` is slow where Triton's interpreter runs the kernels, but for the parameters that
     the function `quick` says are quick (it takes those that it names)."""
-    if config.getoption("--device") != "cpu":
-        return
     for item in items:
         marker, params = (
             item.get_closest_marker("slow_interpreted"),
@@ -69,6 +115,36 @@ def pytest_collection_modifyitems(config, items):
         quick = marker.kwargs.get("quick")
         if quick is None or not quick(*(params[name] for name in inspect.signature(quick).parameters)):
             item.add_marker(pytest.mark.slow)
+
+
+OF_THE_DEVICE = re.compile(r"^def test_\w+\([^)]*\b(device|backend)\b|on_device", re.MULTILINE)
+
+
+def takes_the_device(item):
+    """Whether a test has something to say of a GPU."""
+    return "device" in getattr(item, "fixturenames", ()) and item.get_closest_marker("cpu_only") is None
+
+
+#: names of tests in the order they run in on a GPU, where a run may be cut: the most telling first
+TELLING = ("forward_and_backward|as_good_as_plain", "layouts|expanded|packed|any_index", "grad|autograd", "models")
+LAST = ("opcheck|compile|inductor|graph", "offsets_beyond")
+
+
+def turn_on_a_gpu(item):
+    order = (*TELLING, "rest", *LAST)
+    name = item.originalname if item.path.parent.name == "ops" else "models"
+    found = [i for i, words in enumerate(order) if re.search(words, name)]
+    wide = "float64" in item.name  # rarely used, slow, and of one kernel's dtypes the least telling
+    return item.get_closest_marker("slow") is not None, wide, min(found, default=order.index("rest"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """Where a GPU was asked for, nothing is skipped."""
+    report = yield
+    if report.skipped and item.config.getoption("--device") == "cuda":
+        report.outcome, report.longrepr = "failed", f"skipped, though a GPU was asked for: {report.longrepr}"
+    return report
 
 
 #: operators whose CPU path is torch's own kernels with compiled code between them, or without it: "composed"
@@ -89,7 +165,7 @@ def backend(request, device, monkeypatch):
         monkeypatch.setattr(f"tokenops._cpu.{operator}._compiled", lambda *tensors: False)
         name = "native"
     reason = _backends.why_not(operator, name, device, torch.float32)
-    if reason is not None and "no C++ compiler" in reason:
+    if device == "cpu" and reason is not None and "no C++ compiler" in reason:
         pytest.skip(reason)
     with tokenops.use_backend(name):
         yield name
@@ -136,6 +212,16 @@ def poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def much_memory(device):
+    """What a test of many gigabytes reserves, other processes may have after it."""
+    import torch
+
+    yield
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

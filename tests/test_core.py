@@ -91,11 +91,9 @@ def test_every_operator_is_here():
 
 
 @pytest.mark.parametrize(("operator", "path"), PATHS, ids=lambda value: value)
-def test_operator(operator, path, device, ran_kernels, poisoned):
-    if device == "cuda":
-        pytest.skip("of a CPU, and of the interpreter: tests/ops runs on a GPU")
+def test_operator(operator, path, ran_kernels, poisoned):
     ours, plain, make = OPERATORS[operator]
-    reason = _backends.why_not(operator, path, device, torch.float32)
+    reason = _backends.why_not(operator, path, "cpu", torch.float32)
     if reason is not None and "no C++ compiler" in reason:
         pytest.skip(reason)
     tensors = make()
@@ -114,10 +112,12 @@ def test_operator(operator, path, device, ran_kernels, poisoned):
         torch.testing.assert_close(a, right.to(a.dtype), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("method", ["tome", "evit", "evo_vit", "patch_slimming", "sit", "cait"])
 def test_method(method, ran_kernels):
     """Where nothing is reduced the model is the one it was; where something is, our kernels do it; and back."""
     pytest.importorskip("timm")
+    from support.models import close
     from support.patched_models import METHODS, images, model_of
 
     idle, busy = METHODS[method]
@@ -125,7 +125,7 @@ def test_method(method, ran_kernels):
     dense = model_of("plain")(x)
     model = model_of("plain")
     tokenops.apply_patch(model, method, **idle)
-    torch.testing.assert_close(model(x), dense, rtol=1e-5, atol=1e-5)
+    close(model(x), dense)
     tokenops.remove_patch(model)
     assert torch.equal(model(x), dense)
     tokenops.apply_patch(model, method, **busy)
@@ -136,6 +136,7 @@ def test_method(method, ran_kernels):
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
+@pytest.mark.usefixtures("on_device")
 def test_compile():
     def f(x, scores, weight):
         chosen = tokenops.select_tokens(x * 2, scores, M, rest="weighted", norm=(weight, None, 1e-6))

@@ -34,7 +34,8 @@ def images(model, batch=3):
     return torch.randn(batch, 3, *model.img_size).to(model.poss.dtype)
 
 
-def close(a, b, tolerance=1e-5):
+def close(a, b, tolerance=None):
+    tolerance = tolerance or (1e-5 if a.device.type == "cpu" else 1e-4)  # as support.models.close
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -60,6 +61,7 @@ def gmacs(model):
     return counter.get_total_flops() / 2e9
 
 
+@pytest.mark.usefixtures("on_device")
 @MODES
 @pytest.mark.parametrize("learn", [True, False], ids=["learned", "fixed"])
 @torch.no_grad()
@@ -78,6 +80,7 @@ def test_outputs_equal_the_published_computation(stage_wise, learn):
     assert (tiny(keeping_ratio=1.0)(x) - expected).abs().max() > 1e-3
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -97,6 +100,7 @@ def test_ratios_and_dense_layers(kwargs, stage_wise):
     close(model(x), published(x))
 
 
+@pytest.mark.usefixtures("on_device")
 @MODES
 def test_training_and_its_gradients_equal_the_published_ones(stage_wise):
     model, published = against_the_oracle(stage_wise)
@@ -124,6 +128,7 @@ def test_training_and_its_gradients_equal_the_published_ones(stage_wise):
     assert thetas == ({1, 2, 3, 4, 6, 7, 8} if stage_wise else {1, 2, 3, 4, 6, 7, 8, 10})
 
 
+@pytest.mark.usefixtures("on_device")
 def test_evaluation_has_gradients():
     model, published = against_the_oracle()
     x = images(model)
@@ -259,8 +264,9 @@ def test_compiles_without_a_break(training):
         mine.sum().backward(retain_graph=True)
 
 
+@pytest.mark.usefixtures("on_device")
 @torch.no_grad()
-def test_patches_keep_their_places_in_bfloat16():
+def test_patches_keep_their_places_in_bfloat16(device):
     """Places that travel as bfloat16 get lost among 576 patches: where branches add nothing, order is all there is."""
     sizes = dict(embed_dim=(16, 16), key_dim=8, num_heads=(2, 2), depth=(3, 1), img_size=(384, 384), num_classes=2)
     x = torch.randn(1, 3, 384, 384)
@@ -273,7 +279,7 @@ def test_patches_keep_their_places_in_bfloat16():
 
     model = EvoLeViT(**sizes).eval()
     model.blocks[3].poss.zero_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         assert torch.equal(after_the_first_stage(model, x), model.embed(x)[:, 1:])
     model.bfloat16()
     assert torch.equal(after_the_first_stage(model, x.bfloat16()), model.embed(x.bfloat16())[:, 1:])
@@ -285,16 +291,18 @@ def test_patches_keep_their_places_in_bfloat16():
         assert torch.equal(after_the_first_stage(published, x), tokens) == kept
 
 
+@pytest.mark.usefixtures("on_device")
 @torch.no_grad()
-def test_autocast_stays_close():
+def test_autocast_stays_close(device):
     model = tiny(img_size=(192, 192)).for_inference()
     x = images(model, 2)
     expected = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         found = model(x)
     assert (found - expected).norm() < 0.1 * expected.norm()
 
 
+@pytest.mark.usefixtures("on_device")
 @MODES
 @torch.no_grad()
 def test_kept_maps(stage_wise):

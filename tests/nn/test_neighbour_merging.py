@@ -11,6 +11,7 @@ from support.models import close
 from tokenops.nn import NeighbourMerging, grid_order, neighbour_merging, raster_order
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("axis", ["horizontal", "vertical"])
 @pytest.mark.parametrize("grid, prefix", [((4, 6), 1), ((3, 5), 2), ((1, 1), 0), ((2, 1), 1)])
@@ -33,6 +34,7 @@ def test_neighbour_merging(kind, axis, grid, prefix):
     torch.testing.assert_close(merge(x), average, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_count_by_their_sizes(kind):
     """What is merged twice is the mean of all patches, odd axes included; an empty pair stays finite."""

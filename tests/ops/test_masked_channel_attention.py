@@ -114,12 +114,11 @@ def test_everything_as_good_as_plain(case, dtype, scores, heads, backend, device
 TINY = Attend(2, 2, 2, 3, 2, 1, "few enough elements for numerical derivatives in the interpreter")
 
 
+@pytest.mark.cpu_only  # the Triton matrix kernels take no float64 on a GPU
 @pytest.mark.slow_interpreted(quick=lambda scores: scores == "received")
 @pytest.mark.parametrize(("scores", "heads"), FEW)
 def test_gradcheck(scores, heads, gradcheck, backend, device):
     """Every result in every input: masks, bias and scores too, of ragged images."""
-    if device == "cuda":
-        pytest.skip("the Triton matrix kernels take no float64 on a GPU")
     t = inputs(TINY, torch.float64, device, everything=True)
     t["key_bias"] = torch.randn(2, 1, 1, 3, dtype=torch.float64)
     lengths = t.pop("key_lengths")

@@ -14,11 +14,11 @@ INF = float("inf")
 OPERATOR = "soft_aggregate"  # of the `backend` fixture
 
 
-def test_compiled_weights_are_used(monkeypatch, ran_kernels, device):
+def test_compiled_weights_are_used(monkeypatch, ran_kernels):
     """Where there is compiled code the CPU path runs it."""
-    if device == "cuda" or _native.why_not("cpu") is not None:
-        pytest.skip(f"no compiled code for {device}")
-    x, w, scale, _ = inputs(AGGREGATE[0], torch.float32, device)
+    if _native.why_not("cpu") is not None:
+        pytest.skip(_native.why_not("cpu"))
+    x, w, scale, _ = inputs(AGGREGATE[0], torch.float32, "cpu")
     ran = []
     for name in ("aggregation_weights_fwd", "aggregation_weights_bwd"):
         kernel = getattr(torch.ops.tokenops, name)
@@ -88,15 +88,20 @@ def test_reference_is_the_papers_formula():
 
 # Every backend against fp64 truth.
 
+#: the large cases take the extras in one dtype
+EVERY = [
+    (extras, case, dtype)
+    for extras in ("plain", "scale", "mask")
+    for case in AGGREGATE
+    for dtype in DTYPES
+    if extras == "plain" or case.N <= 100 or dtype == torch.float32
+]
+
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.slow_interpreted(quick=lambda case, dtype: case == AGGREGATE[0] or dtype in QUICK)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", AGGREGATE, ids=str)
-@pytest.mark.parametrize("extras", ["plain", "scale", "mask"])
+@pytest.mark.parametrize(("extras", "case", "dtype"), EVERY, ids=str)
 def test_as_good_as_plain(case, dtype, extras, backend, device):
-    if extras != "plain" and case.N > 100 and dtype != torch.float32:
-        pytest.skip("the large cases take the extras in one dtype")
     x, w, scale, mask = inputs(case, dtype, device, mask=extras == "mask")
     scale = None if extras == "plain" else scale
     dy = torch.randn(case.B, case.prefix + case.M, case.C, device=device)
@@ -152,9 +157,8 @@ def test_scatter_as_good_as_plain(dtype, backend, device):
 TINY = Aggregate(2, 4, 3, 2, 1, "few enough elements for numerical derivatives in the interpreter")
 
 
+@pytest.mark.cpu_only  # the Triton matrix kernels take no float64 on a GPU
 def test_gradcheck(gradcheck, backend, device):
-    if device == "cuda":
-        pytest.skip("the Triton matrix kernels take no float64 on a GPU")
     for masked in (False, True):
         x, w, scale, mask = inputs(TINY, torch.float64, device, mask=masked)
         leaves = [t.requires_grad_() for t in (x, w, scale)]
@@ -256,16 +260,14 @@ def test_layouts(backend, device):
     torch.testing.assert_close(f(x, same), f(x, same.contiguous()))
 
 
-def test_offsets_beyond_32_bits(backend, device):
-    """Rows 2**30 elements apart: memory that is reserved, but of which only a few pages are touched."""
-    if device == "cuda":
-        pytest.skip("a GPU reserves no memory that it does not back")
+def test_offsets_beyond_32_bits(backend, device, much_memory):
+    """Rows 2**30 elements apart: memory of which only a few pages are touched."""
     step = 2**30
-    x = torch.empty(3 * step + 4, dtype=torch.float32).as_strided((1, 4, 4), (0, step, 1))
+    x = torch.empty(3 * step + 4, dtype=torch.float32, device=device).as_strided((1, 4, 4), (0, step, 1))
     x.copy_(torch.randn(1, 4, 4))
-    w = torch.randn(1, 4, 2)
+    w = torch.randn(1, 4, 2, device=device)
     torch.testing.assert_close(tokenops.soft_aggregate(x, w), tokenops.soft_aggregate(x.contiguous(), w))
-    far = torch.empty(2 * step + 2, dtype=torch.float32).as_strided((1, 2, 2), (0, 2 * step, 1))
+    far = torch.empty(2 * step + 2, dtype=torch.float32, device=device).as_strided((1, 2, 2), (0, 2 * step, 1))
     far.copy_(w[:, :2])
     torch.testing.assert_close(tokenops.soft_aggregate(x[:, :2], far), tokenops.soft_aggregate(x[:, :2], w[:, :2]))
 

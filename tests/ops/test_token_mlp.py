@@ -81,9 +81,8 @@ def test_without_biases(dtype, backend, device):
         assert_as_good_as_plain(ours, plain, truth, what)
 
 
+@pytest.mark.cpu_only  # the Triton matrix kernels take no float64 on a GPU
 def test_gradcheck(gradcheck, backend, device):
-    if device == "cuda":
-        pytest.skip("the Triton matrix kernels take no float64 on a GPU")
     tensors = [t.requires_grad_() for t in inputs(TokenMlp(2, 2, 3, 2, 2, "few elements"), torch.float64, device)]
     gradcheck(tokenops.token_mlp, tensors)
 

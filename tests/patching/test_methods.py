@@ -31,6 +31,7 @@ def plain_evit(model, x, rates, fuse):
     return model.norm(x)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("family", ["plain", "distilled", "registers", "norms", "average"])
 @pytest.mark.parametrize("fuse", [True, False])
 def test_evit_equals_the_paper_written_plainly(family, fuse):
@@ -53,6 +54,7 @@ def test_keep_rates_may_be_set_at_any_time():
         model(x)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("options", [dict(), dict(prune_ratio=0.4, tradeoff=0.3, stages=(1, 3)), dict(stages=(2,))])
 def test_evo_vit_equals_its_model(options):
     """The model classifies the mean of the patches, as EvoViT does, whose norm follows the mean."""
@@ -69,14 +71,16 @@ def test_evo_vit_equals_its_model(options):
     torch.testing.assert_close(tokens[0][:, 1:].mean(dim=1), expected[:, 1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("on_device")
 def test_patch_slimming_equals_its_model():
     model, x = model_of("plain"), images()
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(3)).tolist()
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(3), device="cpu").tolist()
     schedule = patch_slimming.Schedule.from_counts([17, 9, 1], (4, 4), order)
     expected = patch_slimming.apply(model, schedule)(x)
     torch.testing.assert_close(apply_patch(model, "patch_slimming", schedule=schedule)(x), expected)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("family", ["eva", *ROTARY])
 @pytest.mark.parametrize("method, counts", [("evit", [13, 9, 9]), ("patch_slimming", [13, 9, 9])])
 def test_chosen_tokens_keep_their_positions(family, method, counts):
@@ -104,6 +108,7 @@ def test_chosen_tokens_keep_their_positions(family, method, counts):
         assert not torch.allclose(after, wrong, atol=1e-3)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("family", ["eva02", "grouped"])
 def test_slimmed_rotary_rows_are_those_of_the_whole_block(family):
     model, x, seen = model_of(family), images(), []
@@ -119,6 +124,7 @@ def test_slimmed_rotary_rows_are_those_of_the_whole_block(family):
     torch.testing.assert_close(seen[3], seen[0][:, rows], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("family", ["plain", "registers", "map"])
 def test_sit_mixes_tokens_before_its_blocks(family):
     model, x = model_of(family), images()
@@ -140,6 +146,7 @@ def test_sit_mixes_tokens_before_its_blocks(family):
     assert all(p.grad is not None for p in slimmings[0].parameters())
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("kind", ["average", "scalar", "channel", "linear", "content"])
 def test_cait_equals_its_model(kind):
     model, merged, x = model_of("distilled"), model_of("distilled"), images()

@@ -42,6 +42,7 @@ def plain_tome(model, x, rates, prop_attn=True):
     return x, sizes, members
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("family", ["plain", "distilled", "registers", "norms", "clip"])
 @pytest.mark.parametrize("prop_attn", [True, False])
 def test_equals_the_paper_written_plainly(family, prop_attn):
@@ -55,6 +56,7 @@ def test_equals_the_paper_written_plainly(family, prop_attn):
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("family", ["average", "map"])
 def test_pooling_sees_every_patch_again(family):
     model, x = model_of(family), images()

@@ -20,7 +20,8 @@ def meta(name, **kwargs):
 
 
 def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    tolerance = 1e-5 if a.device.type == "cpu" else 1e-4  # the GPU's kernels take three products of TF32 for one
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def flops(model, x):

@@ -55,7 +55,8 @@ def model_of(family, **kwargs):
 
 
 def images(size=2, side=32):
-    return torch.randn(size, 3, side, side, generator=torch.Generator().manual_seed(2))
+    made = torch.randn(size, 3, side, side, generator=torch.Generator().manual_seed(2), device="cpu")
+    return made.to(torch.get_default_device())
 
 
 def tokens_behind(model, x, **kwargs):

@@ -40,7 +40,7 @@ def redrawn(model):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator, device="cpu").to(parameter.device)
             if parameter.dim() > 1 and name.endswith("weight"):
                 parameter.copy_(noise * 1.5 * parameter[0].numel() ** -0.5)
             elif name.endswith("weight") or "gamma" in name:
