@@ -58,6 +58,9 @@ def pytest_collection_modifyitems(config, items):
         return of_module(**params) if of_module else not any(getattr(p, "main", False) for p in params.values())
 
     items.sort(key=priority)
+    # pytest-xdist cuts the list into as many pieces as there are processes: each piece begins with what is telling
+    processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    items[:] = [item for first in reversed(range(processes)) for item in items[first::processes]]
 
 
 def key(item):

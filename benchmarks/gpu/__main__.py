@@ -107,7 +107,7 @@ def run(chosen: list[str], device: str, limit: float, lines: record.Lines, began
         current = names.pop(0) if names else None
         for step in [b for b in waiting if current is None or current in plan.spanned(b)]:
             waiting.remove(step)
-            launch(step.name, step.nice)
+            launch(step.name, step.nice if device == "cuda" else 0)  # two cores would starve it
         if current:
             launch(current)
         while current in running or (running and not names):

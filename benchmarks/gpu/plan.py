@@ -31,7 +31,7 @@ STEPS = (
     Step("sweep", 100, 25, "launch configurations of the hot kernels"),
 )
 BESIDE = (
-    Beside("kernels", "facts", "tests", "compiles the Triton kernels of later steps", nice=10),
+    Beside("kernels", "facts", "models", "compiles the Triton kernels of later steps", nice=10),
     Beside("peers", "smoke", "tests", "compiles the peers of later steps", nice=15),
     Beside("sanitize", "tests", "tests", "memcheck and racecheck on our kernels"),
 )
