@@ -1,5 +1,5 @@
 # Every target sets up what it needs: `make demo`, `make test` (minutes), `make test-all` (all there is, an hour or more),
-# `make bench`, `make accuracy`, and `make gpu` on a GPU machine.
+# `make bench`, `make accuracy`, `make gpu` on a GPU machine, and `make gpu-rehearsal` before.
 
 PYTHON ?= python3
 VENV ?= .venv
