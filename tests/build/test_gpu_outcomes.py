@@ -1,4 +1,4 @@
-"""Every test of a run on a GPU leaves one line, whatever becomes of its process, and a resumed run runs what is left."""
+"""Every test of a run on a GPU leaves one line, whatever becomes of its process; a resumed run runs what is left."""
 
 import json
 import os
