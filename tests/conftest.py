@@ -122,7 +122,9 @@ OF_THE_DEVICE = re.compile(r"^def test_\w+\([^)]*\b(device|backend)\b|on_device"
 
 def takes_the_device(item):
     """Whether a test has something to say of a GPU."""
-    return "device" in getattr(item, "fixturenames", ()) and item.get_closest_marker("cpu_only") is None
+    if "device" not in getattr(item, "fixturenames", ()) or item.get_closest_marker("cpu_only") is not None:
+        return False
+    return getattr(item, "callspec", None) is None or item.callspec.params.get("gradcheck") != "whole"  # both are there
 
 
 #: names of tests in the order they run in on a GPU, where a run may be cut: the most telling first
@@ -180,7 +182,9 @@ def gradcheck(request, backend, device):
     interpreted = backend == "triton" and device == "cpu"
 
     def check(function, leaves):
-        assert torch.autograd.gradcheck(function, leaves, fast_mode=interpreted and request.param == "quick")
+        quick = interpreted and request.param == "quick"
+        # torch's own layer norm need not sum in one order on a GPU
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=quick, nondet_tol=0.0 if device == "cpu" else 1e-9)
 
     return check
 

@@ -112,6 +112,18 @@ def test_operator(operator, path, ran_kernels, poisoned):
         torch.testing.assert_close(a, right.to(a.dtype), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("operator", [op for op in OPERATORS if op not in _backends.COMPILED])
+def test_float64_is_served_everywhere(operator, device, ran_kernels):
+    """By the reference where no kernel takes it: on a GPU the matrix kernels do not."""
+    ours, plain, make = OPERATORS[operator]
+    tensors = [t.double().to(device) for t in make()]
+    upstream = torch.randn_like(plain(*tensors))
+    with ran_kernels() as names:
+        found = run(ours, tensors, upstream)
+    assert {name.rpartition(".")[2] for name in names} == (set() if device == "cuda" else {"native"})
+    torch.testing.assert_close(found, run(plain, tensors, upstream), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("method", ["tome", "evit", "evo_vit", "patch_slimming", "sit", "cait"])
 def test_method(method, ran_kernels):

@@ -60,6 +60,18 @@ def test_offsets_beyond_32_bits(backend, device, much_memory):
     torch.testing.assert_close(attention(q, k, v), attention(q, k.contiguous(), v))
 
 
+def test_tf32_where_torch_allows_it(backend, device):
+    t, matmul = inputs(ATTEND[4], torch.float32, device), torch.backends.cuda.matmul
+    exact, before = attention(**t), matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        found = attention(**t)
+    finally:
+        matmul.fp32_precision = before
+    assert (found - exact).norm() <= 2e-3 * exact.norm()
+    assert torch.equal(found, exact) == (device == "cpu")
+
+
 def test_masks_and_bias_of_another_dtype(backend, device):
     """fp32 gates on bf16 tokens: each gradient has its own tensor's dtype."""
     t = inputs(ATTEND[3], torch.float32, device, everything=True)
