@@ -125,7 +125,7 @@ def runs(side, qkv):
     try:
         with torch.no_grad():
             side(qkv)
-    except RuntimeError:
+    except Exception:  # there are as many kinds as there are compilers
         return False
     return True
 

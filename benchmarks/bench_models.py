@@ -66,11 +66,13 @@ def name_of(form):
 
 
 def priority(form, batch, how):
-    """Small models before large ones, whole batches and single images before the middle, compilation last."""
+    """Small models before large ones, whole batches before single images of these; then what takes long in compiling,
+    and the middle batch."""
     model, method = form
     size = ["deit_small" in model, "base" in model, "large" in model].index(True) if method else 0
     size += model in (*SIT, *METHODS) and model not in ("sit_deit_small", *METHODS[:2])
-    return 4 * size + 3 * (batch == "middle") + 2 * ("compiled" in how)
+    single = batch == "single" and size > 0
+    return size + 2 * single + 3 * ("compiled" in how) + 3 * (batch == "middle")
 
 
 class Sides(NamedTuple):

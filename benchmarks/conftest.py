@@ -50,12 +50,16 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The most telling first."""
+    """The most telling first: the main sizes, a single image and few of them, then the others."""
 
     def priority(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
         of_module = getattr(item.module, "priority", None)
-        return of_module(**params) if of_module else not any(getattr(p, "main", False) for p in params.values())
+        if of_module:
+            return of_module(**params)
+        said = [getattr(p, "batch", None) for p in params.values()]
+        main = any(getattr(p, "main", False) for p in params.values())
+        return 0 if main else 1 if "single" in said else 2 if "middle" in said else 3
 
     items.sort(key=priority)
     # pytest-xdist cuts the list into as many pieces as there are processes: each piece begins with what is telling
@@ -83,7 +87,7 @@ def pytest_runtest_makereport(item, call):
     if bench.lines and report.failed:
         bench.lines.write(key(item), record.FAILED, message=f"{call.excinfo.typename}: {call.excinfo.value}")
         try:
-            bench.clock.synchronize()
+            bench.clock.check()
         except RuntimeError as error:
             bench.lines.write(key(item), record.FAILED, message=f"the device is lost: {error}")
             os._exit(STICKY)
@@ -91,6 +95,12 @@ def pytest_runtest_makereport(item, call):
         said = {"message": str(call.excinfo.value)} if report.skipped else {}
         bench.lines.write(key(item), record.SKIPPED if report.skipped else record.OK, **said)
     return report
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """In an evidence run what failed has its line, and 1 is what pytest-timeout ends a session with."""
+    if session.config.bench.lines and exitstatus == pytest.ExitCode.TESTS_FAILED:
+        session.exitstatus = pytest.ExitCode.OK
 
 
 def pytest_terminal_summary(terminalreporter, config):

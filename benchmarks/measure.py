@@ -7,6 +7,7 @@ The same comparison can be checked against fp64 instead, or its peers only compi
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from tokenops.cli.timing import Spread, ratio, recorded_kernels
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 PASSES = ("forward", "forward+backward")
+COMPILED = re.compile("compiled|flex")  # peers of operators
 ROTATED_BYTES = 256 * 2**20  # on a GPU inputs rotate through more bytes than any L2 holds
 RELATIVE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -102,7 +104,7 @@ class Bench:
         self.budget, self.rounds = (0.02, 3) if quick else (0.3, 5) if lines else (2.0, 9)
         self.rows: dict[str, dict[str, Any]] = {}
         self.lines = lines
-        self.done = lines.done() if lines else set()
+        self.done = set() if not lines else lines.compiled() if task == "compile" else lines.done()
         self.tried = lines.tried() if lines else set()
         self.ceilings: dict[str, Any] = {}
         if lines:
@@ -209,7 +211,7 @@ class Bench:
         with recorded_kernels() as kernels:
             expected = sides["ours"][0]()
         peers, failed = dict(c.peers), {}
-        if self.device == "cuda" and any(kernel.endswith(".native") for kernel in kernels):
+        if self.device == "cuda" and c.device_time and any(kernel.endswith(".native") for kernel in kernels):
             peers["triton"] = _on("triton", c.ours)
         for name, side in peers.items():
             try:
@@ -217,10 +219,10 @@ class Bench:
                 result = calls[0]()
                 if name not in c.peer_flops:
                     _assert_close(f"{c.operator} {dict(c.shape)}: {name}", result, expected, RELATIVE[self.dtype])
-                if self.device == "cuda" and c.device_time:
+                if self.device == "cuda" and c.device_time and self.task == "measure":
                     self.clock.queued(calls[0])
             except Exception as error:
-                self.clock.synchronize()  # an error that sticks to the device ends this session
+                self.clock.check()  # an error that sticks to the device ends this session
                 if not self.lines:
                     raise
                 failed[name] = f"{type(error).__name__}: {error}"[:300]
@@ -231,7 +233,8 @@ class Bench:
     def _made(self, c: Comparison) -> dict[str, Any]:
         """Peers that compile have compiled, and left it in the caches on disk."""
         start = time.perf_counter()
-        _, _, failed = self._sides(c, [c.inputs()])
+        peers = {name: side for name, side in c.peers.items() if not c.device_time or COMPILED.search(name)}
+        _, _, failed = self._sides(c._replace(peers=peers), [c.inputs()])
         return {"seconds": time.perf_counter() - start} | ({"failed": failed} if failed else {})
 
     def _checked(self, c: Comparison) -> dict[str, Any]:
@@ -266,7 +269,7 @@ class Bench:
         try:
             figures["graph_us"] = self.clock.graph_us(calls[0])
         except Exception as error:
-            self.clock.synchronize()
+            self.clock.check()
             figures["no_graph"] = f"{type(error).__name__}: {error}"[:200]
         return figures
 

@@ -201,6 +201,7 @@ def strongest_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def origin(run: dict) -> str:
+    copied = f"{run['copy_bytes_per_s'] / 1e9:.3g} GB/s copy" if "copy_bytes_per_s" in run else "of the session"
     rates = [
         f"{run[key] / 1e12:.3g} TFLOP/s {key.rpartition('_')[2]} matmul"
         for key in run
@@ -212,7 +213,7 @@ def origin(run: dict) -> str:
         f"torch {run['torch']}",
         f"triton {run['triton']}",
         f"commit {run['commit']}",
-        f"ceilings {run['copy_bytes_per_s'] / 1e9:.3g} GB/s copy, {', '.join(rates)}",
+        f"ceilings {', '.join([copied, *rates])}",
     ]
     return f"{'; '.join(parts)}. Columns with an x: times as fast as that, median and quartiles of interleaved rounds."
 

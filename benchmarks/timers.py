@@ -17,6 +17,14 @@ def loop(calls: Sequence[Call], times: int) -> None:
         calls[i % len(calls)]()
 
 
+def median(sample: Callable[[], float]) -> float:
+    """Of eleven samples, or of as many as 0.2 seconds take, three at least."""
+    start, samples = time.perf_counter(), [sample()]
+    while len(samples) < 3 or len(samples) < 11 and time.perf_counter() - start < 0.2:
+        samples.append(sample())
+    return Spread.of(samples).median
+
+
 class Clock:
     """The clocks of a CPU: a call's time is its time on the wall, and there are no graphs."""
 
@@ -28,6 +36,10 @@ class Clock:
     def synchronize(self) -> None:
         pass
 
+    def check(self) -> None:
+        """RuntimeError: what went wrong before has left this process unable to go on."""
+        self.synchronize()
+
     def queued(self, call: Call) -> float:
         """Seconds of the device alone."""
         return self.seconds(call)
@@ -38,19 +50,20 @@ class Clock:
 
     def host_us(self, calls: Sequence[Call]) -> float:
         """Host time of one call, the device never waited for."""
-        times = []
-        for _ in range(11):
+
+        def sample() -> float:
             self.synchronize()
             start = time.perf_counter()
             loop(calls, QUEUED)
-            times.append((time.perf_counter() - start) / QUEUED)
-        return 1e6 * Spread.of(times).median
+            return time.perf_counter() - start
+
+        return 1e6 * median(sample) / QUEUED
 
     def graph_us(self, call: Call) -> float:
         """Time of one call replayed from a graph (its inputs are the same every time, so they may sit in L2)."""
         replay = self.graphed(call)
-        times = [self.queued(partial(loop, [replay], QUEUED)) / QUEUED for _ in range(11)]
-        return 1e6 * Spread.of(times).median
+        times = self.repeats(self.queued(replay))
+        return 1e6 * median(lambda: self.queued(partial(loop, [replay], times))) / times
 
     def best(self, call: Call, times: int) -> float:
         """The least seconds of a call."""
@@ -90,6 +103,10 @@ class GpuClock(Clock):
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
+    def check(self) -> None:
+        super().check()
+        torch.rand(1, device="cuda")  # after a capture that broke the generator believes that it goes on
+
     def best(self, call: Call, times: int) -> float:
         start = time.perf_counter()
         while time.perf_counter() - start < 0.2:  # until the card has left its idle clocks
@@ -121,6 +138,11 @@ class GpuClock(Clock):
         with torch.cuda.stream(side):
             for _ in range(3):
                 call()
+            torch.cuda.set_sync_debug_mode("error")  # what waits for the device would break the capture, for good
+            try:
+                call()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

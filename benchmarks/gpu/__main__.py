@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +63,15 @@ def main() -> int:
         "GPU_COMMIT": options.commit or "",
     }
     caches = processes.ROOT / "build/gpu"  # not in the folder: compiled kernels are no results
+    try:
+        caches.mkdir(parents=True, exist_ok=True)
+    except OSError:  # of a tree that only reads
+        caches = Path(tempfile.gettempdir(), f"tokenops-gpu-{os.getuid()}")
+        caches.mkdir(exist_ok=True)
+    with (caches / "runs").open("a+") as file:
+        file.write(os.environ["GPU_RUN"] + "\n")
+        file.seek(0)
+        os.environ["GPU_CACHED"] = file.read()
     os.environ.setdefault("TRITON_CACHE_DIR", str(caches / "triton"))
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "inductor"))
     if options.device == "cpu":
@@ -85,16 +95,19 @@ def run(chosen: list[str], device: str, limit: float, lines: record.Lines, began
         lines.write(f"{name} begins", seconds=round(left, 1))
         print(f"{time.time() - began:5.0f} s  {name} begins", flush=True)
         command = processes.python("-m", f"gpu.{name}", "--device", device)
+        command += ["--seconds", f"{left - 3:.0f}"] if name == "sanitize" else []
         running[name] = Running(processes.start(command, nice=nice, group=True), nice, time.time(), len(lines.read()))
 
-    def settle(name: str) -> None:
-        """Take note of a step that has ended; it is made to, at its deadline."""
+    def settle(name: str, stop: bool = False) -> None:
+        """Take note of a step that has ended; it is made to, at its deadline or if `stop`."""
         step, now = running[name], time.time() - began
         code = step.process.poll()
-        if code is None and now < ends[name]:
+        if code is None and now < ends[name] and not stop:
             return
         processes.kill(step.process)  # and what it started
-        said = "stopped at its limit" if code is None else "done" if code == 0 else f"exit code {code}"
+        processes.shorten(Path(os.environ["GPU_LOG"]))
+        stopped = "stopped with what it was beside" if stop else "stopped at its limit"
+        said = stopped if code is None else "done" if code == 0 else f"exit code {code}"
         outcome = record.SKIPPED if code is None else record.OK if code == 0 else record.FAILED
         again = code == LOST and len(lines.read()) > step.lines
         lines.write(f"{name} ends", outcome, message=said, seconds=round(time.time() - step.began, 1))
@@ -110,10 +123,15 @@ def run(chosen: list[str], device: str, limit: float, lines: record.Lines, began
             launch(step.name, step.nice if device == "cuda" else 0)  # two cores would starve it
         if current:
             launch(current)
-        while current in running or (running and not names):
+        over = [beside for beside in plan.BESIDE if not any(name in plan.spanned(beside) for name in names)]
+        awaited = {current, *(beside.name for beside in over if beside.then == "awaited")}
+        while any(name in running for name in awaited) or (running and not names):
             for name in list(running):
                 settle(name)
             time.sleep(0.05)
+        for beside in over:
+            if beside.name in running and beside.then == "stopped":
+                settle(beside.name, stop=True)
 
 
 def summary(lines: record.Lines, run: str) -> str:

@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ["TRITON_INTERPRET"] = "0"  # of the workers, which import triton
     target = 90 if options.device == "cpu" else capability()
     wanted = [Case(*SMALL, "bf16")] if options.device == "cpu" and options.cases is None else list(jobs())
-    done = lines("kernels").done()
+    done = lines("kernels").compiled()
     wanted = [job for job in wanted[: options.cases] if job.key not in done]
     if wanted:
         workers = min(options.workers, len(wanted))

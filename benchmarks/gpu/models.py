@@ -11,7 +11,7 @@ FORMS = "deit_small_patch16_224-tome-single or sit_deit_small-single"
 def main() -> int:
     device = options(__doc__).device
     only = ("-k", f"({FORMS}) and not compiled", "--compile", "none") if device == "cpu" else ()
-    sessions.run("models", sessions.command("models", device, *only, sessions.MODELS, timeout=120))
+    sessions.run("models", sessions.command("models", device, *only, sessions.MODELS, timeout=200))
     return 0
 
 

@@ -13,6 +13,7 @@ def main() -> int:
     spread = ("-n", str(workers), "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
     only = ("-k", "M98-C384-forward and not backward") if device == "cpu" else ()
     every = ("--compile", "all") if device == "cpu" else ()  # a rehearsal's sizes have no compiled peers
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")  # of each, not as many as there are cores
     choice = ("--do", "compile", *spread, *only, *every)
     for files in (sessions.OPERATORS, (sessions.MODELS,)):
         sessions.run("peers", sessions.command("peers", device, *choice, *files, timeout=200))

@@ -50,6 +50,18 @@ def python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
+def shorten(path: Path, most: int = 12 * 2**20) -> None:
+    """Leaves out the middle of a file that is longer: what is brought back may be so long only."""
+    if path.exists() and path.stat().st_size > most:
+        with path.open("r+b") as file:
+            head = file.read(most // 4)
+            file.seek(most // 4 - most, os.SEEK_END)
+            text = head + b"\n[...]\n" + file.read()
+            file.seek(0)
+            file.write(text)
+            file.truncate()
+
+
 def kill(process: subprocess.Popen) -> None:
     """Its whole group, at once."""
     try:

@@ -49,6 +49,12 @@ class Lines:
         """Keys of this step that need not be done again."""
         return {line["key"] for line in self.read(self.step) if line["outcome"] in (OK, SKIPPED)}
 
+    def compiled(self) -> set[str]:
+        """As done, of runs that have compiled into the caches that are here: a machine of before had others."""
+        cached = os.environ.get("GPU_CACHED", "").split()
+        lines = [line for line in self.read(self.step) if line["run"] in cached]
+        return {line["key"] for line in lines if line["outcome"] in (OK, SKIPPED)}
+
     def tried(self) -> set[str]:
         """Keys of this step that this run has begun with, however they ended."""
         return {line["key"] for line in self.read(self.step) if line["run"] == os.environ.get("GPU_RUN", "")}

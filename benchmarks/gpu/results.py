@@ -24,17 +24,22 @@ class Results(NamedTuple):
 
 def results(lines: Sequence[Mapping[str, Any]]) -> Results:
     """The last line of everything counts. ValueError: no line says what machine it was."""
-    runs: dict[str, Any] = {}
+    told: dict[str, Any] = {}
     rehearsal = False
     for line in lines:
         if line["step"] == "facts" and line["key"] == "machine":
-            runs[line["run"]] = dict(line["facts"])
+            told[line["run"]] = dict(line["facts"])
         if line["step"] == "facts" and line["key"] == "ceilings":
             rates = dict(line["ceilings"])
             rehearsal = rehearsal or rates.pop("fake", False)
-            runs[line["run"]] |= rates
-    if not runs:
+            told[line["run"]] |= rates
+    if not told:
         raise ValueError("no line of the step facts says what machine this was")
+    runs: dict[str, Any] = {}
+    nearest = next(iter(told))
+    for line in lines:  # of a run without this step, its facts are those of the run before
+        nearest = line["run"] if line["run"] in told else nearest
+        runs[line["run"]] = told[nearest]
     facts = list(runs.values())[-1]
     rows: dict[str, Any] = {}
     last: dict[tuple[str, str], Mapping[str, Any]] = {}

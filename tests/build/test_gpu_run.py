@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("timm")
 
-from gpu import plan, record, results
+from gpu import plan, processes, record, results
 
 ROOT = Path(__file__).parents[2]
 PATHS = os.pathsep.join(str(ROOT / part) for part in ("", "benchmarks", "tests"))
@@ -175,11 +175,71 @@ def test_a_session_goes_on_behind_what_lost_the_device(tmp_path, monkeypatch):
     assert sum("row" in line for line in lines.read()) == 3
 
 
+#: as pytest-timeout ends a session
+TIMED_OUT = """
+import os, pytest
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    if "none-forward+backward" in item.nodeid:
+        os._exit(1)
+    if "weighted-forward" in item.nodeid:
+        raise RuntimeError("only this one")
+"""
+
+
+def test_a_session_goes_on_behind_what_took_too_long(tmp_path, monkeypatch):
+    from gpu import sessions
+
+    (tmp_path / "timed_out.py").write_text(TIMED_OUT)
+    lines = record.Lines(tmp_path / "lines.jsonl", "operators")
+    for name, value in {
+        **environment(tmp_path),
+        "GPU_LINES": str(lines.path),
+        "GPU_LOG": str(tmp_path / "log.txt"),
+        "GPU_RUN": "now",
+        "PYTHONPATH": f"{PATHS}:{tmp_path}",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sessions.processes, "environment", lambda: None)  # as it is
+    file = str(sessions.FOLDER / "bench_select_tokens.py")
+    choice = ("-p", "timed_out", "--compile", "none", "-k", "single and (none or weighted-forward)", file)
+    sessions.run("operators", sessions.command("operators", "cpu", *choice))
+    last = {line["key"].rpartition("C384-")[2]: line["outcome"] for line in lines.read() if "::" in line["key"]}
+    assert last == {
+        "none-forward] float32": "ok",
+        "none-forward+backward] float32": "started",
+        "weighted-forward] float32": "failed",
+        "weighted-forward+backward] float32": "failed",
+    }
+    ended = [line["message"] for line in lines.read() if line["key"] == "session 0 ended"]
+    assert len(ended) == 1 and ended[0].startswith("exit code 1 "), "failures end no session"
+
+
+def test_a_log_that_is_too_long_loses_its_middle(tmp_path):
+    (tmp_path / "log.txt").write_bytes(b"a" * 30 + b"b" * 1000 + b"c" * 70)
+    processes.shorten(tmp_path / "log.txt", 100)
+    left = (tmp_path / "log.txt").read_bytes()
+    assert left == b"a" * 25 + b"\n[...]\n" + b"b" * 5 + b"c" * 70
+
+
+def test_what_was_compiled_elsewhere_is_compiled_again(tmp_path, monkeypatch):
+    lines = record.Lines(tmp_path / "lines.jsonl", "kernels")
+    for run in ("there", "here"):
+        monkeypatch.setenv("GPU_RUN", run)
+        lines.write(f"of {run}")
+    monkeypatch.setenv("GPU_CACHED", "here\nnow\n")
+    assert lines.done() == {"of there", "of here"} and lines.compiled() == {"of here"}
+
+
 def test_the_plan_shares_the_limit():
     ends = plan.deadlines(list(plan.NAMES), 550, "cuda")
-    assert [round(ends[step.name]) for step in plan.STEPS] == [15, 60, 210, 350, 450, 550]
+    assert [round(ends[step.name]) for step in plan.STEPS] == [40, 85, 225, 365, 465, 550]
     assert ends["peers"] == ends["sanitize"] == ends["tests"] and ends["kernels"] == ends["models"]
-    assert plan.deadlines(["models", "sweep"], 300, "cuda") == {"models": 150, "sweep": 300}
+    assert plan.deadlines(["models", "sweep"], 300, "cuda") == {
+        "models": pytest.approx(162.16, abs=0.01),
+        "sweep": 300,
+    }
     assert plan.deadlines(["sanitize"], 100, "cuda") == {"sanitize": 100}
 
 
@@ -200,11 +260,13 @@ def test_results_are_the_last_of_every_line():
         line("facts", "ceilings", run="2", ceilings={"copy_bytes_per_s": 5e12}),
         line("tests", "t1", run="2"),
         line("operators", "o forward", run="2", row=row | {"us": [2, 2, 2]}),
+        line("operators", "q forward", run="3", row=row),
     ]
     found = results.results(lines)
     assert found.name == "nvidia-h200" and not found.rehearsal
     assert found.runs["2"] == {"device": "NVIDIA H200", "commit": "b", "copy_bytes_per_s": 5e12}
-    assert found.rows == {"o forward": {"run": "2", **row, "us": [2, 2, 2]}}
+    assert found.runs["3"] == found.runs["2"], "some steps later on that machine"
+    assert found.rows == {"o forward": {"run": "2", **row, "us": [2, 2, 2]}, "q forward": {"run": "3", **row}}
     assert found.evidence == {
         "tests": {"run": "1", "counts": {"ok": 1, "failed": 1}, "failed": {"t2": "it ended the process"}}
     }

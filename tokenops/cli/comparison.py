@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import use_backend
 from ..nn import convert_attention
-from . import CommandError, columns, picture
+from . import CommandError, columns
 from .models import Settings, backends, caller, counted, displayed, methods, prepare, quartiles, timm
 from .timing import Spread, clock, interleaved, ratio, recorded_kernels
 
@@ -67,6 +67,8 @@ def run(
     advance: Callable[[str, float], None],
 ) -> str:
     """The table and where the picture is; models have random weights, the same of each kind."""
+    from . import picture  # with matplotlib, which the benchmarks that take models from here may lack
+
     if settings.device == "cpu" and settings.batch == 16:
         settings = settings._replace(batch=BATCH)
     path = output.with_name(f"{output.stem}-methods{output.suffix}")

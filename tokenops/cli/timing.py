@@ -74,6 +74,11 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.names = names
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """What first runs in the block is compiled too; else torch.compile passes it over, in 2.11 for good."""
+        return True
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "tokenops":
             self.names.add(str(func).removeprefix("tokenops."))
