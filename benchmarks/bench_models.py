@@ -58,6 +58,8 @@ FORMS = (
     *((model, method) for model, methods in PATCHES.items() for method in methods),
     *((name, None) for name in (*SIT, *METHODS)),
 )
+#: relative L2 in bf16: where two scores round to one the ways choose and merge other tokens (DeiT-S with ToMe: 5.5e-2)
+CHOICES = 0.25
 HOWS = ("eager", "graph", "compiled", "compiled graph")
 
 
@@ -217,6 +219,7 @@ def test_model(bench, compare, form, batch, how, capsys):
         flops=flops,
         peer_flops=dict.fromkeys(sides.dense, dense_flops),
         device_time=False,
+        tolerance=CHOICES if bench.dtype.itemsize < 4 else None,
     )
     assert bench.task == "compile" or row["kernels"] or how != "eager"
     if patch and how == "eager" and "published" in sides.peers:

@@ -74,6 +74,7 @@ class Comparison(NamedTuple):
     device_time: bool = True
     truth: Callable[..., Any] | None = None
     errors: bool = False
+    tolerance: float | None = None
 
     @property
     def op(self) -> str:
@@ -143,6 +144,7 @@ class Bench:
             device_time: on a GPU, time the kernels alone, the launches queued ahead (else from launch to end), and
                 report the host's time a call and the time of a CUDA graph's replay beside it.
             truth: what is right (the peer "reference", where that is None); called in fp64 it tells errors.
+            tolerance: relative L2 between a peer's results and ours; default: RELATIVE of the dtype.
             errors: whether a row has each side's error (relative L2, of the first result) and peak memory.
 
         A side gives one tensor or several; those that both sides give are compared, the first gets a gradient.
@@ -211,6 +213,7 @@ class Bench:
         with recorded_kernels() as kernels:
             expected = sides["ours"][0]()
         peers, failed = dict(c.peers), {}
+        tolerance = c.tolerance or RELATIVE[self.dtype]
         if self.device == "cuda" and c.device_time and any(kernel.endswith(".native") for kernel in kernels):
             peers["triton"] = _on("triton", c.ours)
         for name, side in peers.items():
@@ -218,7 +221,7 @@ class Bench:
                 calls = [c.calls(side, s) for s in sets]
                 result = calls[0]()
                 if name not in c.peer_flops:
-                    _assert_close(f"{c.operator} {dict(c.shape)}: {name}", result, expected, RELATIVE[self.dtype])
+                    _assert_close(f"{c.operator} {dict(c.shape)}: {name}", result, expected, tolerance)
                 if self.device == "cuda" and c.device_time and self.task == "measure":
                     self.clock.queued(calls[0])
             except Exception as error:

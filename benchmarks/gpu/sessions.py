@@ -11,7 +11,7 @@ OPERATORS = tuple(str(path) for path in sorted(FOLDER.glob("bench_*.py")) if str
 FINISHED = (0, 5)  # exit codes: all were run (conftest.py: those that failed too), there were none
 
 
-def command(step: str, device: str, *arguments: str, timeout: int = 60) -> list[str]:
+def command(step: str, device: str, *arguments: str, timeout: int = 100) -> list[str]:
     """A session whose rows are lines of the step; a benchmark that takes longer than the timeout ends it."""
     extra = ["--quick"] if device == "cpu" else []
     if importlib.util.find_spec("pytest_timeout"):
