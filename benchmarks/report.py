@@ -95,6 +95,8 @@ def filled(text: str, results: dict) -> str:
 
 def rows_of(result: dict, kind: str) -> list[dict]:
     rows = [row for row in result["rows"].values() if is_model(row) == (kind in ("models", "strongest"))]
+    # a model whose dense form could not run is compared with nothing
+    rows = [row for row in rows if not is_model(row) or any("realised" in peer for peer in row["peers"].values())]
     return [row for row in rows if is_main(row)] if kind == "main" else rows
 
 

@@ -261,5 +261,22 @@ def test_recorded_kernels():
     assert names == set()
 
 
+def test_what_first_runs_while_kernels_are_recorded_is_compiled():
+    import tokenops
+
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    call = torch.compile(lambda x, w: tokenops.soft_aggregate(x, w, prefix=1) + 1, backend=backend, dynamic=False)
+    x, w = torch.randn(1, 5, 8), torch.randn(1, 4, 2)
+    for _ in range(2):
+        with torch.no_grad(), recorded_kernels() as names:
+            call(x, w)
+        assert len(graphs) == 1 and names == {"soft_aggregate_fwd.native"}
+
+
 def test_columns_line_up():
     assert columns([("a", "bcd"), ("efg", "h", "i")]) == "  a    bcd\n  efg  h    i"
