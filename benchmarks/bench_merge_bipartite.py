@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from measure import PASSES, SIZES, nbytes
 from published.vit import merge_as_published
-from tokenops import merge_bipartite, reference
+from tokenops import match_bipartite, merge_bipartite, reference
 
 R = {True: 3, False: 13}  # by bench.quick
 
@@ -18,11 +18,16 @@ def ours(x, metric, sizes, weight, bias, *, r, norm):
     return (merged.normed if norm else merged.tokens), merged.sizes
 
 
-def as_reference(x, metric, sizes, weight, bias, *, r, norm):
-    index = reference.match_bipartite(metric.detach(), r)
+def as_reference(x, metric, sizes, weight, bias, *, r, norm, match=reference.match_bipartite):
+    index = match(metric.detach(), r)
     given = (weight, bias, 1e-6) if norm else None
     y, totals, _, normed = reference.merge_bipartite(x, index, x.shape[1] - 1 - r, sizes=sizes, norm=given)
     return (normed if norm else y), totals
+
+
+def as_matched(metric, r):
+    """By the kernel's own matching: in fp64 another of two equal cosines may be the larger one."""
+    return match_bipartite(metric.float(), r)
 
 
 def published(x, metric, sizes, weight, bias, *, r, norm):
@@ -59,4 +64,5 @@ def test_merge_bipartite(bench, compare, size, norm, passes):
         peers=peers,
         bytes=forward + (nbytes(y) * (1 + norm) + nbytes(x) if passes != "forward" else 0),
         flops=B * 2 * D * (N // 2) ** 2,
+        truth=partial(as_reference, **options, match=as_matched),
     )

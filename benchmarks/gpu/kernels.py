@@ -9,9 +9,11 @@ import argparse
 import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -123,8 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if wanted:
         workers = min(options.workers, len(wanted))
         with ProcessPoolExecutor(workers, get_context("spawn"), initializer=start, initargs=(os.getpid(),)) as pool:
-            for job in [pool.submit(work, job, target, options.device == "cuda") for job in wanted]:
-                job.result()  # raises if a worker died
+            waiting = [pool.submit(work, job, target, options.device == "cuda") for job in wanted]
+            try:
+                for job in waiting:
+                    job.result()
+            except BrokenProcessPool:
+                sys.exit(3)  # a worker died: begin again behind what is compiled
 
 
 if __name__ == "__main__":
