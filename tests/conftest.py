@@ -96,10 +96,28 @@ def pytest_collection_modifyitems(config, items):
         mark_slow_ones(items)
         return
     kept = sorted(filter(takes_the_device, items), key=turn_on_a_gpu)
-    config.hook.pytest_deselected(items=[item for item in items if not takes_the_device(item)])
+    left_out = [item for item in items if not takes_the_device(item)]
+    config.hook.pytest_deselected(items=left_out)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left_out"] = len(left_out)
     # pytest-xdist cuts the list into as many pieces as there are processes: each piece begins with what is telling
     processes = getattr(config, "workerinput", {}).get("workercount", 1)
     items[:] = [item for first in reversed(range(processes)) for item in kept[first::processes]]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", None) or node.config.stash.get(LEFT_OUT, {})
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """What pytest-xdist does not tell: how many tests its processes have left out."""
+    left_out = config.stash.get(LEFT_OUT, {}).get("left_out")
+    if left_out is not None:
+        terminalreporter.write_line(f"{left_out} tests that have nothing to say of a GPU were left out")
+
+
+LEFT_OUT = pytest.StashKey[dict]()
 
 
 def mark_slow_ones(items):
