@@ -276,6 +276,61 @@ def test_results_are_the_last_of_every_line():
         results.results(lines[2:4])
 
 
+def model_row(how, ours, dense, sdpa, published):
+    def peer(us, **more):
+        return {"us": [us] * 3, "ratio": [us / ours] * 3, **more}
+
+    return {
+        "operator": f"deit_small tome{how}",
+        "passes": "forward",
+        "dtype": "bfloat16",
+        "shape": {"B": 256},
+        "us": [ours] * 3,
+        "flops": 2e12,
+        "of_floor": 0.5,
+        "peers": {
+            "deit_small": peer(dense, flop_ratio=2.0, realised=dense / ours / 2),
+            "sdpa": peer(sdpa, flop_ratio=2.0, realised=sdpa / ours / 2),
+            "published": peer(published),
+        },
+    }
+
+
+def test_a_report_of_a_gpu(tmp_path, monkeypatch):
+    import report
+
+    monkeypatch.setattr(report, "LAUNCHES", tmp_path / "launches.json")
+    kept = "sm_80 soft_aggregate_fwd bfloat16 many N256 M128 C512"
+    report.LAUNCHES.write_text(json.dumps({kept: {"num_warps": 4}}))
+    swept = {"gpu": 90, "kernel": "token_mlp_fwd", "entry": "sm_90 token_mlp_fwd bfloat16 many M128 R1024 N256 C512"}
+    facts = {"device": "NVIDIA H200", "commit": "a", "driver": "580", "torch": "2.11", "triton": "3.6", "threads": 1}
+    lines = [
+        line("facts", "machine", facts=facts),
+        line("facts", "ceilings", ceilings={"copy_bytes_per_s": 4e12, "flops_per_s_bfloat16": 8e14}),
+        line("tests", "t1"),
+        line("tests", "t2", "failed", message="E assert\nfile"),
+        line("models", "eager", row=model_row("", 800.0, 1000.0, 900.0, 1200.0)),
+        line("models", "graph", row=model_row(" compiled graph", 500.0, 700.0, 600.0, 550.0)),
+        line("sweep", "1", launch={}, us=10.0, default_us=10.0, spills=0, **swept),
+        line("sweep", "2", launch={"num_warps": 8}, us=8.0, default_us=10.0, spills=0, **swept),
+    ]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert not report.take(path, tmp_path / "results")
+    result = json.loads((tmp_path / "results/nvidia-h200.json").read_text())
+    assert set(result["rows"]) == {"eager", "graph"} and result["evidence"]["tests"]["counts"] == {"ok": 1, "failed": 1}
+    launches = json.loads(report.LAUNCHES.read_text())
+    assert launches == {kept: {"num_warps": 4}, swept["entry"]: {"num_warps": 8}}
+    text = "<!-- results:nvidia evidence -->\n<!-- /results -->\n<!-- results:nvidia strongest -->\n<!-- /results -->\n"
+    text = report.filled(text, {"nvidia-h200": result})
+    assert "- tests on NVIDIA H200, commit a: 1 failed, 1 ok\n  - t2: E assert file" in text
+    # the fastest dense form is SDPA's, compiled, as a graph
+    assert (
+        "| deit_small tome | 256 | bfloat16 | 5.12e+05 | compiled graph | compiled graph | 1.20 | 2.00 | 0.60 | 1.10 |"
+        in text
+    )
+
+
 def test_lines_are_appended_whole_and_a_torn_one_is_closed(tmp_path):
     lines = record.Lines(tmp_path / "lines.jsonl", "tests")
     lines.write("a")
