@@ -251,7 +251,7 @@ class Bench:
         for backend in _backends.TABLE[c.op][self.device]:
             if _backends.why_not(c.op, backend, self.device, self.dtype) is not None:
                 continue  # Triton on a CPU that does not interpret
-            with _poisoned(), recorded_kernels() as kernels:
+            with poisoned(), recorded_kernels() as kernels:
                 found = _named(c.calls(_on(backend, c.ours), tensors)())
             if not any(kernel.endswith(f".{backend}") for kernel in kernels):
                 wrong.append(f"{backend}: none of its kernels ran, but {sorted(kernels)}")
@@ -431,7 +431,7 @@ def _relative(found: Tensor, right: Tensor) -> float:
 
 
 @contextmanager
-def _poisoned() -> Iterator[None]:
+def poisoned() -> Iterator[None]:
     """torch.empty gives NaN, so that elements which no kernel wrote are seen."""
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -6,7 +6,6 @@ have no memory. A line a case.
 """
 
 import argparse
-import ctypes
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
+from gpu.processes import die_with_parent
 from gpu.record import FAILED, OK, lines
 from gpu.sweep import Config, Group, capability, compiled, groups
 
@@ -81,7 +81,7 @@ def jobs() -> Iterator[Case | Candidate]:
 def start(parent: int) -> None:
     """What a worker does first: it gives way to the steps it runs beside, and ends with its parent."""
     os.nice(10)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    die_with_parent()
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -99,7 +99,7 @@ def work(job: Case | Candidate, target: int, launchers: bool) -> None:
     try:
         binaries = job.compile(target)
     except Exception as error:
-        found.write(job.key, FAILED, error=f"{type(error).__name__}: {error}")
+        found.write(job.key, FAILED, message=f"{type(error).__name__}: {error}")
         return
     try:
         for binary in binaries if launchers else ():

@@ -197,7 +197,7 @@ class Step:
     def plain_cases(self, group: list[str]) -> None:
         def heard(done: dict, output: Output) -> None:
             if done["case"] in group:
-                values = {"reason": done["failed"]} if "failed" in done else {}
+                values = {"message": done["failed"]} if "failed" in done else {}
                 outcome = FAILED if values else OK
                 self.write(f"plain/{done['case']}", outcome, seconds=done["seconds"], kernels=done["kernels"], **values)
 
@@ -205,7 +205,7 @@ class Step:
         options = ("--launches", "--planted", "none", "--cases", *group)
         output, code = run(touch(self.device, seconds, *options), self.device, seconds, heard)
         for case in missed(group, output)[:1]:
-            self.write(f"plain/{case}", FAILED, reason=f"ended in it, {code}: {output.last_words()}")
+            self.write(f"plain/{case}", FAILED, message=f"ended in it, {code}: {output.last_words()}")
 
     def launched(self) -> None:
         """Was every kernel launched?"""
@@ -216,7 +216,7 @@ class Step:
         if native:
             missing += sorted(f"tokenops::{name}" for name in cuda_kernels() - native)
         else:
-            values["reason"] = "CUDA C++ kernels were not looked for: " + (
+            values["message"] = "CUDA C++ kernels were not looked for: " + (
                 "a rehearsal" if self.device == "cpu" else "the profiler saw none"
             )
         self.write("launched", FAILED if missing else OK, missing=missing, **values)
@@ -239,11 +239,11 @@ class Step:
             if self.left() >= LEAST:
                 self.check(tool)
             else:
-                self.write(tool, FAILED if tool in NEEDED else SKIPPED, reason="no time was left")
+                self.write(tool, FAILED if tool in NEEDED else SKIPPED, message="no time was left")
 
     def leave(self, tools: list[str], outcome: str, reason: str) -> None:
         for tool in tools:
-            self.write(tool, outcome, reason=reason)
+            self.write(tool, outcome, message=reason)
 
     def options(self, tool: str, processes: str, named: bool) -> list[str]:
         """Those of compute-sanitizer that this version has."""
@@ -288,7 +288,7 @@ class Step:
         refused = not failed and "Error:" in output.complaints()
         outcome = SKIPPED if refused else FAILED  # without complaints it believes that all is well
         reason = "the planted fault was not found: " + "; ".join((output.complaints() or output.last_words(), *failed))
-        self.write("planted/memcheck", outcome, found=False, version=self.version, reason=reason)
+        self.write("planted/memcheck", outcome, found=False, version=self.version, message=reason)
         return outcome, reason
 
     def form(self) -> dict[str, Any]:
@@ -307,7 +307,7 @@ class Step:
                     found.append(finding)
             if case in waiting and case not in written:
                 written.add(case)
-                values = {"reason": done["failed"]} if "failed" in done else {}
+                values = {"message": done["failed"]} if "failed" in done else {}
                 values |= {"text": texts(found)} if found else {}
                 outcome = FAILED if values else OK
                 self.write(f"{tool}/{case}", outcome, seconds=done["seconds"], errors=len(found), **values)
@@ -327,7 +327,7 @@ class Step:
         for done in output.touched:
             settle(done, output)
         for case in missed(waiting, output)[:1]:
-            self.write(f"{tool}/{case}", FAILED, reason=f"ended in it, {code}: {output.last_words()}")
+            self.write(f"{tool}/{case}", FAILED, message=f"ended in it, {code}: {output.last_words()}")
         if tool in PLANTED and tool != "memcheck":
             found = planted(output, self.known)
             self.write(f"planted/{tool}", OK if found else FAILED, found=found)
@@ -386,7 +386,7 @@ def verdict(tool: str, output: Output, known: set[str], wanted: list[str], named
         "kernels_found": dict(kernels),
         "text": texts(errors or warnings),
         "said": output.complaints(),
-        "reason": "; ".join(reasons),
+        "message": "; ".join(reasons),
     }
 
 

@@ -347,16 +347,6 @@ def capability() -> int:
     return 10 * major + minor
 
 
-class _poisoned:
-    """torch.empty gives NaN: what a candidate does not write is not right by what lay there before."""
-
-    def __enter__(self) -> None:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-    def __exit__(self, *exc: object) -> None:
-        torch.use_deterministic_algorithms(False)
-
-
 def microseconds(sides: Mapping[str, Sequence[Callable[[], object]]], device: str) -> dict[str, float]:
     """The median time of a call of each side, taken in turns."""
     from timers import clock_of
@@ -378,6 +368,9 @@ def _copies(launched: Launched, device: str) -> int:
 
 def sweep(group: Group, candidates: Iterable[Config], device: str, found: Lines) -> None:
     """A line for each of the candidates."""
+    from measure import poisoned
+    from timers import clock_of
+
     gpu = None if device == "cpu" else capability()
     common = {"gpu": gpu, "kernel": group.kernel, "entry": None if gpu is None else group.entry(gpu)}
     defaults: list[Launched] = []
@@ -387,7 +380,7 @@ def sweep(group: Group, candidates: Iterable[Config], device: str, found: Lines)
         try:
             if not defaults:
                 calls.append(group.prepared(device))
-                with _poisoned():
+                with poisoned():
                     defaults.append(group.launched(calls[0], {}))
                 for _ in range(_copies(defaults[0], device) - 1):
                     calls.append(group.prepared(device))
@@ -395,7 +388,7 @@ def sweep(group: Group, candidates: Iterable[Config], device: str, found: Lines)
             began = time.perf_counter()
             sets, wrong = defaults, None
             if candidate:
-                with _poisoned():
+                with poisoned():
                     sets = [group.launched(calls[0], candidate)]
                     wrong = agree(sets[0].outputs, defaults[0].outputs, DTYPES[group.dtype])
                 sets += [group.launched(call, candidate) for call in calls[1:]]
@@ -411,19 +404,11 @@ def sweep(group: Group, candidates: Iterable[Config], device: str, found: Lines)
         if wrong is None:
             found.write(group.key(candidate), OK, **line)
         else:
-            found.write(group.key(candidate), FAILED, error=wrong, **line)
-            if broken(device):
+            found.write(group.key(candidate), FAILED, message=wrong, **line)
+            try:
+                clock_of(device).check()
+            except RuntimeError:  # the GPU takes nothing from this process any more
                 sys.exit(BROKEN)
-
-
-def broken(device: str) -> bool:
-    """Whether the GPU takes nothing from this process any more."""
-    try:
-        if device == "cuda":
-            torch.cuda.synchronize()
-    except Exception:
-        return True
-    return False
 
 
 def best(found: Iterable[Mapping[str, Any]], before: Mapping[str, Config] = {}) -> dict[str, Config]:

@@ -173,7 +173,7 @@ def test_memcheck_is_understood():
     assert list(output.rest) == ["something torch had to say"]
     line = judged("memcheck", MEMCHECK, "select_tokens.native", "token_mlp.triton")
     assert line["outcome"] == "failed" and line["errors"] == 2
-    assert line["reason"] == "2 errors; not reached: token_mlp.triton"
+    assert line["message"] == "2 errors; not reached: token_mlp.triton"
     assert line["kernels_found"] == {
         "select_tokens.native select_tokens_fwd_kernel": 1,
         "masked_channel_attention.triton masked_channel_attention_bwd_q_kernel": 1,
@@ -197,7 +197,7 @@ def test_initcheck_passes_over_the_kernels_of_others():
     line = judged("initcheck", INITCHECK, "token_mlp.triton", named=False)
     assert line["outcome"] == "ok" and (line["errors"], line["elsewhere"]) == (0, 1), line
     silent = "\n".join(INITCHECK.splitlines()[7:])
-    assert judged("initcheck", silent, "token_mlp.triton", named=False)["reason"] == "the planted fault was not found"
+    assert judged("initcheck", silent, "token_mlp.triton", named=False)["message"] == "the planted fault was not found"
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_initcheck_passes_over_the_kernels_of_others():
 )
 def test_silence_is_not_enough(text, reason):
     line = judged("synccheck", f'touched {{"case": "a.triton", "seconds": 1}}\n{text}', "a.triton")
-    assert line["reason"].startswith(reason) and line["outcome"] == ("failed" if reason else "ok")
+    assert line["message"].startswith(reason) and line["outcome"] == ("failed" if reason else "ok")
 
 
 #: as much of the sanitizer as the step asks for: it finds the planted fault, and what FAKE says
@@ -278,9 +278,9 @@ def test_tools_are_run_and_resumed(faked):
 def test_where_a_run_ended_is_told(faked):
     lines = faked("dies")
     assert lines["memcheck/merge_neighbours.triton"]["outcome"] == "ok"
-    assert lines["memcheck/merge_bipartite.native"]["reason"].startswith("ended in it, 3")
+    assert lines["memcheck/merge_bipartite.native"]["message"].startswith("ended in it, 3")
     assert "memcheck/merge_bipartite.triton" not in lines
-    assert lines["memcheck"]["reason"].startswith("the sanitizer did not sum up; not reached: merge_bipartite.native")
+    assert lines["memcheck"]["message"].startswith("the sanitizer did not sum up; not reached: merge_bipartite.native")
 
 
 def test_another_form_is_tried(faked):
@@ -291,7 +291,7 @@ def test_another_form_is_tried(faked):
 def test_a_refusal_skips_the_tools(faked):
     lines = faked("refuses")
     assert set(lines) == {"planted/memcheck", *sanitize.TOOLS}
-    assert all(line["outcome"] == "skipped" and "Device not supported" in line["reason"] for line in lines.values())
+    assert all(line["outcome"] == "skipped" and "Device not supported" in line["message"] for line in lines.values())
 
 
 def test_without_time_what_is_needed_has_failed(faked, monkeypatch):
@@ -302,7 +302,7 @@ def test_without_time_what_is_needed_has_failed(faked, monkeypatch):
 
 def test_without_a_sanitizer_the_tools_are_skipped(faked, monkeypatch):
     monkeypatch.setattr(sanitize, "find", lambda: None)
-    assert {line["reason"] for line in faked("").values()} == {"there is no compute-sanitizer"}
+    assert {line["message"] for line in faked("").values()} == {"there is no compute-sanitizer"}
 
 
 @pytest.mark.slow

@@ -68,12 +68,15 @@ def test_a_sweep_goes_on_behind_a_failure(found, interpreted):
     sweep.sweep(GROUP, [{}, {"BLOCK_N": 48}, {"BLOCK_N": 32}], "cpu", found)
     default, failed, other = found.read()
     assert [default["outcome"], failed["outcome"], other["outcome"]] == [OK, FAILED, OK]
-    assert "BLOCK_N cannot be 48" in failed["error"] and failed["launch"] == {"BLOCK_N": 48}
+    assert "BLOCK_N cannot be 48" in failed["message"] and failed["launch"] == {"BLOCK_N": 48}
     assert other["key"] == "soft_aggregate_fwd bf16 B2 N6 M4 C8 BLOCK_N=32"
 
 
 def test_a_gpu_that_is_lost_ends_the_process(found, interpreted, monkeypatch):
-    monkeypatch.setattr(sweep, "broken", lambda device: True)
+    def lost(clock):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr("timers.Clock.check", lost)
     with pytest.raises(SystemExit) as ended:
         sweep.sweep(GROUP, [{"BLOCK_N": 48}, {"BLOCK_N": 32}], "cpu", found)
     assert ended.value.code == 3 and [line["outcome"] for line in found.read()] == [FAILED]
@@ -92,7 +95,7 @@ def test_another_result_is_a_failure(found, interpreted, monkeypatch, spoil):
     monkeypatch.setattr(sweep.Group, "launched", launched)
     sweep.sweep(GROUP, [{}, {"BLOCK_N": 32}, {"BLOCK_N": 64}], "cpu", found)
     assert [line["outcome"] for line in found.read()] == [OK, FAILED, OK]
-    assert "result 0 differs from the default configuration's" in found.read()[1]["error"]
+    assert "result 0 differs from the default configuration's" in found.read()[1]["message"]
 
 
 def test_what_was_not_written_is_a_failure(found, interpreted, monkeypatch):
@@ -141,7 +144,7 @@ A, B, C = {"BLOCK_N": 64}, {"BLOCK_N": 64, "num_stages": 2}, {"num_warps": 4}
         ([line(90.0, A, default_us=91.0), line(95.0, B)], B),
         ([line(50.0, A, spills=8), line(95.0, B)], B),
         ([line(50.0, A, outcome=FAILED), line(95.0, B)], B),
-        ([line(None, A, outcome=FAILED, error="out of resources")], None),
+        ([line(None, A, outcome=FAILED, message="out of resources")], None),
         ([line(80.0, A), line(99.0, A), line(95.0, B), line(94.0, B)], B),  # two sizes of one entry: the worse counts
         ([line(80.0, A), line(None, A, outcome=FAILED)], None),
         ([line(80.0, A) | {"gpu": None, "entry": None}], None),  # of a rehearsal
@@ -236,4 +239,4 @@ def test_a_case_that_does_not_compile_is_a_line(tmp_path):
     wrong = AHEAD.replace("group.candidates[1]", "{'BLOCK_N': 48}")
     step("-c", wrong, lines=found, TRITON_CACHE_DIR=str(tmp_path / "cache"), TRITON_INTERPRET="0")
     (one,) = Lines(found, "kernels").read()
-    assert one["outcome"] == FAILED and "BLOCK_N cannot be 48" in one["error"]
+    assert one["outcome"] == FAILED and "BLOCK_N cannot be 48" in one["message"]
