@@ -260,6 +260,7 @@ def compiled(tmp_path, *arguments):
     return json.loads(run.stdout)
 
 
+@pytest.mark.slow
 def test_the_loops_of_one_operator_are_known(tmp_path):
     made = compiled(tmp_path, "--operators", "restore_tokens")
     rows = {name: row for name, row in made.items() if "unknown" not in row}

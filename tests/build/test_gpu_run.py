@@ -147,6 +147,7 @@ def lost():
 """
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_behind_what_lost_the_device(tmp_path, monkeypatch):
     from gpu import sessions
 
@@ -190,6 +191,7 @@ def pytest_runtest_call(item):
 """
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_behind_what_took_too_long(tmp_path, monkeypatch):
     from gpu import sessions
 

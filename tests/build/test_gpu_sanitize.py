@@ -30,6 +30,7 @@ def rehearsed(tmp_path_factory):
     return {line["key"]: line for line in Lines(file).read("sanitize")}
 
 
+@pytest.mark.slow
 def test_rehearsal_launches_every_triton_kernel(rehearsed):
     assert all(line["rehearsal"] for line in rehearsed.values())
     outcomes = {key: line["outcome"] for key, line in rehearsed.items()}
