@@ -20,6 +20,7 @@ from . import plan, processes, record
 LIMIT, REHEARSAL = 560, 175  # seconds for everything
 GRACE = 5  # seconds kept of the limit for the summary
 LOST = 3  # exit code of a step that has lost the device to an error: a new process goes on
+NO_GPU = 4  # of the first step, where there is no GPU: nothing else is tried
 
 
 class Running(NamedTuple):
@@ -115,6 +116,11 @@ def run(chosen: list[str], device: str, limit: float, lines: record.Lines, began
         del running[name]
         if again:
             launch(name, step.nice)
+        if name == "facts" and code == NO_GPU:
+            names.clear()
+            waiting.clear()
+            for other in list(running):
+                settle(other, stop=True)
 
     while names or waiting or running:
         current = names.pop(0) if names else None
@@ -126,8 +132,9 @@ def run(chosen: list[str], device: str, limit: float, lines: record.Lines, began
         over = [beside for beside in plan.BESIDE if not any(name in plan.spanned(beside) for name in names)]
         awaited = {current, *(beside.name for beside in over if beside.then == "awaited")}
         while any(name in running for name in awaited) or (running and not names):
-            for name in list(running):
-                settle(name)
+            for name in [*running]:
+                if name in running:
+                    settle(name)
             time.sleep(0.05)
         for beside in over:
             if beside.name in running and beside.then == "stopped":

@@ -29,7 +29,7 @@ def facts(device: str) -> dict:
         found |= {
             "multiprocessors": gpu.multi_processor_count,
             "memory_bytes": gpu.total_memory,
-            "l2_bytes": gpu.L2_cache_size,
+            "l2_bytes": getattr(gpu, "L2_cache_size", None),
             "capability": list(torch.cuda.get_device_capability()),
         }
         asked = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,driver_version"
@@ -75,6 +75,9 @@ def ceilings() -> dict[str, float]:
 def main() -> int:
     device, lines = options(__doc__).device, record.lines("facts")
     start = time.time()
+    if device == "cuda" and not torch.cuda.is_available():
+        lines.write("machine", record.FAILED, message="no GPU: torch.cuda.is_available() is false")
+        return 4  # nothing else is tried
     lines.write("machine", facts=facts(device))
     found = FAKE if device == "cpu" else ceilings()
     lines.write("ceilings", ceilings=found, seconds=round(time.time() - start, 1))

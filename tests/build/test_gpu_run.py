@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("timm")
@@ -86,6 +87,19 @@ def test_killed_in_every_step(step, tmp_path):
     lines = killed_in(step, tmp_path / "out")
     assert lines[0]["key"] == f"{step} begins"
     assert all({"step", "key", "outcome", "run", "t"} <= set(line) for line in lines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_nothing_is_tried(tmp_path):
+    command = (*COMMAND[:4], "cuda", *COMMAND[5:], str(tmp_path / "out"))
+    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "facts: machine: no GPU: torch.cuda.is_available() is false" in done.stdout
+    assert not {line["key"] for line in whole_lines(tmp_path / "out")} & {
+        "smoke begins",
+        "tests begins",
+        "sweep begins",
+    }
 
 
 def test_a_step_is_stopped_at_its_limit(tmp_path):
