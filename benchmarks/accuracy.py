@@ -11,6 +11,7 @@ import copy
 import io
 import json
 import re
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,10 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenops
-from measure import Spread
 from tokenops import training
 from tokenops.cli import machine
-from tokenops.cli.timing import clock, interleaved, ratio
+from tokenops.cli.timing import Spread, clock, interleaved, ratio
 from tokenops.methods import EvoViT, cait, patch_slimming
 from tokenops.nn import convert_attention
 
@@ -330,7 +330,7 @@ def table(rows: dict[str, Any], origin: str) -> str:
             f" {row['images_per_second'][0]:.0f} | {speed_up[0]:.2f} ({speed_up[1]:.2f}..{speed_up[2]:.2f}) |"
             f" {speed_up[0] * part:.2f} |"
         )
-    return "\n".join(lines) + f"\n\n{origin}"
+    return "\n".join(lines) + "\n\n" + textwrap.fill(origin, 118, break_long_words=False, break_on_hyphens=False)
 
 
 def draw(rows: dict[str, Any], path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from measure import PASSES, nbytes
+from comparison import PASSES, nbytes
 from tokenops import masked_channel_attention, reference
 
 

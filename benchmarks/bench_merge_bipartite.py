@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from measure import PASSES, SIZES, nbytes
+from comparison import PASSES, SIZES, nbytes
 from published.vit import merge_as_published
 from tokenops import match_bipartite, merge_bipartite, reference
 
@@ -41,7 +41,7 @@ def published(x, metric, sizes, weight, bias, *, r, norm):
 def test_merge_bipartite(bench, compare, size, norm, passes):
     B, N, _, C = size.of(bench)
     if not (size.main or bench.quick) and norm:
-        pytest.skip("the main size tells")
+        pytest.skip("what the norm adds is measured at the main size")
     options, D = dict(r=R[bench.quick], norm=norm), 64
 
     def inputs():

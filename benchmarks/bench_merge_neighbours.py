@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from measure import PASSES, SIZES, nbytes
+from comparison import PASSES, SIZES, nbytes
 from tokenops import merge_neighbours, reference
 
 GRIDS = {True: (4, 6), False: (14, 14)}  # by bench.quick
@@ -44,7 +44,7 @@ def test_merge_neighbours(bench, compare, size, kind, axis, passes):
     B, _, _, C = size.of(bench)
     grid = GRIDS[bench.quick]
     if not (size.main or bench.quick) and (kind != "average" or axis != "horizontal"):
-        pytest.skip("one kind and axis tell at this size")
+        pytest.skip("kinds and axes are compared at the main size; the others show how an average scales")
     name, _, norm = kind.partition("+")
     options = dict(grid=grid, axis=axis, kind=name, norm=bool(norm))
     N = grid[0] * grid[1]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from measure import PASSES, SIZES, nbytes
+from comparison import PASSES, SIZES, nbytes
 from tokenops import reference, restore_tokens
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from measure import PASSES, SIZES, nbytes
+from comparison import PASSES, SIZES, nbytes
 from tokenops import reference, select_tokens
 
 
@@ -59,7 +59,7 @@ def test_select_tokens(bench, compare, size, what, passes):
     B, N, k, C = size.of(bench)
     rest, _, norm = what.partition("+")
     if what != "none" and not (size.main or bench.quick):
-        pytest.skip("one size tells")
+        pytest.skip("what the rest and the norm add is measured at the main size")
     options = dict(k=k, rest=rest, norm=bool(norm))
 
     def inputs():

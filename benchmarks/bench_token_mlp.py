@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from measure import PASSES, nbytes
+from comparison import PASSES, nbytes
 from tokenops import reference, token_mlp
 
 

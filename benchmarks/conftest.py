@@ -123,7 +123,7 @@ def bench(request):
     torch._dynamo.reset()  # every benchmark compiles its peers anew, none hits the recompilation limit
     bench = request.config.bench
     if key(request.node) in bench.tried:
-        pytest.skip("tried before a session of this run was ended")
+        pytest.skip("an earlier session of this run has tried it, and its line says how it ended")
     return bench
 
 

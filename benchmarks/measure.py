@@ -5,87 +5,39 @@ these give with the copy bandwidth and matmul rate of the same session, and how 
 The same comparison can be checked against fp64 instead, or its peers only compiled (the option --do).
 """
 
-import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from comparison import (
+    BATCHES,
+    RELATIVE,
+    Comparison,
+    as_tuple,
+    assert_close,
+    named,
+    on,
+    poisoned,
+    relative,
+)
+from result_file import rounded, store
 from timers import QUEUED, clock_of
-from tokenops import _backends, use_backend
+from tokenops import _backends
 from tokenops.cli import machine
 from tokenops.cli.timing import Spread, ratio, recorded_kernels
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
-PASSES = ("forward", "forward+backward")
 COMPILED = re.compile("compiled|flex")  # peers of operators
 ROTATED_BYTES = 256 * 2**20  # on a GPU inputs rotate through more bytes than any L2 holds
-RELATIVE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-#: images by the name of a batch: on a GPU, on a CPU (where the middle one would tell nothing new)
-BATCHES = {"cuda": {"batch": 256, "middle": 32, "single": 1}, "cpu": {"batch": 16, "eight": 8, "single": 1}}
-
-
-class Size(NamedTuple):
-    """An operator's size: DeiT's 196 tokens slimmed to 98 at one width, for one of the batches."""
-
-    C: int
-    batch: str = "batch"
-    main: bool = False
-
-    def of(self, bench: "Bench") -> tuple[int, int, int, int]:
-        """B, N, M, C."""
-        return bench.batch(self.batch), *((24, 12, self.C // 12) if bench.quick else (196, 98, self.C))
-
-    def __str__(self) -> str:
-        return f"{self.batch}-C{self.C}"
-
-
-SIZES = (Size(384, main=True), Size(384, "single"), Size(384, "middle"), Size(192), Size(768))
-
-
-def nbytes(*tensors: Tensor) -> int:
-    """Bytes of the tensors, each counted once."""
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-class Comparison(NamedTuple):
-    """One operator, or model, at one size: what is done and by whom. `Bench.compare` says what the fields mean."""
-
-    operator: str
-    shape: Mapping[str, int]
-    inputs: Callable[[], tuple[Tensor, ...]]
-    ours: Callable[..., Any]
-    peers: Mapping[str, Callable[..., Any]]
-    bytes: int
-    flops: int
-    passes: str = "forward"
-    peer_flops: Mapping[str, int] = {}
-    device_time: bool = True
-    truth: Callable[..., Any] | None = None
-    errors: bool = False
-    tolerance: float | None = None
-
-    @property
-    def op(self) -> str:
-        """The operator as tokenops has it; of a model, its name."""
-        return {"attention": "masked_channel_attention", "attention,": "masked_channel_attention"}.get(
-            first := self.operator.split()[0], first
-        )
-
-    def calls(self, side: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[], Any]:
-        """A call of a side on these inputs: () -> (results, gradients)."""
-        return {"forward": _forward, "forward+backward": _forward_backward}[self.passes](side, tensors)
 
 
 class Bench:
@@ -116,7 +68,7 @@ class Bench:
         """Images in a batch of this name; a benchmark is skipped where the device has no such batch."""
         images = BATCHES[self.device].get(name)
         if images is None:
-            pytest.skip(f"no {name} batch on {self.device}")
+            pytest.skip(f"a {name} batch is not measured on {self.device}: comparison.BATCHES")
         return min(images, 2) if self.quick else images
 
     def wants_compiled(self, main: bool) -> bool:
@@ -156,10 +108,8 @@ class Bench:
         sizes = " ".join(f"{name}{size}" for name, size in comparison.shape.items())
         name = f"{operator} {comparison.passes} {sizes} {self.dtype_name}"
         if name in self.done:
-            pytest.skip("there is a line of it")
-        row = _rounded(
-            {"measure": self._measured, "check": self._checked, "compile": self._made}[self.task](comparison)
-        )
+            pytest.skip("resumed: an earlier run has measured it")
+        row = rounded({"measure": self._measured, "check": self._checked, "compile": self._made}[self.task](comparison))
         self.rows[name] = row
         if self.lines:
             outcome = "failed" if row.get("wrong") else "ok"
@@ -215,13 +165,13 @@ class Bench:
         peers, failed = dict(c.peers), {}
         tolerance = c.tolerance or RELATIVE[self.dtype]
         if self.device == "cuda" and c.device_time and any(kernel.endswith(".native") for kernel in kernels):
-            peers["triton"] = _on("triton", c.ours)
+            peers["triton"] = on("triton", c.ours)
         for name, side in peers.items():
             try:
                 calls = [c.calls(side, s) for s in sets]
                 result = calls[0]()
                 if name not in c.peer_flops:
-                    _assert_close(f"{c.operator} {dict(c.shape)}: {name}", result, expected, tolerance)
+                    assert_close(f"{c.operator} {dict(c.shape)}: {name}", result, expected, tolerance)
                 if self.device == "cuda" and c.device_time and self.task == "measure":
                     self.clock.queued(calls[0])
             except Exception as error:
@@ -245,21 +195,21 @@ class Bench:
         few = (16 if self.dtype.itemsize > 2 else 2) * torch.finfo(self.dtype).eps  # products of fp32 in three of tf32
         tensors, truth = c.inputs(), c.truth or c.peers["reference"]
         wide = [t.double() if t.is_floating_point() else t for t in tensors]
-        right, plain = (_named(c.calls(truth, inputs)()) for inputs in (wide, tensors))
+        right, plain = (named(c.calls(truth, inputs)()) for inputs in (wide, tensors))
         row: dict[str, Any] = {"operator": c.operator, "passes": c.passes, "dtype": self.dtype_name, "backends": {}}
         wrong = []
         for backend in _backends.TABLE[c.op][self.device]:
             if _backends.why_not(c.op, backend, self.device, self.dtype) is not None:
                 continue  # Triton on a CPU that does not interpret
             with poisoned(), recorded_kernels() as kernels:
-                found = _named(c.calls(_on(backend, c.ours), tensors)())
+                found = named(c.calls(on(backend, c.ours), tensors)())
             if not any(kernel.endswith(f".{backend}") for kernel in kernels):
                 wrong.append(f"{backend}: none of its kernels ran, but {sorted(kernels)}")
             errors = {}
             for name, value in right.items():
                 if value is None or found.get(name) is None or value.numel() == 1:
                     continue  # the gradient of a scale cancels to less than its terms' roundings
-                ours, theirs = (_relative(x[name], value) for x in (found, plain))
+                ours, theirs = (relative(x[name], value) for x in (found, plain))
                 errors[name] = {"ours": ours, "plain": theirs}
                 if not ours <= 2 * theirs + few:  # NaN is wrong too
                     wrong.append(f"{backend}: {name} is {ours:.1e} from fp64, plain PyTorch {theirs:.1e}")
@@ -294,9 +244,9 @@ class Bench:
     ) -> dict[str, dict[str, float]]:
         """Of every side: the first result's relative L2 error against fp64, and bytes held at the peak of a call."""
         truth = c.truth or c.peers["reference"]
-        right = _tuple(truth(*(t.double() for t in inputs)))[0]
+        right = as_tuple(truth(*(t.double() for t in inputs)))[0]
         return {
-            name: {"error": _relative(calls[0]()[0][0], right), "peak_bytes": self._peak(calls[0])}
+            name: {"error": relative(calls[0]()[0][0], right), "peak_bytes": self._peak(calls[0])}
             for name, calls in sides.items()
         }
 
@@ -340,31 +290,10 @@ class Bench:
         """Merge this session's rows into folder/<device>.json."""
         run = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         rates = {"copy_bytes_per_s": self.copy_bytes_per_s, f"flops_per_s_{self.dtype_name}": self.flops_per_s}
-        facts = machine.facts(self.device) | {"commit": machine.commit()} | _rounded(rates)
+        facts = machine.facts(self.device) | {"commit": machine.commit()} | rounded(rates)
         path = folder / f"{machine.slug(self.device)}.json"
         store(path, {run: facts}, {name: {"run": run, **row} for name, row in self.rows.items()})
         return path
-
-
-def store(path: Path, runs: Mapping[str, Any], rows: Mapping[str, Any], evidence: Mapping[str, Any] = {}) -> None:
-    """Merge rows into a result file; earlier ones stay, with the run they came from."""
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    parts = {
-        "runs": kept.get("runs", {}) | runs,
-        "rows": kept.get("rows", {}) | rows,
-        "evidence": kept.get("evidence", {}) | evidence,
-    }
-    used = {row["run"] for part in ("rows", "evidence") for row in parts[part].values()}
-    parts["runs"] = {run: facts for run, facts in parts["runs"].items() if run in used}
-    texts = (
-        f"{json.dumps(part)}: {{\n"
-        + ",\n".join(f"{json.dumps(key)}: {json.dumps(values[key])}" for key in sorted(values))
-        + "\n}"
-        for part, values in parts.items()
-        if values
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{" + ",\n".join(texts) + "}\n")
 
 
 def _errors_and_memory(row: Mapping[str, Any]) -> str:
@@ -374,93 +303,3 @@ def _errors_and_memory(row: Mapping[str, Any]) -> str:
     sides = {"ours": row, **row["peers"]}
     said = (f"{name} {side['error']:.1e} {side['peak_bytes'] / 2**20:.1f}" for name, side in sides.items())
     return f"; error and peak MiB: {', '.join(said)}"
-
-
-def _tuple(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
-def _forward(side: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[], Any]:
-    """A call that gives the results, and no gradients."""
-
-    @torch.no_grad()
-    def call():
-        return _tuple(side(*tensors)), ()
-
-    return call
-
-
-def _forward_backward(side: Callable[..., Any], tensors: Sequence[Tensor]) -> Callable[[], Any]:
-    """A call that gives the results, and the gradients of the inputs for one of the first result, the same for every
-    side."""
-    tensors = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
-    leaves = [t for t in tensors if t.requires_grad]
-    with torch.no_grad():
-        like = _tuple(side(*tensors))[0]
-    generator = torch.Generator(like.device).manual_seed(0)
-    dy = torch.randn(like.shape, dtype=torch.bfloat16, device=like.device, generator=generator).to(like.dtype)
-
-    def call():
-        results = _tuple(side(*tensors))
-        gradients = torch.autograd.grad(results[0], leaves, dy, allow_unused=True)
-        return tuple(result.detach() for result in results), gradients
-
-    return call
-
-
-def _on(backend: str, side: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*tensors):
-        with use_backend(backend):
-            return side(*tensors)
-
-    return call
-
-
-def _named(found: tuple[Sequence[Any], Sequence[Any]]) -> dict[str, Tensor | None]:
-    """Results and gradients under names."""
-    results = {f"result {i}": x if x.is_floating_point() else None for i, x in enumerate(found[0])}
-    return results | {f"gradient {i}": x for i, x in enumerate(found[1])}
-
-
-def _relative(found: Tensor, right: Tensor) -> float:
-    """Relative L2 error; a NaN in it stays one."""
-    if found.shape != right.shape:
-        return math.inf
-    right = right.double()
-    return ((found.double() - right).norm() / right.norm().clamp_min(1e-30)).item()
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN, so that elements which no kernel wrote are seen."""
-    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warned)
-
-
-def _assert_close(what: str, theirs: Any, ours: Any, tolerance: float) -> None:
-    """A fast wrong answer is not worth timing. (What is right, the tests decide, with far narrower tolerances.)"""
-    # results that only one side gives, and gradients of inputs that only some sides take, are not compared
-    pairs = [*zip(theirs[0], ours[0]), *zip(theirs[1], ours[1], strict=True)]
-    for i, (a, b) in enumerate(pairs):
-        if a is None or b is None:
-            continue
-        if (
-            a.shape == b.shape and a.numel() == 1
-        ):  # a scale's gradient cancels to less than a peer's low precision holds
-            continue
-        error = (a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)
-        if a.shape != b.shape or not error <= tolerance:
-            raise AssertionError(f"{what} and ours differ in result {i}: {a.shape}, {b.shape}, relative L2 {error:.1e}")
-
-
-def _rounded(value: Any) -> Any:
-    """Floats to four digits, all the way down."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, Mapping):
-        return {key: _rounded(v) for key, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value

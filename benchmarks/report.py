@@ -11,12 +11,13 @@ import argparse
 import importlib.util
 import json
 import re
+import textwrap
 from pathlib import Path
 
-from gpu import sweep
 from gpu.record import parsed
+from gpu.results import launches, launches_text
 from gpu.results import results as results_of
-from measure import store
+from result_file import store
 
 ROOT = Path(__file__).parents[1]
 LAUNCHES = ROOT / "tokenops/_triton/launches.json"
@@ -55,8 +56,8 @@ def take(path: Path, folder: Path) -> bool:
         plot(path.parent, found.name, {"runs": runs, "rows": found.rows})
         return True
     store(folder / f"{found.name}.json", found.runs, found.rows, found.evidence)
-    table = sweep.best(lines, json.loads(LAUNCHES.read_text()))
-    LAUNCHES.write_text(sweep.text(table))
+    table = launches(lines, json.loads(LAUNCHES.read_text()))
+    LAUNCHES.write_text(launches_text(table))
     print(f"{LAUNCHES}: {len(table)} launch configurations")
     return False
 
@@ -128,11 +129,7 @@ def table(rows: list[dict], result: dict, kind: str) -> str:
     lines_of = {"models": model_lines, "strongest": strongest_lines, "main": main_lines}.get(kind, operator_lines)
     header, lines = lines_of(rows)
     body = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
-    return (
-        "\n".join(body)
-        + "\n\n"
-        + "\n".join(origin(result["runs"][run]) for run in sorted({row["run"] for row in rows}))
-    )
+    return "\n".join(body) + "\n\n" + origins([result["runs"][run] for run in sorted({row["run"] for row in rows})])
 
 
 def main_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
@@ -202,6 +199,14 @@ def strongest_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     return [*header, "x published"], lines
 
 
+def origins(runs: list[dict]) -> str:
+    """Where the figures come from, a run an item."""
+    items = [textwrap.fill(f"- {origin(run)}", 118, subsequent_indent="  ", break_on_hyphens=False) for run in runs]
+    return "Columns with an x: times as fast as that, median and quartiles of interleaved rounds.\n\n" + "\n".join(
+        items
+    )
+
+
 def origin(run: dict) -> str:
     copied = f"{run['copy_bytes_per_s'] / 1e9:.3g} GB/s copy" if "copy_bytes_per_s" in run else "of the session"
     rates = [
@@ -217,7 +222,7 @@ def origin(run: dict) -> str:
         f"commit {run['commit']}",
         f"ceilings {', '.join([copied, *rates])}",
     ]
-    return f"{'; '.join(parts)}. Columns with an x: times as fast as that, median and quartiles of interleaved rounds."
+    return "; ".join(parts)
 
 
 def order(row: dict) -> tuple:

@@ -1,6 +1,6 @@
 """Compiles ahead what later steps launch, into Triton's cache, on cores that have nothing else to do.
 
-`python -m gpu.kernels`: what DeiT-S launches, then all cases of kernel_cases.py, then what sweep.py tries. Each is
+`python -m gpu.kernels`: what DeiT-S launches, then all cases of kernel_cases.py, then what the sweep tries. Each is
 compiled as a launch would compile it, for the GPU that is there (a rehearsal, --device cpu: for sm_90), of tensors that
 have no memory. A line a case.
 """
@@ -16,9 +16,10 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
+from gpu.candidates import Config, Group, compiled, groups
 from gpu.processes import die_with_parent
 from gpu.record import FAILED, OK, lines
-from gpu.sweep import Config, Group, capability, compiled, groups
+from gpu.sweep import capability
 
 #: the rest of what DeiT-S launches is in kernel_cases.QUICK
 DEIT_S = (

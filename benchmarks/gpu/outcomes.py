@@ -99,7 +99,7 @@ class Outcomes:
 def message_of(report) -> str:
     """Why a test failed or was skipped, in few lines."""
     if report.skipped:
-        return report.longrepr[2] if isinstance(report.longrepr, tuple) else str(getattr(report, "wasxfail", ""))
+        return str(report.longrepr[2])  # file, line, why
     text = report.longreprtext.splitlines()
     errors = [line[1:].strip() for line in text if line.startswith("E ")] or text
     where = getattr(getattr(report.longrepr, "reprcrash", None), "path", None)

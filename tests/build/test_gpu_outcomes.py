@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,3 +116,10 @@ def test_in_one_process(run):
     found, done = run("--device", "cpu")
     assert done.returncode == 1 and {"test_right_too[8]", "test_faulty"} < set(found) and "test_right[0]" not in found
     assert outcomes(found)["test_faulty"] == "ok"
+
+
+def test_no_test_of_the_device_leaves_itself_out_on_a_gpu():
+    """Nothing may be skipped there: what has nothing to say of a GPU is marked cpu_only."""
+    left_out = re.compile(r'if device == "cuda"[^\n]*\n\s+pytest\.skip\(')
+    tests = Path(__file__).parents[1]
+    assert [path.name for path in sorted(tests.rglob("test_*.py")) if left_out.search(path.read_text())] == []

@@ -11,13 +11,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from gpu import kernels, sweep
+from gpu import candidates, kernels, results, sweep
 from gpu.record import FAILED, OK, Lines
 from kernel_cases import CASES, case_names
 from tokenops._triton import launches
 
 ROOT = Path(__file__).parents[2]
-GROUP = sweep.Group("soft_aggregate_fwd", sweep.TINY, "bf16")
+GROUP = candidates.Group("soft_aggregate_fwd", candidates.TINY, "bf16")
 
 
 def step(*arguments, lines, **environment):
@@ -37,17 +37,11 @@ def found(tmp_path):
     return Lines(tmp_path / "lines.jsonl", "sweep")
 
 
-@pytest.fixture
-def interpreted(device):
-    if device == "cuda":
-        pytest.skip("interpreted kernels")
-
-
-def test_a_rehearsal_is_resumed(found, interpreted):
+def test_a_rehearsal_is_resumed(found):
     rehearse = ("cpu", ["bf16"], ["soft_aggregate_fwd", "token_mlp_fwd"], found)
     sweep.run(*rehearse)
     before = found.read()
-    groups = [sweep.Group(kernel, sweep.TINY, "bf16") for kernel in rehearse[2]]
+    groups = [candidates.Group(kernel, candidates.TINY, "bf16") for kernel in rehearse[2]]
     assert [line["key"] for line in before] == [group.key(c) for group in groups for c in group.candidates[:2]]
     assert all(line["outcome"] == OK and line["us"] > 0 and line["default_us"] > 0 for line in before)
     missing = before.pop(1)
@@ -60,11 +54,11 @@ def test_a_rehearsal_is_resumed(found, interpreted):
 @pytest.mark.slow
 def test_a_whole_rehearsal(found):
     step("-m", "gpu.sweep", "--device", "cpu", lines=found.path, TRITON_INTERPRET=None)
-    assert [line["kernel"] for line in found.read()] == [kernel for kernel in sweep.KERNELS for _ in range(2)]
+    assert [line["kernel"] for line in found.read()] == [kernel for kernel in candidates.KERNELS for _ in range(2)]
     assert {line["outcome"] for line in found.read()} == {OK}
 
 
-def test_a_sweep_goes_on_behind_a_failure(found, interpreted):
+def test_a_sweep_goes_on_behind_a_failure(found):
     sweep.sweep(GROUP, [{}, {"BLOCK_N": 48}, {"BLOCK_N": 32}], "cpu", found)
     default, failed, other = found.read()
     assert [default["outcome"], failed["outcome"], other["outcome"]] == [OK, FAILED, OK]
@@ -72,7 +66,7 @@ def test_a_sweep_goes_on_behind_a_failure(found, interpreted):
     assert other["key"] == "soft_aggregate_fwd bf16 B2 N6 M4 C8 BLOCK_N=32"
 
 
-def test_a_gpu_that_is_lost_ends_the_process(found, interpreted, monkeypatch):
+def test_a_gpu_that_is_lost_ends_the_process(found, monkeypatch):
     def lost(clock):
         raise RuntimeError("an illegal memory access")
 
@@ -83,8 +77,8 @@ def test_a_gpu_that_is_lost_ends_the_process(found, interpreted, monkeypatch):
 
 
 @pytest.mark.parametrize("spoil", (lambda y: y.mul_(1.05), lambda y: y[0, 0, 0].fill_(float("nan"))))
-def test_another_result_is_a_failure(found, interpreted, monkeypatch, spoil):
-    original = sweep.Group.launched
+def test_another_result_is_a_failure(found, monkeypatch, spoil):
+    original = candidates.Group.launched
 
     def launched(group, call, candidate, **options):
         made = original(group, call, candidate, **options)
@@ -92,27 +86,27 @@ def test_another_result_is_a_failure(found, interpreted, monkeypatch, spoil):
             spoil(made.outputs[0])
         return made
 
-    monkeypatch.setattr(sweep.Group, "launched", launched)
+    monkeypatch.setattr(candidates.Group, "launched", launched)
     sweep.sweep(GROUP, [{}, {"BLOCK_N": 32}, {"BLOCK_N": 64}], "cpu", found)
     assert [line["outcome"] for line in found.read()] == [OK, FAILED, OK]
     assert "result 0 differs from the default configuration's" in found.read()[1]["message"]
 
 
-def test_what_was_not_written_is_a_failure(found, interpreted, monkeypatch):
+def test_what_was_not_written_is_a_failure(found, monkeypatch):
     """Though memory that is handed out again may hold the right numbers."""
     from tokenops._triton import soft_aggregate
 
     original = soft_aggregate.triton.cdiv
     monkeypatch.setattr(soft_aggregate.triton, "cdiv", lambda size, block: 0 if block == 64 else original(size, block))
-    size = sweep.TINY._replace(B=1, M=70)
+    size = candidates.TINY._replace(B=1, M=70)
     sweep.sweep(GROUP._replace(size=size), [{}, {"BLOCK_M": 64}], "cpu", found)
     assert [line["outcome"] for line in found.read()] == [OK, FAILED]
 
 
 @pytest.mark.parametrize("kernel, first", (("token_mlp_bwd_w1", True), ("token_mlp_bwd_w2", False)))
-def test_the_launch_that_is_timed(kernel, first, interpreted):
+def test_the_launch_that_is_timed(kernel, first):
     """Both weights' gradients are made by one kernel; the sum of what its programs leave belongs to the work."""
-    group = sweep.Group(kernel, sweep.TINY, "bf16")
+    group = candidates.Group(kernel, candidates.TINY, "bf16")
     made = group.launched(group.prepared("cpu"), {})
     launch, added = made.again.args
     assert launch.keywords["FIRST"] is first
@@ -153,17 +147,16 @@ A, B, C = {"BLOCK_N": 64}, {"BLOCK_N": 64, "num_stages": 2}, {"num_warps": 4}
 )
 def test_best(measured, chosen):
     for lines in (measured, measured[::-1]):
-        table = sweep.best(lines)
+        table = results.launches(lines)
         assert table == ({} if chosen is None else {ENTRY: chosen})
         launches.parsed(table)
 
 
-def test_best_by_entry_is_the_file(found, capsys):
+def test_best_by_entry_is_the_file():
     other = ENTRY.replace("sm_90", "sm_100").replace("many", "few")
     measured = [line(80.0, A), line(70.0, C, entry=other), line(90.0, C)]
-    found.path.write_text("".join(json.dumps(one) + "\n" for one in measured))
-    sweep.main(["--best", str(found.path)])
-    assert capsys.readouterr().out == f'{{\n"{other}": {{"num_warps": 4}},\n"{ENTRY}": {{"BLOCK_N": 64}}\n}}\n'
+    text = results.launches_text(results.launches(measured))
+    assert text == f'{{\n"{other}": {{"num_warps": 4}},\n"{ENTRY}": {{"BLOCK_N": 64}}\n}}\n'
 
 
 # Kernels compiled ahead.
@@ -177,9 +170,9 @@ def test_everything_is_compiled_ahead_once():
     cases = {(operator, name) for operator in CASES for name in case_names(operator)}
     for dtype in ("bf16", "fp32"):
         assert {(job.operator, job.name) for job in jobs if getattr(job, "dtype", None) == dtype} == cases
-    candidates = [job for job in jobs if isinstance(job, kernels.Candidate)]
-    assert [(job.group, job.launch) for job in candidates] == [(g, c) for g in sweep.groups() for c in g.candidates]
-    assert candidates == jobs[-len(candidates) :]
+    tried = [job for job in jobs if isinstance(job, kernels.Candidate)]
+    assert [(job.group, job.launch) for job in tried] == [(g, c) for g in candidates.groups() for c in g.candidates]
+    assert tried == jobs[-len(tried) :]
 
 
 #: compiles as a GPU's launch would: of tensors with memory, which is aligned as torch aligns it, or with `off` is not
@@ -187,7 +180,7 @@ LAUNCH = """
 import sys
 from unittest.mock import patch
 import torch, kernel_cases
-from gpu import sweep
+from gpu import candidates
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -202,13 +195,13 @@ off = int("off" in sys.argv)
 kernel_cases._meta = real
 with patch.object(JITFunction, "__getitem__", launch), patch.object(driver, "_active", kernel_cases.PretendDriver(90)):
     next(iter(kernel_cases.CASES["restore_tokens"](torch.bfloat16)))[1]()
-    group = sweep.Group("soft_aggregate_fwd", sweep.DEIT_S_ALONE, "bf16")
+    group = candidates.Group("soft_aggregate_fwd", candidates.DEIT_S_ALONE, "bf16")
     group.launched(group.prepared("cpu"), group.candidates[1], compile_only=True)
 """
 
 AHEAD = """
-from gpu import kernels, sweep
-group = sweep.Group("soft_aggregate_fwd", sweep.DEIT_S_ALONE, "bf16")
+from gpu import candidates, kernels
+group = candidates.Group("soft_aggregate_fwd", candidates.DEIT_S_ALONE, "bf16")
 kernels.work(kernels.Candidate(group, group.candidates[1]), 90, False)
 """
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tokenops
-from gpu import sweep
+from gpu import candidates, results
 from support import attention
 from tokenops import reference
 
@@ -182,13 +182,13 @@ def test_the_committed_file():
     table = json.loads(launches.TABLE.read_text())
     launches.parsed(table)
     assert not set(table) & set(launches.KERNELS), "an entry of the file says where it was measured"
-    assert launches.TABLE.read_text() == sweep.text(table)
+    assert launches.TABLE.read_text() == results.launches_text(table)
 
 
 @pytest.mark.parametrize("interpreted", (False, True))
 def test_the_file_is_read_where_kernels_are_compiled(interpreted, monkeypatch, tmp_path):
     file = tmp_path / "launches.json"
-    file.write_text(sweep.text({ENTRY: {"BLOCK_N": 64}}))
+    file.write_text(results.launches_text({ENTRY: {"BLOCK_N": 64}}))
     monkeypatch.setattr(launches, "TABLE", file)
     monkeypatch.setattr(launches, "INTERPRETED", interpreted)
     assert [*launches._committed()] == ([] if interpreted else ["soft_aggregate_fwd"])
@@ -209,7 +209,7 @@ class Asked:
 
 def launched(group, entries):
     """What the group's launch is given, of tensors without memory."""
-    known = sweep.KERNELS[group.kernel]
+    known = candidates.KERNELS[group.kernel]
     modules = [importlib.import_module(f"tokenops._triton.{m}") for m in ("soft_aggregate", "token_mlp", known.module)]
     modules.append(importlib.import_module("tokenops._triton.masked_channel_attention"))
     asked = {name: Asked() for module in modules for name in vars(module) if name.endswith("_kernel")}
@@ -231,8 +231,8 @@ def patch_all(modules, stand_ins):
 def test_every_launcher_takes_what_the_table_says(kernel, gpu):
     """By the name that the sweep gives the entry; of each candidate, and of this kernel alone."""
     gpu(90)
-    for size in (sweep.DEIT_S, sweep.DEIT_S_ALONE, *sweep.DEIT_S_EDGES):
-        group = sweep.Group(kernel, size, "bf16")
+    for size in (candidates.DEIT_S, candidates.DEIT_S_ALONE, *candidates.DEIT_S_EDGES):
+        group = candidates.Group(kernel, size, "bf16")
         default = launched(group, {})
         for candidate in group.candidates[1:]:
             given = launched(group, {group.entry(90): candidate})
@@ -362,7 +362,7 @@ def test_results_do_not_depend_on_tiles(operator, extras, tiles, device):
 def tile_sets():
     """(kernel, tiles) of all candidates: warps and stages mean nothing to the interpreter."""
     found = {}
-    for kernel, known in sweep.KERNELS.items():
+    for kernel, known in candidates.KERNELS.items():
         for candidate in (*known.many, *known.few):
             tiles = {name: size for name, size in candidate.items() if name.startswith("BLOCK_")}
             if tiles:
@@ -370,13 +370,12 @@ def tile_sets():
     return [pytest.param(kernel, tiles, id=f"{kernel}-{text}") for (kernel, text), tiles in found.items()]
 
 
+@pytest.mark.cpu_only  # on a GPU, where a tile may not fit another dtype, the sweep itself compares them
 @pytest.mark.slow
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("kernel, tiles", tile_sets())
 def test_no_candidate_of_the_sweep_changes_results(kernel, tiles, device):
     """Of sizes that take several of all but the largest tiles, and do not end with one."""
-    if device == "cuda":
-        pytest.skip("the sweep itself compares them on a GPU, where a tile may not fit another dtype")
     operator = next(name for name in OPERATORS if kernel.startswith(name))
     entries = everywhere(M=64, N=64, R=64, C=64)  # of the others, which are there only to be compared
     entries[kernel] |= tiles
@@ -386,9 +385,9 @@ def test_no_candidate_of_the_sweep_changes_results(kernel, tiles, device):
 
 
 def test_the_sweep_tries_every_kernel_that_has_entries():
-    assert set(sweep.KERNELS) == set(launches.KERNELS)
-    for kernel, known in sweep.KERNELS.items():
-        for candidates in (known.many, known.few):
-            assert 5 <= len(candidates) < 16 and len({str(c) for c in candidates}) == len(candidates)
-            launches.parsed(dict.fromkeys([kernel], candidates[0]))
-            assert not [c for c in candidates if set(c) - {"num_warps", "num_stages", *launches.KERNELS[kernel].tiles}]
+    assert set(candidates.KERNELS) == set(launches.KERNELS)
+    for kernel, known in candidates.KERNELS.items():
+        for tried in (known.many, known.few):
+            assert 5 <= len(tried) < 16 and len({str(c) for c in tried}) == len(tried)
+            launches.parsed(dict.fromkeys([kernel], tried[0]))
+            assert not [c for c in tried if set(c) - {"num_warps", "num_stages", *launches.KERNELS[kernel].tiles}]

@@ -1,0 +1,36 @@
+"""Result files: rows by name, the runs they came from, and what else ran on the device."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def store(path: Path, runs: Mapping[str, Any], rows: Mapping[str, Any], evidence: Mapping[str, Any] = {}) -> None:
+    """Merge rows into a result file; earlier ones stay, with the run they came from."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    parts = {
+        "runs": kept.get("runs", {}) | runs,
+        "rows": kept.get("rows", {}) | rows,
+        "evidence": kept.get("evidence", {}) | evidence,
+    }
+    used = {row["run"] for part in ("rows", "evidence") for row in parts[part].values()}
+    parts["runs"] = {run: facts for run, facts in parts["runs"].items() if run in used}
+    texts = (
+        f"{json.dumps(part)}: {{\n"
+        + ",\n".join(f"{json.dumps(key)}: {json.dumps(values[key])}" for key in sorted(values))
+        + "\n}"
+        for part, values in parts.items()
+        if values
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{" + ",\n".join(texts) + "}\n")
+
+
+def rounded(value: Any) -> Any:
+    """Floats to four digits, all the way down."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
