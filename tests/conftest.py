@@ -249,23 +249,6 @@ def much_memory(device):
 @pytest.fixture
 def ran_kernels():
     """`with ran_kernels() as names:` collects the tokenops kernels that ran: {"soft_aggregate_fwd.triton", ...}."""
-    from contextlib import contextmanager
+    from tokenops.cli.timing import recorded_kernels
 
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Recorder(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.names = set()
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "tokenops":
-                self.names.add(str(func).removeprefix("tokenops."))
-            return func(*args, **(kwargs or {}))
-
-    @contextmanager
-    def record():
-        with Recorder() as recorder:
-            yield recorder.names
-
-    return record
+    return recorded_kernels

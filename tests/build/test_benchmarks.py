@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import tokenops
+
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("matplotlib")
 
@@ -105,6 +107,56 @@ def test_a_wrong_peer_is_not_timed(monkeypatch):
         peers = {"wrong": lambda x: (2 * x).detach() + 0 * x}
         session.compare("double", ours=lambda x: 2 * x, peers=peers, passes="forward+backward", **sizes)
     assert session.rows == {}
+
+
+def checked(ours, passes="forward+backward"):
+    """The row of restore_tokens done in some way, checked against fp64 as an evidence run's smoke step does it."""
+    import measure
+    from tokenops import reference
+
+    session = measure.Bench("cpu", torch.float32, quick=True, compiled="none", task="check")
+    index = torch.stack([torch.randperm(6)[:3] for _ in range(2)])
+    fields = dict(shape={"B": 2}, inputs=lambda: (torch.randn(2, 7, 8), torch.randn(2, 3, 8)), bytes=1, flops=0)
+    peers = {"reference": lambda base, tokens: reference.restore_tokens(base, tokens, index)}
+    return session.compare("restore_tokens", ours=lambda b, t: ours(b, t, index), peers=peers, passes=passes, **fields)
+
+
+def test_a_check_sees_what_is_right():
+    row = checked(tokenops.restore_tokens)
+    errors = row["backends"]["native"]["errors"]
+    assert set(errors) == {"result 0", "gradient 0", "gradient 1"} and "wrong" not in row
+    assert row["backends"]["native"]["kernels"] == ["restore_tokens_bwd.native", "restore_tokens_fwd.native"]
+
+
+def unwritten(base, tokens, index):
+    y = tokenops.restore_tokens(base, tokens, index)
+    return torch.cat((y[:1], torch.empty_like(y[1:])))
+
+
+class Gradient(torch.autograd.Function):
+    """Nothing, but a gradient that is 1 % too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 1.01 * dy
+
+
+@pytest.mark.parametrize(
+    "ours, said",
+    (
+        (lambda *tensors: 1.01 * tokenops.restore_tokens(*tensors), "result 0 is 1.0e-02 from fp64"),
+        (unwritten, "result 0 is nan from fp64"),
+        (lambda b, t, i: tokenops.restore_tokens(Gradient.apply(b), t, i), "gradient 0 is 1.0e-02 from fp64"),
+        (lambda *tensors: tokenops.reference.restore_tokens(*tensors), "none of its kernels ran"),
+    ),
+)
+def test_a_check_sees_what_is_wrong(ours, said):
+    with pytest.raises(AssertionError, match=said):
+        checked(ours)
 
 
 def report():
