@@ -208,6 +208,7 @@ def test_a_loop_without_trips_is_unknown(trips, line, words):
 def test_a_native_kernel_with_other_loops_is_unknown():
     known = bounds.Native(100, "3! >4")
     assert bounds.of_native(NESTED, known, 32, 0).trips == [3, 4]
+    assert bounds.of_native(NESTED, known._replace(threads=240), 32, 0).warps == 8
     with pytest.raises(bounds.Unknown, match="2 loops found, 3 known"):
         bounds.of_native(NESTED, known._replace(loops="3 >4 1"), 32, 0)
     with pytest.raises(bounds.Unknown, match="2 loops found, 2 known: 1 >2"):

@@ -63,10 +63,13 @@ def killed_in(step, out):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    left = len(lines.read())
     while alive := processes_of(out):
         assert time.monotonic() < deadline, f"still there: {alive}"
         time.sleep(0.1)
-    return whole_lines(out)
+    after = whole_lines(out)
+    assert len(after) <= left + 1, "its processes went on without it"  # one may have been on its way
+    return after
 
 
 def test_a_killed_run_has_left_whole_lines_and_goes_on(tmp_path):
@@ -144,6 +147,22 @@ def test_the_whole_rehearsal_is_done_resumed_and_drawn(tmp_path):
     assert not [line for line in again if "row" in line], "what was found is not done again"
 
 
+def session_with(plugin, tmp_path, monkeypatch):
+    """The lines of a session over some of select_tokens' benchmarks, with a plugin that disturbs it."""
+    from gpu import sessions
+
+    (tmp_path / "disturbance.py").write_text(plugin)
+    lines = record.Lines(tmp_path / "lines.jsonl", "operators")
+    ours = {"GPU_LINES": str(lines.path), "GPU_LOG": str(tmp_path / "log.txt"), "GPU_RUN": "now"}
+    for name, value in (environment(tmp_path) | ours | {"PYTHONPATH": f"{PATHS}:{tmp_path}"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sessions.processes, "environment", lambda: None)  # as it is
+    file = str(sessions.FOLDER / "bench_select_tokens.py")
+    choice = ("-p", "disturbance", "--compile", "none", "-k", "single and (none or weighted-forward)", file)
+    sessions.run("operators", sessions.command("operators", "cpu", *choice))
+    return lines
+
+
 #: a benchmark that fails, and a device that is lost by it, once
 LOST = """
 import os, pytest, timers
@@ -163,23 +182,9 @@ def lost():
 
 @pytest.mark.slow
 def test_a_session_goes_on_behind_what_lost_the_device(tmp_path, monkeypatch):
-    from gpu import sessions
-
-    (tmp_path / "lost.py").write_text(LOST)
-    touched, lines = tmp_path / "touched", record.Lines(tmp_path / "lines.jsonl", "operators")
-    for name, value in {
-        **environment(tmp_path),
-        "GPU_LINES": str(lines.path),
-        "GPU_LOG": str(tmp_path / "log.txt"),
-        "GPU_RUN": "now",
-        "TOUCHED": str(touched),
-        "PYTHONPATH": f"{PATHS}:{tmp_path}",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sessions.processes, "environment", lambda: None)  # as it is
-    file = str(sessions.FOLDER / "bench_select_tokens.py")
-    choice = ("-p", "lost", "--compile", "none", "-k", "single and (none or weighted-forward)", file)
-    sessions.run("operators", sessions.command("operators", "cpu", *choice))
+    touched = tmp_path / "touched"
+    monkeypatch.setenv("TOUCHED", str(touched))
+    lines = session_with(LOST, tmp_path, monkeypatch)
     last = {line["key"].rpartition("::")[2]: line for line in lines.read() if "::" in line["key"]}
     assert {key: line["outcome"] for key, line in last.items()} == {
         "test_select_tokens[single-C384-none-forward] float32": "ok",
@@ -207,22 +212,7 @@ def pytest_runtest_call(item):
 
 @pytest.mark.slow
 def test_a_session_goes_on_behind_what_took_too_long(tmp_path, monkeypatch):
-    from gpu import sessions
-
-    (tmp_path / "timed_out.py").write_text(TIMED_OUT)
-    lines = record.Lines(tmp_path / "lines.jsonl", "operators")
-    for name, value in {
-        **environment(tmp_path),
-        "GPU_LINES": str(lines.path),
-        "GPU_LOG": str(tmp_path / "log.txt"),
-        "GPU_RUN": "now",
-        "PYTHONPATH": f"{PATHS}:{tmp_path}",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sessions.processes, "environment", lambda: None)  # as it is
-    file = str(sessions.FOLDER / "bench_select_tokens.py")
-    choice = ("-p", "timed_out", "--compile", "none", "-k", "single and (none or weighted-forward)", file)
-    sessions.run("operators", sessions.command("operators", "cpu", *choice))
+    lines = session_with(TIMED_OUT, tmp_path, monkeypatch)
     last = {line["key"].rpartition("C384-")[2]: line["outcome"] for line in lines.read() if "::" in line["key"]}
     assert last == {
         "none-forward] float32": "ok",
