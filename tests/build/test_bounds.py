@@ -156,6 +156,8 @@ def test_the_arithmetic():
     assert made["matrix"] == made["bound"] == pytest.approx(16 * 100 * 64 / 1900, abs=0.05)
     assert made["limit"] == "matrix" and made["bytes"] == 1.0 and made["blocks"] == 2 and made["waves"] == 3.8
     assert bounds.bound(kernel(one, [1]), bytes=8.6e6)["limit"] == "bytes"
+    three = bounds.bound(kernel(one, [100], registers=32, shared=60_000), bytes=0)  # 3 of 8 blocks at once: 3 waves
+    assert three["stalls"] == pytest.approx(3 * (100 * 26 + 9) / 1900, abs=0.05)
 
 
 def test_a_matrix_instruction_of_another_kind_is_no_guess():
