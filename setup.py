@@ -25,6 +25,19 @@ from setuptools.command.build_py import build_py
 
 MODES = ("auto", "cpu", "cuda", "none")
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
+#: names that torch takes as well, in its TORCH_CUDA_ARCH_LIST
+NAMED = {
+    "Volta": "7.0+PTX",
+    "Volta+Tegra": "7.2",
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Rubin": "10.7+PTX",
+}
 OLDEST_TORCH = (2, 11)
 CXX_FLAGS = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
 LINK_FLAGS = ["-Xlinker", "--no-as-needed", "-ltorch", "-Xlinker", "--exclude-libs=ALL"]
@@ -65,22 +78,48 @@ def find_nvcc() -> Path | None:
     return next((place for place in places if os.access(place, os.X_OK)), None)
 
 
+def of_this_machine() -> str:
+    """The architectures of the GPUs that torch sees, the newest with PTX: what "native" stands for."""
+    code = (
+        "import torch; print(*(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())), sep=';')"
+    )
+    found = sorted(
+        {tuple(map(int, pair)) for pair in re.findall(r"\((\d+), (\d+)\)", run([sys.executable, "-c", code]))}
+    )
+    if not found:
+        raise RuntimeError("TORCH_CUDA_ARCH_LIST=native, but there is no GPU")
+    return ";".join(f"{major}.{minor}" for major, minor in found) + "+PTX"
+
+
+def asked_architectures(asked: str) -> list[str]:
+    """What TORCH_CUDA_ARCH_LIST asks for, in numbers, ["9.0", "9.0a", "9.0+PTX"]; RuntimeError if it cannot be read."""
+    names: list[str] = []
+    for name in re.split(r"[;,\s]+", asked.strip() or ARCHITECTURES):
+        of_name = of_this_machine() if name == "native" else NAMED.get(name, name)
+        for number in of_name.split(";"):
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", number):
+                raise RuntimeError(
+                    f"TORCH_CUDA_ARCH_LIST={asked!r}: {name!r} is neither of the form 9.0, 9.0a or 9.0+PTX, nor native,"
+                    f" {', '.join(NAMED)}"
+                )
+            names.append(number)
+    return names
+
+
 def architectures(nvcc: Path, strict: bool) -> list[str]:
     """["8.0", "9.0", "10.0", "10.0+PTX"]: what was asked for, without what this nvcc does not know (unless strict)."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     known = set(re.findall(r"sm_(\d+)", run([nvcc, "--list-gpu-code"])))
     chosen, lost_ptx = [], False
-    for name in re.split(r"[;,\s]+", asked.strip() or ARCHITECTURES):
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
-        if match is None:
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST={asked!r}: {name!r} is not of the form 9.0, 9.0a or 9.0+PTX")
-        if match[1] + match[2] in known:
-            chosen += [name.removesuffix("+PTX"), name][: 2 if match[4] else 1]
+    for name in asked_architectures(asked):
+        number, ptx = name.removesuffix("+PTX"), name.endswith("+PTX")
+        if number.rstrip("af").replace(".", "") in known:
+            chosen += [number, name][: 2 if ptx else 1]
         elif strict and asked:
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST={asked!r}: {nvcc} does not know {name}")
+            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST={asked!r}: {nvcc} does not know {name}")
         else:
             say(f"{nvcc} does not know compute capability {name}: left out")
-            lost_ptx = lost_ptx or bool(match[4])
+            lost_ptx = lost_ptx or ptx
     if not chosen:
         raise RuntimeError(f"{nvcc} knows none of {asked or ARCHITECTURES}")
     return [*chosen, f"{chosen[-1]}+PTX"] if lost_ptx and not chosen[-1].endswith("+PTX") else chosen
@@ -136,7 +175,7 @@ class Plan:
         """In auto mode CUDA code that cannot be compiled is left out, aloud; Triton serves the GPU then."""
         if self.mode == "cuda":
             raise SystemExit(f"TOKENOPS_BUILD=cuda, but that cannot be built: {error}")
-        say(f"building without CUDA, because nvcc failed: {error}")
+        say(f"building without CUDA: {error}")
         last = str(error).strip().splitlines()[-1]
         self.cuda, self.architectures = f"nvcc failed when tokenops was installed: {last}", []
 

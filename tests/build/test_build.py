@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 
 from tokenops import _native
 
@@ -117,7 +118,10 @@ def test_pure_wheel(sources, tmp_path):
     [
         ({"TOKENOPS_BUILD": "gpu"}, "TOKENOPS_BUILD='gpu', but it must be one of auto, cpu, cuda, none"),
         ({"TOKENOPS_BUILD": "cpu", "CXX": "no-such"}, "TOKENOPS_BUILD=cpu, but that cannot be built: there was no C++"),
-        ({"TORCH_CUDA_ARCH_LIST": "Hopper"}, "'Hopper' is not of the form 9.0, 9.0a or 9.0+PTX"),
+        (
+            {"TORCH_CUDA_ARCH_LIST": "Hoper", "TOKENOPS_BUILD": "cuda"},
+            "'Hoper' is neither of the form 9.0, 9.0a or 9.0+PTX, nor native",
+        ),
         ({"TORCH_CUDA_ARCH_LIST": "99.0", "TOKENOPS_BUILD": "cuda"}, "does not know 99.0"),
     ],
 )
@@ -126,6 +130,26 @@ def test_errors_in_words(sources, environment, words):
         pytest.skip("needs nvcc")
     done = python("setup.py", "--version", cwd=sources, **environment)
     assert done.returncode != 0 and words in done.stderr
+
+
+@needs_sources
+@needs_nvcc
+@pytest.mark.parametrize(
+    "architectures, words",
+    (
+        ("Hopper", None),
+        ("Ampere;Ada", None),
+        ("Hoper", "building without CUDA: TORCH_CUDA_ARCH_LIST='Hoper': 'Hoper' is neither of the form"),
+        ("native", "building without CUDA: TORCH_CUDA_ARCH_LIST=native, but there is no GPU"),
+    ),
+)
+def test_architectures_by_name(sources, architectures, words):
+    """What torch takes is taken, and where CUDA is optional nothing that is asked for ends the build."""
+    if architectures == "native" and torch.cuda.is_available():
+        words = None
+    done = python("setup.py", "--version", cwd=sources, TORCH_CUDA_ARCH_LIST=architectures, TOKENOPS_BUILD="auto")
+    assert done.returncode == 0, done.stderr
+    assert words in done.stderr if words else "without CUDA" not in done.stderr
 
 
 @needs_sources
@@ -232,6 +256,7 @@ def test_objects_are_kept_by_what_they_are_made_from(sources, tmp_path):
         ]
     assert compiled("cuda", "8.0")[0] == cu  # for another card
     assert compiled("cuda", "9.0+PTX")[0] == []
+    assert compiled("cuda", "Hopper")[0] == []  # the same by its name
     header = copy / "csrc/common.h"
     header.write_text(header.read_text() + "// changed\n")
     assert compiled("cpu")[0] == cpp
