@@ -57,6 +57,7 @@ class Kernel(NamedTuple):
     registers: int
     shared: int
     full: Collection[int] = ()  # the loops of which the fullest way is taken
+    shares: list[float] | None = None  # of the programs that come to each loop; None: all, or as many as its trips
 
 
 @functools.cache
@@ -69,12 +70,18 @@ def _parsed(path: Path) -> ast.Module:
 
 
 def _value(text: str, names: dict):
-    tl = SimpleNamespace(cdiv=lambda a, b: -(-a // b), minimum=min, maximum=max, cast=lambda value, kind: value)
+    tl = SimpleNamespace(
+        range=lambda *places, **options: range(*places),
+        cdiv=lambda a, b: -(-a // b),
+        minimum=min,
+        maximum=max,
+        cast=lambda value, kind: value,
+    )
     return eval(text, {"tl": tl, **names})
 
 
-def source_trips(kernel: str, loop: Loop, code: Code, arguments: dict) -> float:
-    """The trips of a loop of a Triton kernel, as the `for` says that it comes from."""
+def source_trips(kernel: str, loop: Loop, code: Code, arguments: dict) -> tuple[float, float]:
+    """The trips of a loop of a Triton kernel, as the `for` says that it comes from, and the share of programs in it."""
     places = {code.instructions[code.block(latch)[-1]].line for latch in loop.latches}
     path, line = next(iter(places)) or ("", 0)
     ours = KERNELS / Path(path).name  # code from a cache may have been compiled elsewhere
@@ -91,15 +98,18 @@ def source_trips(kernel: str, loop: Loop, code: Code, arguments: dict) -> float:
             count = _value(RANGES[kernel, text], names)
         else:
             count = len(_value(text, names))
+        share = 1.0
         while not isinstance(node.parent, ast.FunctionDef):  # type: ignore[attr-defined]
             node, child = node.parent, node  # type: ignore[attr-defined]
+            if isinstance(node, ast.For) and loop.parent is not None:
+                break  # of which the outer loop is
             if isinstance(node, ast.If):
                 test = ast.unparse(node.test)
-                share = _value(CONDITIONS.get((kernel, test), test), names)
-                count *= share if child in node.body else 1 - share
+                true = _value(CONDITIONS.get((kernel, test), test), names)
+                share *= true if child in node.body else 1 - true
     except NameError as error:
         raise Unknown(f"`for` in line {line} of {Path(path).name}: {error}") from error
-    return count
+    return count, share
 
 
 def of_launch(launch: Launch) -> Kernel:
@@ -111,9 +121,10 @@ def of_launch(launch: Launch) -> Kernel:
     lines = [code.instructions[code.block(loop.latches[0])[-1]].line for loop in code.loops]
     if len(set(lines)) < len(lines):
         raise Unknown(f"{len(lines)} loops found, {len(set(lines))} known: one `for` became several loops")
-    trips = [source_trips(launch.kernel, loop, code, launch.arguments) for loop in code.loops]
+    found = [source_trips(launch.kernel, loop, code, launch.arguments) for loop in code.loops]
+    trips, shares = [count * share for count, share in found], [share for _, share in found]
     values = resources(launch.binary, 90)
-    return Kernel(code, trips, launch.programs, values["warps"], values["registers"], values["shared"])
+    return Kernel(code, trips, launch.programs, values["warps"], values["registers"], values["shared"], shares=shares)
 
 
 def _demangled(name: str) -> str:
@@ -179,7 +190,7 @@ def matrix_cycles(operations: dict[str, float]) -> float:
 
 def bound(kernel: Kernel, bytes: float) -> dict:
     """The bound in us, by what it is reached, and what it follows from."""
-    operations, stalls = kernel.code.counts(kernel.code.executions(kernel.trips, kernel.full))
+    operations, stalls = kernel.code.counts(kernel.code.executions(kernel.trips, kernel.full, kernel.shares))
     blocks, most = resident(kernel), math.ceil(kernel.programs / MULTIPROCESSORS)
     special = sum(times for operation, times in operations.items() if operation.startswith("MUFU"))
     turns = most * kernel.warps / SCHEDULERS  # of a warp on the busiest multiprocessor's schedulers

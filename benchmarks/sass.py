@@ -172,10 +172,13 @@ class Code:
 
         return set(best(region.header)[2])
 
-    def executions(self, trips: list[float], full: Collection[int] = ()) -> list[float]:
+    def executions(
+        self, trips: list[float], full: Collection[int] = (), shares: list[float] | None = None
+    ) -> list[float]:
         """How often a warp issues the instructions of each block at least; `trips` of each loop, once it is entered.
 
-        Of the loops that are numbered in `full` the fullest way is taken.
+        Of the loops that are numbered in `full` the fullest way is taken. `shares` of the warps come to each loop, a
+        factor of its trips: without them all warps do, or as many as have a trip.
         """
         share = [0.0] * len(self.starts)
         of_all = Loop(0, [b for b in self.alive if not set(self.successors[b]) & self.alive], self.alive)
@@ -183,7 +186,8 @@ class Code:
         for loop, count in zip(self.loops, trips, strict=True):
             times[id(loop)] = count * times[id(loop.parent or of_all)]
         for place, region in enumerate((of_all, *self.loops), start=-1):
-            inner = [(o, count) for o, count in zip(self.loops, trips) if (o.parent or of_all) is region]
+            coming = zip(self.loops, map(min, shares or trips, trips))
+            inner = [(o, min(1.0, count)) for o, count in coming if (o.parent or of_all) is region]
             way = self.fullest(region) if place in full else set()
             for block in region.blocks.difference(*(loop.blocks for loop, _ in inner)) if times[id(region)] else ():
                 around = self.reached(region.header, region.blocks, without=block)
@@ -191,7 +195,7 @@ class Code:
                 for loop, count in inner:  # what leads to a loop, or away from it, runs when the loop does
                     left = self.reached(loop.header, region.blocks, without=block)
                     if loop.header not in around or not left & set(region.latches):
-                        needed = max(needed, min(1.0, count))
+                        needed = max(needed, count)
                 share[block] = needed * times[id(region)]
         return share
 

@@ -6,7 +6,7 @@ The whole public surface: operators, backend choice, and the packages `tokenops.
 
 from typing import Any
 
-from . import reference, tome
+from . import _counted, reference, tome
 from ._backends import use_backend
 from .masked_channel_attention import masked_channel_attention
 from .merge_bipartite import Merged, match_bipartite, merge_bipartite, unmerge_bipartite
@@ -17,6 +17,7 @@ from .soft_aggregate import soft_aggregate
 from .soft_scatter import soft_scatter
 from .token_mlp import token_mlp
 
+_counted.from_now_on()
 __version__ = "0.1.0"
 __all__ = [
     "Merged",
@@ -39,6 +40,7 @@ __all__ = [
     "unmerge_neighbours",
     "use_backend",
     "visualize",
+    "warm_up",
 ]
 
 
@@ -52,4 +54,8 @@ def __getattr__(name: str) -> Any:
         from .patching.visualize import visualize
 
         return visualize
+    if name == "warm_up":
+        from ._warm_up import warm_up
+
+        return warm_up
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

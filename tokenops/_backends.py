@@ -67,6 +67,11 @@ class use_backend:
         _forced = self.previous
 
 
+def forced() -> str | None:
+    """The backend that `use_backend` or the environment asks for; None: the automatic choice."""
+    return _forced
+
+
 def _checked(backend: str) -> str | None:
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}, but it must be one of {', '.join(('auto', *BACKENDS))}")

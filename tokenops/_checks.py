@@ -4,22 +4,53 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 #: tensors that follow the tokens in one launch
 MOST_COMPANIONS = 4
+_OWN_DISPATCH = Tensor.__torch_dispatch__  # none
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def dense(op: str, name: str, value: Tensor) -> None:
+    """`value` is a plain tensor that lies in memory by strides; how far apart is no matter."""
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+        kind = "nested" if value.is_nested else "quantized" if value.is_quantized else str(value.layout)[6:]
+        raise TypeError(f"{op}: {name} must be a dense tensor, but got a {kind.removeprefix('_')} one")
+    if type(value) is not Tensor and type(value).__torch_dispatch__ is not _OWN_DISPATCH:
+        if not isinstance(value, (FakeTensor, FunctionalTensor)):  # torch.compile and torch.export see these
+            raise TypeError(
+                f"{op}: {name} must be a plain tensor, but {type(value).__name__} has a dispatch of its own"
+            )
 
 
 def tensor(op: str, name: str, value: Any, shape: str, like: Tensor | None = None, floating: bool = True) -> None:
     """`value` is a tensor with the number of dimensions of `shape` ("B,N,C"), of a float dtype, on `like`'s device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor ({shape}), but got {type(value).__name__}")
+    dense(op, name, value)
     if value.dim() != shape.count(",") + 1:
         raise ValueError(f"{op}: {name} must have shape ({shape}), but got {tuple(value.shape)}")
     if floating and value.dtype not in _FLOATS:
         raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, but got {value.dtype}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{op}: {name} is on {value.device}, but the other tensors are on {like.device}")
+
+
+def number(op: str, name: str, value: Any, what: str = "a number") -> float:
+    """An int or a float that a float can hold; a symbolic one under torch.compile."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be {what}, but got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} is an int of {len(str(value))} digits, more than a float can hold") from None
+
+
+def flag(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, but got {value!r}")
 
 
 def same(op: str, what: str, name: str, value: int, other: str, expected: int) -> None:
@@ -47,3 +78,41 @@ def companion(op: str, name: str, value: Any, shape: str, images: int, tokens: i
         raise TypeError(f"{op}: {name} must be real or integer, but got {value.dtype}")
     if value.shape[0] != images or value.shape[1] != tokens:
         raise ValueError(f"{op}: {name} must have shape ({images}, {tokens}), but got {tuple(value.shape)}")
+
+
+def looked_at(values: Tensor) -> bool:
+    """Whether a tensor's values may be looked at: on a CPU, where that waits for nothing, while nothing is traced.
+
+    Compiled code looks for itself; this is for the reference.
+    """
+    return (
+        values.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not isinstance(values, (FakeTensor, FunctionalTensor))
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.jit.is_tracing()
+    )
+
+
+def lengths(op: str, name: str, values: Tensor | None, most: int, what: str) -> None:
+    """Each is from 0 to `most`."""
+    if values is None or not looked_at(values) or values.numel() == 0:
+        return
+    low, high = (value.item() for value in values.aminmax())
+    if low < 0 or high > most:
+        raise ValueError(f"{op}: {name} has {low if low < 0 else high}, but it must be between 0 and {what}")
+
+
+def places(op: str, name: str, index: Tensor, below: int, allowed: str, lowest: int = 0, unique: bool = False) -> None:
+    """Each is from `lowest` to `below` - 1, and there once if `unique` (but what is negative goes nowhere)."""
+    if not looked_at(index):
+        return
+    for at in ((index < lowest) | (index >= below)).nonzero()[:1].tolist():
+        raise IndexError(f"{op}: {name}{at}={index[tuple(at)].item()}, but {allowed}")
+    if unique and index.shape[1] > 1:
+        ordered, order = index.sort(dim=1, stable=True)
+        again = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        for b, j in again.nonzero()[:1].tolist():
+            place = f"{name}[{b}, {order[b, j + 1].item()}]={ordered[b, j].item()}"
+            raise IndexError(f"{op}: {place} is there twice, but the indices of an image must be unique")

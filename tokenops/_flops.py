@@ -1,10 +1,18 @@
 """Teaches torch.utils.flop_counter our operators (matrix products only, two FLOPs a multiply-add, as it counts).
 
-Import it before counting; `tokenops.methods` does.
+Imported as soon as tokenops and that module both are (_counted.py), so that a count does not depend on what was
+counted before.
 """
 
 import torch
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from ._schemas import KERNELS
 
 _ops, _aten = torch.ops.tokenops, torch.ops.aten
 
@@ -50,8 +58,20 @@ def _match_bipartite_fwd(metric, r, prefix, *args, **kwargs):
     return 2 * b * (n // 2) * (n - n // 2) * d if r else 0
 
 
-if _aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:  # torch 2.11 does not count it
+# what moves tokens, or adds them up, multiplies no matrices
+for _name in {name for name, _ in KERNELS}:
+    if getattr(_ops, _name) not in flop_registry:
+        register_flop_formula(getattr(_ops, _name))(lambda *args, **kwargs: 0)
+
+if _aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:  # what torch itself may not count
 
     @register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu)
     def _attention_cpu(q, k, v, *args, **kwargs):
         return sdpa_flop_count(q, k, v)
+
+
+if _aten._scaled_dot_product_flash_attention_for_cpu_backward not in flop_registry:
+
+    @register_flop_formula(_aten._scaled_dot_product_flash_attention_for_cpu_backward)
+    def _attention_cpu_backward(dout, q, k, v, *args, **kwargs):
+        return sdpa_backward_flop_count(dout, q, k, v)

@@ -1,5 +1,6 @@
 """The layer norm that some operators apply to their result in the same launch: its arguments and its gradient."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,23 @@ def arguments(op: str, norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | No
             continue
         _checks.tensor(op, f"norm's {name}", value, "C", like=x)
         _checks.same(op, "channels", f"norm's {name}", value.shape[0], "x", x.shape[2])
-    if isinstance(norm[2], bool) or not isinstance(norm[2], (int, float)) or not norm[2] >= 0:
+    eps = _checks.number(op, "norm's eps", norm[2], "a number of at least 0")
+    if not eps >= 0:
         raise ValueError(f"{op}: norm's eps must be a number of at least 0, but got {norm[2]!r}")
-    return norm[0], norm[1], float(norm[2])
+    return norm[0], norm[1], eps
+
+
+def added(
+    dtokens: Tensor | None, dnormed: Tensor | None, saved: Sequence[Any]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradient of the tokens with what comes through their norm, and those of its weight and bias.
+
+    `saved` is what `backward` takes behind the gradient; nothing where no norm was asked for.
+    """
+    if dnormed is None or not saved:
+        return dtokens, None, None
+    through, dweight, dbias = backward(dnormed, *saved)
+    return through if dtokens is None else dtokens + through, dweight, dbias
 
 
 def backward(
@@ -31,10 +46,13 @@ def backward(
     wide = statistics.dtype
     mean, deviation = statistics.unsqueeze(-1)
     w, b = (None if t is None else t.to(wide) for t in (weight, bias))
-    mask = [True, weight is not None, bias is not None]
+    alone = weight is None and bias is not None  # torch has no second gradient of a bias without a weight
+    mask = [True, weight is not None, bias is not None and not alone]
     dtokens, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dnormed.to(wide), tokens.to(wide), tokens.shape[-1:], mean, deviation, w, b, mask
+        dnormed.to(wide), tokens.to(wide), tokens.shape[-1:], mean, deviation, w, None if alone else b, mask
     )
+    if alone:
+        dbias = dnormed.to(wide).sum(dim=(0, 1))
     return (
         dtokens.to(tokens.dtype),
         None if weight is None else dweight.to(weight.dtype),

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from . import _vmap
 from ._backends import COMPILED, TABLE
 from .reference import accumulation_dtype
 
@@ -60,7 +60,7 @@ def _wide(x, w):
 
 def _soft_aggregate_fwd(x, w, scale, factor, mask, prefix):
     y = x.new_empty((x.shape[0], prefix + w.shape[2], x.shape[2]))
-    # of each slot the largest scaled logit, the inverse sum and the mean logit
+    # of each slot the largest scaled logit (times log2(e)), the inverse sum and the mean logit
     return y, x.new_empty((3, w.shape[0], w.shape[2]), dtype=_wide(x, w))
 
 
@@ -273,6 +273,8 @@ def _register() -> None:
                     room = "_triton" if backend == "triton" else f"_{device}"
                     module = f".{room}.{MODULES.get((room, name), op)}"
                     _library.impl(overload, _late(module, name), device.upper())
+            batched = _vmap.rule(name, backend, getattr(getattr(torch.ops.tokenops, name), backend))
+            torch.library.register_vmap(f"tokenops::{overload}", batched, lib=_library)
 
 
 _register()
@@ -295,22 +297,6 @@ _library.define(
     " Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dqk_mask, Tensor(e!) dv_mask, Tensor(f!) dbias, str variant) -> ()",
     tags=_TAGS,
 )
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to know of a call: an autograd.Function costs more than a small kernel.
-
-    Under forward-mode differentiation it always has to, and says that it cannot do that.
-    """
-    if forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def distinct(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The same tensors, those that came before as views: torch.compile gives autograd.Function no tensor twice."""
-    seen = [[t is other for other in tensors[:i]] for i, t in enumerate(tensors)]
-    return tuple(t.view_as(t) if t is not None and any(before) else t for t, before in zip(tensors, seen))
 
 
 def kernel(name: str, backend: str) -> Any:

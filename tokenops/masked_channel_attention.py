@@ -3,14 +3,18 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, reference
+from . import _backends, _checks, reference
+from ._autograd import Operator, gradients, needs_grad
 from ._backends import choose
-from ._schemas import kernel, needs_grad
+from ._schemas import kernel
 
 #: channels of a head the kernels hold in registers
 WIDEST_HEAD = 128
+
+_sdpa = reference.keeps_dtypes(F.scaled_dot_product_attention)
 
 SCORES = ("class", "received")
 
@@ -66,7 +70,9 @@ def masked_channel_attention(
             value, scores are asked for without a query, or (on a CPU) a length is outside of 0..Nk.
 
     Softmax and sums are fp32 (fp64 for fp64 tokens), under autocast too: autocast changes no dtype here. Deterministic.
-    Differentiable once, every result in every float tensor.
+    Differentiable twice, every result in every float tensor. On a GPU a call without masks, bias and lengths that asks
+    for ``out`` alone is ``torch.nn.functional.scaled_dot_product_attention``, with what that says of determinism and
+    second gradients, unless a backend is forced.
 
     Source: channel masks after CAIT (Wang et al., arXiv 2309.15755), a reconstruction; class scores as in EViT (Liang
     et al., ICLR 2022) and Evo-ViT (Xu et al., AAAI 2022); ``key_bias`` as in the proportional attention of ToMe
@@ -78,9 +84,15 @@ def masked_channel_attention(
     (torch.Size([2, 6, 197, 64]), torch.Size([2, 6, 197]))
     """
     op = "masked_channel_attention"
-    _check(op, q, k, v, qk_mask, v_mask, key_bias, key_lengths, scale, scores, heads)
+    _check(op, q, k, v, qk_mask, v_mask, key_bias, key_lengths, scale, scores, heads, return_lse, return_key_mean)
+    asked = scores is not None, return_lse, return_key_mean
+    given = qk_mask is not None, v_mask is not None, key_bias is not None, key_lengths is not None
+    if sdpa_serves(q, k, v) and not any(asked) and not any(given):
+        out = _sdpa(q, k, v, scale=None if scale is None else float(scale))
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
     backend = choose(op, q.device.type, q.dtype)
     if backend == "reference":
+        _checks.lengths(op, "key_lengths", key_lengths, k.shape[2], f"the {k.shape[2]} keys there are")
         return reference.masked_channel_attention(
             q,
             k,
@@ -99,16 +111,26 @@ def masked_channel_attention(
     bias = None if key_bias is None else key_bias.expand(k.shape[0], k.shape[1], 1, k.shape[2]).squeeze(2)
     arguments = (q, k, v, qk_mask, v_mask, bias, key_lengths, scale, scores or "none", heads == "mean", return_key_mean)
     if needs_grad(q, k, v, qk_mask, v_mask, bias):
-        results = _MaskedChannelAttention.apply(*arguments, backend)
+        results = _MaskedChannelAttention.of(*arguments, backend)
     else:
         results = kernel("masked_channel_attention_fwd", backend)(*arguments)
-    if scores is None and not return_lse and not return_key_mean:
+    if not any(asked):
         return results[0]
-    asked = (True, scores is not None, return_lse, return_key_mean)
-    return tuple(result for result, wanted in zip(results, asked) if wanted)
+    return tuple(result for result, wanted in zip(results, (True, *asked)) if wanted)
 
 
-def _check(op, q, k, v, qk_mask, v_mask, key_bias, key_lengths, scale, scores, heads):
+def sdpa_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's own attention runs a call that asks for nothing else: on a GPU, where no backend is forced."""
+    return (
+        q.device.type == "cuda"
+        and _backends.forced() is None
+        and q.shape[3] == v.shape[3]
+        and q.numel() > 0
+        and k.numel() > 0
+    )
+
+
+def _check(op, q, k, v, qk_mask, v_mask, key_bias, key_lengths, scale, scores, heads, return_lse, return_key_mean):
     _checks.tensor(op, "q", q, "B,H,Nq,Dk")
     _checks.tensor(op, "k", k, "B,H,Nk,Dk", like=q)
     _checks.tensor(op, "v", v, "B,H,Nk,Dv", like=q)
@@ -144,17 +166,19 @@ def _check(op, q, k, v, qk_mask, v_mask, key_bias, key_lengths, scale, scores, h
         if key_lengths.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{op}: key_lengths must be int64 or int32, but got {key_lengths.dtype}")
         _checks.same(op, "images", "key_lengths", key_lengths.shape[0], "q", q.shape[0])
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
-        raise TypeError(f"{op}: scale must be a number or None, but got {scale!r}")
+    if scale is not None:
+        _checks.number(op, "scale", scale, "a number or None")
     if scores is not None and scores not in SCORES:
         raise ValueError(f"{op}: scores={scores!r}, but it must be None, 'class' or 'received'")
+    _checks.flag(op, "return_lse", return_lse)
+    _checks.flag(op, "return_key_mean", return_key_mean)
     if heads not in ("each", "mean"):
         raise ValueError(f"{op}: heads={heads!r}, but it must be 'each' or 'mean'")
     if scores is not None and q.shape[2] == 0:
         raise ValueError(f"{op}: scores={scores!r} needs a query, but q has none")
 
 
-class _MaskedChannelAttention(torch.autograd.Function):
+class _MaskedChannelAttention(Operator):
     @staticmethod
     def forward(q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, backend):
         return kernel("masked_channel_attention_fwd", backend)(
@@ -169,28 +193,44 @@ class _MaskedChannelAttention(torch.autograd.Function):
         ctx.save_for_backward(*tensors, out, lse)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dscores, dlse, dkey_mean):
         *tensors, out, lse = ctx.saved_tensors
-        q, k, v, qk_mask, v_mask, bias, lengths = tensors
-        dq = dk = dv = dqk_mask = dv_mask = dbias = None
-        dscores = dscores if ctx.scores != "none" else None  # torch.compile makes gradients for what was not asked for
-        if dout is not None or dscores is not None or dlse is not None:
-            dout = torch.zeros_like(out) if dout is None else dout
-            backward = kernel("masked_channel_attention_bwd", ctx.backend)
-            dq, dk, dv, dqk_mask, dv_mask, dbias = backward(
-                dout, dscores, dlse, *tensors, out, lse, ctx.scale, ctx.scores, ctx.mean
-            )
-        if dkey_mean is not None and ctx.key_mean:
-            mean = (dkey_mean / k.shape[1]).unsqueeze(1)
-            if lengths is not None:
-                beyond = torch.arange(k.shape[2], device=k.device) >= lengths.unsqueeze(1)
-                mean = mean.masked_fill(beyond[:, None, :, None], 0.0)
-            dk = mean.expand_as(k) if dk is None else dk + mean
-        gradients = (
-            gradient if tensor is not None and wanted else None
-            for gradient, tensor, wanted in zip(
-                (dq, dk, dv, dqk_mask, dv_mask, dbias), (q, k, v, qk_mask, v_mask, bias), ctx.needs_input_grad
-            )
+        scale, scores, mean, backward = (
+            ctx.scale,
+            ctx.scores,
+            ctx.mean,
+            kernel("masked_channel_attention_bwd", ctx.backend),
         )
-        return *gradients, *[None] * 6
+        # torch.compile makes gradients for what was not asked for
+        dscores, dkey_mean = dscores if scores != "none" else None, dkey_mean if ctx.key_mean else None
+
+        def run(inputs, cotangents, constants):
+            (dout, dscores, dlse, dkey_mean), (lengths, out, lse) = cotangents, constants
+            found = [None] * len(inputs)
+            if dout is not None or dscores is not None or dlse is not None:
+                dout = torch.zeros_like(out) if dout is None else dout
+                found = list(backward(dout, dscores, dlse, *inputs, lengths, out, lse, scale, scores, mean))
+            if dkey_mean is not None:
+                found[1] = _with_key_mean(found[1], dkey_mean, inputs[1], lengths)
+            return [torch.zeros_like(t) if t is not None and g is None else g for t, g in zip(inputs, found)]
+
+        def plain(inputs, constants):
+            q, k, v, qk_mask, v_mask, bias = inputs
+            made = reference.masked_channel_attention(
+                q, k, v, qk_mask=qk_mask, v_mask=v_mask, key_bias=None if bias is None else bias.unsqueeze(2),
+                key_lengths=constants[0], scale=scale, scores=None if scores == "none" else scores,
+                heads="mean" if mean else "each", return_lse=True, return_key_mean=True,
+            )  # fmt: skip
+            return made if scores != "none" else (made[0], None, *made[1:])
+
+        inputs, constants = dict(enumerate(tensors[:6])), (tensors[6], out, lse)
+        return tuple(gradients(ctx, run, plain, inputs, (dout, dscores, dlse, dkey_mean), constants))
+
+
+def _with_key_mean(dk, dkey_mean, k, lengths):
+    """The gradient of the keys with that of their mean over the heads, which knows nothing beyond a length."""
+    mean = (dkey_mean / k.shape[1]).unsqueeze(1)
+    if lengths is not None:
+        beyond = torch.arange(k.shape[2], device=k.device) >= lengths.unsqueeze(1)
+        mean = mean.masked_fill(beyond[:, None, :, None], 0.0)
+    return mean.expand_as(k) if dk is None else dk + mean

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import _checks, _layer_norm, reference
+from ._autograd import Operator, gradients, needs_grad, zeros_like_tokens
 from ._backends import choose
-from ._schemas import distinct, kernel, needs_grad
+from ._schemas import kernel
 
 
 class Merged(NamedTuple):
@@ -37,7 +38,7 @@ def match_bipartite(metric: Tensor, r: int, *, prefix: int = 1) -> Tensor:
     .. math:: t_i = \mathrm{argmax}_j \frac{m_i \cdot m_j}{|m_i|\,|m_j|}
 
     the first of equals, and the r of A whose likeness is greatest (of equals the first) go there. A likeness that is no
-    number counts as the least. M = N - r are left: first what remains of A, then B.
+    number counts as the least, that of a row of zeros is 0. M = N - r are left: first what remains of A, then B.
 
     Args:
         metric: ``(B, P+N, D)``, of any float dtype and strides; rows of the prefix are not looked at.
@@ -104,7 +105,7 @@ def merge_bipartite(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit together, or there are not r tokens to merge.
 
-    Sums are fp32, fp64 for fp64. Deterministic. Differentiable once in ``x`` and the norm's weight and bias; matching
+    Sums are fp32, fp64 for fp64. Deterministic. Differentiable twice in ``x`` and the norm's weight and bias; matching
     and sizes are not differentiated, as in the paper.
 
     Source: Bolya et al., Token Merging: Your ViT But Faster (ICLR 2023), sections 3 and 3.1.
@@ -144,11 +145,11 @@ def merge_by_index(
     weight, bias, eps = _layer_norm.arguments(op, norm, x)
     backend = choose("merge_bipartite", x.device.type, x.dtype)
     if backend == "reference":
+        _check_places(op, index, tokens)
         return reference.merge_bipartite(x, index, tokens, prefix=prefix, sizes=sizes, norm=norm)
     options = (prefix, norm is not None, eps)
     if needs_grad(x, weight, bias):
-        weight, bias = distinct(weight, bias)
-        y, totals, logs, normed, _ = _MergeBipartite.apply(x, index, tokens, sizes, weight, bias, options, backend)
+        y, totals, logs, normed, _ = _MergeBipartite.of(x, index, tokens, sizes, weight, bias, options, backend)
     else:
         y, totals, logs, normed, _ = _run(x, index, tokens, sizes, weight, bias, options, backend)
     return y, totals, logs, None if norm is None else normed
@@ -170,10 +171,9 @@ def unmerge_bipartite(y: Tensor, index: Tensor, *, prefix: int = 1) -> Tensor:
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit together.
-        IndexError: an index is out of range (on a GPU, where looking would wait for it, and in the reference that
-            token is 0).
+        IndexError: an index is out of range (on a GPU, where looking would wait for it, that token is 0).
 
-    Deterministic, the gradient too: each token's is the sum over those that went into it. Differentiable once.
+    Deterministic, the gradient too: each token's is the sum over those that went into it. Differentiable twice.
 
     Source: Bolya et al., Token Merging: Your ViT But Faster (ICLR 2023); its use for dense prediction is Bolya and
     Hoffman, Token Merging for Fast Stable Diffusion (2023).
@@ -184,23 +184,18 @@ def unmerge_bipartite(y: Tensor, index: Tensor, *, prefix: int = 1) -> Tensor:
     _check_index(op, index, y)
     backend = choose(op, y.device.type, y.dtype)
     if backend == "reference":
+        _check_places(op, index, y.shape[1] - prefix)
         return reference.unmerge_bipartite(y, index, prefix=prefix)
-    if needs_grad(y):
-        return _Unmerge.apply(y, index, prefix, backend)
-    return kernel("unmerge_bipartite_fwd", backend)(y, index, prefix)
+    return _unmerged(y, index, prefix, backend)
 
 
 def sum_by_index(op: str, x: Tensor, index: Tensor, tokens: int, prefix: int) -> Tensor:
     """The sum of the tokens that go into each of `tokens`, behind the prefix: the transpose of `unmerge_bipartite`."""
     backend = choose("unmerge_bipartite", x.device.type, x.dtype)
     if backend == "reference":
-        wide = reference.accumulation_dtype(x.dtype)
-        at = index.unsqueeze(2).expand(-1, -1, x.shape[2])
-        sums = x.new_zeros(x.shape[0], tokens, x.shape[2], dtype=wide).scatter_add(1, at, x[:, prefix:].to(wide))
-        return torch.cat((x[:, :prefix], sums.to(x.dtype)), dim=1)
-    if needs_grad(x):
-        return _Sum.apply(x, index, tokens, prefix, backend)
-    return kernel("unmerge_bipartite_bwd", backend)(x, index, tokens, prefix)
+        _check_places(op, index, tokens)
+        return reference.sum_bipartite(x, index, tokens, prefix=prefix)
+    return _summed(x, index, tokens, prefix, backend)
 
 
 def most_merged(rows: int, prefix: int) -> int:
@@ -227,35 +222,58 @@ def _check_index(op: str, index: Any, y: Tensor) -> None:
     _checks.same(op, "images", "index", index.shape[0], "y", y.shape[0])
 
 
-class _MergeBipartite(torch.autograd.Function):
+def _check_places(op: str, index: Tensor, tokens: int) -> None:
+    allowed = f"it must be from 0 to {tokens - 1}: there are {tokens} tokens behind the prefix"
+    _checks.places(op, "index", index, tokens, allowed)
+
+
+class _MergeBipartite(Operator):
     @staticmethod
     def forward(x, index, tokens, sizes, weight, bias, options, backend):
         return _run(x, index, tokens, sizes, weight, bias, options, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, index, _, sizes, weight, bias, (ctx.prefix, norm, _), ctx.backend = inputs
+        _, index, ctx.tokens, sizes, weight, bias, (ctx.prefix, norm, _), ctx.backend = inputs
         y, merged, logs, normed, statistics = output
-        of_norm = norm and any(t is not None and t.requires_grad for t in (x, weight, bias))
-        fixed = [t for t, wanted in ((y, x.requires_grad), (normed, of_norm)) if not wanted]
+        of_x, *of_norm = (ctx.needs_input_grad[place] for place in (0, 4, 5))
+        of_norm = norm and (of_x or any(of_norm))
+        fixed = [t for t, wanted in ((y, of_x), (normed, of_norm)) if not wanted]
         ctx.mark_non_differentiable(merged, logs, statistics, *fixed)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(index, sizes, merged, *((y, statistics, weight, bias) if norm else ()))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dmerged, dlogs, dnormed, dstatistics):
         index, sizes, merged, *of_norm = ctx.saved_tensors
-        dx = dweight = dbias = None
-        if dnormed is not None and of_norm:
-            through, dweight, dbias = _layer_norm.backward(dnormed, *of_norm)
-            dy = through if dy is None else dy + through
-        if dy is not None and ctx.needs_input_grad[0]:
-            dx = kernel("merge_bipartite_bwd", ctx.backend)(dy, index, sizes, merged, ctx.prefix)
+        tokens, prefix, backward = ctx.tokens, ctx.prefix, kernel("merge_bipartite_bwd", ctx.backend)
+
+        def run(inputs, cotangents, constants):
+            return (backward(*cotangents, *constants, prefix),)
+
+        def plain(inputs, constants):
+            index, sizes, _ = constants
+            return (reference.merge_bipartite(*inputs, index, tokens, prefix=prefix, sizes=sizes)[0],)
+
+        dy, dweight, dbias = _layer_norm.added(dy, dnormed, of_norm)
+        x = zeros_like_tokens(dy, prefix + index.shape[1])
+        dx = gradients(ctx, run, plain, {0: x}, (dy,), (index, sizes, merged))[0]
         return dx, None, None, None, dweight, dbias, None, None
 
 
-class _Unmerge(torch.autograd.Function):
+def _unmerged(y, index, prefix, backend):
+    if needs_grad(y):
+        return _Unmerge.of(y, index, prefix, backend)
+    return kernel("unmerge_bipartite_fwd", backend)(y, index, prefix)
+
+
+def _summed(x, index, tokens, prefix, backend):
+    if needs_grad(x):
+        return _Sum.of(x, index, tokens, prefix, backend)
+    return kernel("unmerge_bipartite_bwd", backend)(x, index, tokens, prefix)
+
+
+class _Unmerge(Operator):
     @staticmethod
     def forward(y, index, prefix, backend):
         return kernel("unmerge_bipartite_fwd", backend)(y, index, prefix)
@@ -267,13 +285,12 @@ class _Unmerge(torch.autograd.Function):
         ctx.save_for_backward(index)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dx):
         (index,) = ctx.saved_tensors
-        return kernel("unmerge_bipartite_bwd", ctx.backend)(dx, index, ctx.tokens, ctx.prefix), None, None, None
+        return _summed(dx, index, ctx.tokens, ctx.prefix, ctx.backend), None, None, None
 
 
-class _Sum(torch.autograd.Function):
+class _Sum(Operator):
     @staticmethod
     def forward(x, index, tokens, prefix, backend):
         return kernel("unmerge_bipartite_bwd", backend)(x, index, tokens, prefix)
@@ -284,10 +301,9 @@ class _Sum(torch.autograd.Function):
         ctx.save_for_backward(index)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         (index,) = ctx.saved_tensors
-        return kernel("unmerge_bipartite_fwd", ctx.backend)(dy, index, ctx.prefix), None, None, None, None
+        return _unmerged(dy, index, ctx.prefix, ctx.backend), None, None, None, None
 
 
 def _run(x, index, tokens, sizes, weight, bias, options, backend):

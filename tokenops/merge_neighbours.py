@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks, _layer_norm, reference
+from ._autograd import Operator, gradients, needs_grad, zeros_like_tokens
 from ._backends import choose
-from ._schemas import distinct, kernel, needs_grad
+from ._schemas import kernel
 
 AXES = ("horizontal", "vertical")
 MODES = ("repeat", "bilinear")
@@ -55,7 +56,7 @@ def merge_neighbours(
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit together, or an option has no such value.
 
-    Sums are fp32, fp64 for fp64. Deterministic. Differentiable once in ``x``, ``weights`` and the norm's weight and
+    Sums are fp32, fp64 for fp64. Deterministic. Differentiable twice in ``x``, ``weights`` and the norm's weight and
     bias.
 
     Source: asymmetric token merging of CAIT (Wang et al., arXiv 2309.15755), reconstructed from the published
@@ -89,8 +90,7 @@ def merge_neighbours(
     first, second = (w.reshape(-1) if isinstance(w, Tensor) else None for w in (first, second))
     options = (height, width, axis == "vertical", prefix, *numbers)
     if needs_grad(x, first, second, logits, weight, bias):
-        first, second, weight, bias = distinct(first, second, weight, bias)
-        y, merged, normed, _ = _MergeNeighbours.apply(
+        y, merged, normed, _ = _MergeNeighbours.of(
             x, first, second, logits, sizes, weight, bias, options, (norm is not None, eps), backend
         )
     else:
@@ -102,6 +102,7 @@ def merge_neighbours(
     return y, *(t for t, asked in ((merged, sizes), (normed, norm)) if asked is not None)
 
 
+@reference.keeps_dtypes
 def unmerge_neighbours(
     x: Tensor, grid: tuple[int, int], merges: tuple[str, ...], *, prefix: int = 1, mode: str = "repeat"
 ) -> Tensor:
@@ -137,7 +138,7 @@ def unmerge_neighbours(
     for i, axis in enumerate(merges):
         _option(op, f"merges[{i}]", axis, AXES)
     _option(op, "mode", mode, MODES)
-    across, down = merges.count("horizontal"), merges.count("vertical")
+    down, across = (_halvings(merges.count(axis), size) for axis, size in (("vertical", height), ("horizontal", width)))
     small = (height + 2**down - 1) // 2**down, (width + 2**across - 1) // 2**across
     if x.shape[1] != prefix + small[0] * small[1]:
         raise ValueError(
@@ -147,13 +148,20 @@ def unmerge_neighbours(
     if not merges:
         return x
     tokens = x[:, prefix:].unflatten(1, small)
-    if mode == "repeat":
+    if mode == "repeat" or tokens.numel() == 0:
         tokens = tokens.repeat_interleave(2**down, dim=1)[:, :height].repeat_interleave(2**across, dim=2)[:, :, :width]
     else:
         full = small[0] * 2**down, small[1] * 2**across
         image = F.interpolate(tokens.permute(0, 3, 1, 2), full, mode="bilinear", align_corners=False)
         tokens = image[:, :, :height, :width].permute(0, 2, 3, 1)
     return torch.cat((x[:, :prefix], tokens.flatten(1, 2)), dim=1)
+
+
+def _halvings(merges: int, size: int) -> int:
+    """How many of the merges along an axis change anything: what has become one stays one."""
+    while merges and 2 ** (merges - 1) >= size:
+        merges -= 1
+    return merges
 
 
 def _grid(op: str, grid: Any) -> tuple[int, int]:
@@ -188,16 +196,17 @@ def _weights(op: str, weights: Any, x: Tensor, tokens: int) -> None:
     for i, weight in enumerate(weights):
         name = f"weights[{i}]"
         if isinstance(weight, Tensor):
+            _checks.dense(op, name, weight)
             flat = weight.reshape(-1) if weight.numel() == 1 else weight
             _checks.tensor(op, name, flat, "C", like=x)
             if weight.numel() != 1 and flat.shape[0] != x.shape[2]:
                 raise ValueError(f"{op}: {name} must have one element or {x.shape[2]}, but got {flat.shape[0]}")
-        elif isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"{op}: {name} must be a number or a tensor, but got {weight!r}")
+        else:
+            _checks.number(op, name, weight, "a number or a tensor")
     return None
 
 
-class _MergeNeighbours(torch.autograd.Function):
+class _MergeNeighbours(Operator):
     @staticmethod
     def forward(x, first, second, logits, sizes, weight, bias, options, norm, backend):
         return _run(x, first, second, logits, sizes, weight, bias, options, norm, backend)
@@ -206,43 +215,39 @@ class _MergeNeighbours(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, first, second, logits, sizes, weight, bias, ctx.options, (norm, _), ctx.backend = inputs
         y, merged, normed, statistics = output
-        of_x = any(t is not None and t.requires_grad for t in (x, first, second, logits))
-        of_norm = of_x or any(t is not None and t.requires_grad for t in (weight, bias))
-        fixed = [t for t, wanted in ((y, of_x), (normed, of_norm and norm)) if not wanted]
+        learned = any(ctx.needs_input_grad[1:4])
+        of_x = ctx.needs_input_grad[0] or learned
+        of_norm = norm and (of_x or any(ctx.needs_input_grad[5:7]))
+        fixed = [t for t, wanted in ((y, of_x), (normed, of_norm)) if not wanted]
         ctx.mark_non_differentiable(merged, statistics, *fixed)
         ctx.set_materialize_grads(False)
-        ctx.shape = y.shape
-        learned = any(t is not None and t.requires_grad for t in (first, second, logits))
-        ctx.save_for_backward(
-            x if learned else None, first, second, logits, sizes, *((y, statistics, weight, bias) if norm else ())
-        )
+        of_norm = (y, statistics, weight, bias) if norm else ()
+        ctx.save_for_backward(x if learned else None, first, second, logits, sizes, *of_norm)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dmerged, dnormed, dstatistics):
         x, first, second, logits, sizes, *of_norm = ctx.saved_tensors
-        dweight = dbias = None
-        if dnormed is not None and of_norm:
-            through, dweight, dbias = _layer_norm.backward(dnormed, *of_norm)
-            dy = through if dy is None else dy + through
-        if dy is None:
-            return (None,) * 10
-        dx, dfirst, dsecond, dlogits = kernel("merge_neighbours_bwd", ctx.backend)(
-            dy, x, first, second, logits, sizes, *ctx.options
+        height, width, vertical, prefix, alpha, beta = options = ctx.options
+        backward, learned = kernel("merge_neighbours_bwd", ctx.backend), x is not None
+
+        def run(inputs, cotangents, constants):
+            x, *weights = inputs
+            return backward(*cotangents, x if learned else None, *weights, *constants, *options)
+
+        def plain(inputs, constants):
+            x, first, second, logits = inputs
+            pair = (alpha if first is None else first, beta if second is None else second)
+            axis = "vertical" if vertical else "horizontal"
+            weights = pair if logits is None else logits
+            y = reference.merge_neighbours(x, (height, width), axis, weights, prefix=prefix, sizes=constants[0])
+            return (y if constants[0] is None else y[0],)
+
+        dy, dweight, dbias = _layer_norm.added(dy, dnormed, of_norm)
+        x = x if learned else zeros_like_tokens(dy, prefix + height * width)
+        dx, dfirst, dsecond, dlogits, *_ = gradients(
+            ctx, run, plain, {0: x, 1: first, 2: second, 3: logits}, (dy,), (sizes,)
         )
-        learned = x is not None
-        return (
-            dx,
-            dfirst if learned and first is not None else None,
-            dsecond if learned and second is not None else None,
-            dlogits if learned and logits is not None else None,
-            None,
-            dweight,
-            dbias,
-            None,
-            None,
-            None,
-        )
+        return dx, dfirst, dsecond, dlogits, None, dweight, dbias, None, None, None
 
 
 def _run(x, first, second, logits, sizes, weight, bias, options, norm, backend):

@@ -8,9 +8,28 @@ Notation: B images, P prefix tokens (class, distillation), N tokens, M slim toke
 Nq queries, Nk keys, Dk and Dv channels of a head.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def keeps_dtypes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Under autocast too the tensors' own dtypes decide."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        tensor = next((t for t in (*arguments, *options.values()) if isinstance(t, Tensor)), None)
+        device = "meta" if tensor is None else tensor.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return function(*arguments, **options)
+        with torch.autocast(device, enabled=False):
+            return function(*arguments, **options)
+
+    return call
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -18,6 +37,15 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def layer_norm(tokens: Tensor, norm: tuple[Tensor | None, Tensor | None, float], wide: torch.dtype) -> Tensor:
+    """The layer norm (weight, bias, eps) of tokens over C in a wide dtype, rounded once."""
+    weight, bias = (None if t is None else t.to(wide) for t in norm[:2])
+    if weight is None and bias is not None:  # torch has no second gradient of a bias without a weight
+        return (F.layer_norm(tokens.to(wide), tokens.shape[-1:], eps=norm[2]) + bias).to(tokens.dtype)
+    return F.layer_norm(tokens.to(wide), tokens.shape[-1:], weight, bias, norm[2]).to(tokens.dtype)
+
+
+@keeps_dtypes
 def aggregation_weights(w: Tensor, scale: Tensor | float | None = None, mask: Tensor | None = None) -> Tensor:
     """A = softmax over the tokens (dim 1) of scale * w, (B,N,M), in the accumulation dtype.
 
@@ -35,6 +63,7 @@ def aggregation_weights(w: Tensor, scale: Tensor | float | None = None, mask: Te
     return torch.softmax(logits, dim=1).masked_fill(~valid, 0.0)
 
 
+@keeps_dtypes
 def soft_aggregate(
     x: Tensor, w: Tensor, *, scale: Tensor | float | None = None, mask: Tensor | None = None, prefix: int = 0
 ) -> Tensor:
@@ -51,10 +80,11 @@ def soft_scatter(z: Tensor, w: Tensor, *, scale: Tensor | float | None = None) -
     return soft_aggregate(z, w.transpose(1, 2), scale=scale)
 
 
+@keeps_dtypes
 def token_mlp(z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
     """y = w2 gelu(w1 z + b1) + b2 along the tokens, (B,N,C): the token MLP of SiT's RTSM, exact (erf) GELU."""
     hidden = F.gelu(F.linear(z.transpose(1, 2), w1, b1))
-    return F.linear(hidden, w2, b2).transpose(1, 2)
+    return F.linear(hidden, w2, b2).transpose(1, 2).contiguous()
 
 
 def selection_order(scores: Tensor) -> Tensor:
@@ -76,6 +106,7 @@ def rest_weights(scores: Tensor, left_out: Tensor, rest: str, normalize: bool = 
     return weights / total.masked_fill(total == 0, 1.0)
 
 
+@keeps_dtypes
 def select_tokens(
     x: Tensor,
     scores: Tensor,
@@ -124,12 +155,12 @@ def select_tokens(
     )
     normed = None
     if norm is not None:
-        weight, bias = (None if t is None else t.to(wide) for t in norm[:2])
-        normed = F.layer_norm(tokens.to(wide), (C,), weight, bias, norm[2]).to(x.dtype)
+        normed = layer_norm(tokens, norm, wide)
     lengths = None if counts is None else kept + prefix + dropped
     return tokens, index.masked_fill(index == N, -1), followers, normed, lengths
 
 
+@keeps_dtypes
 def restore_tokens(
     base: Tensor,
     tokens: Tensor,
@@ -186,7 +217,8 @@ def merge_weights(
         share_a, share_b = (torch.where(a + b == 0, half, t / total) for t in (a, b))
     if isinstance(weights, Tensor):
         a, b = (t.unsqueeze(-1) for t in neighbour_pairs(weights.to(wide), grid, axis)[:2])
-        counts_a, counts_b = a != float("-inf"), there & (b != float("-inf"))
+        counts_a = (a != float("-inf")) & (share_a != 0)  # the logarithm of no size is -inf
+        counts_b = there & (b != float("-inf")) & (share_b != 0)
         a, b = a.masked_fill(~counts_a, 0.0), b.masked_fill(~counts_b, 0.0)
         largest = torch.where(counts_a & counts_b, torch.maximum(a, b), torch.where(counts_a, a, b)).detach()
         a = (share_a * torch.exp(a - largest)).masked_fill(~counts_a, 0.0)
@@ -200,6 +232,7 @@ def merge_weights(
     return torch.where(there, a, 1.0), torch.where(there, b, 0.0)
 
 
+@keeps_dtypes
 def merge_neighbours(
     x: Tensor,
     grid: tuple[int, int],
@@ -223,11 +256,11 @@ def merge_neighbours(
         one, other, _ = neighbour_pairs(sizes.detach().to(wide), grid, axis)
         results.append((one + other).to(sizes.dtype))
     if norm is not None:
-        weight, bias = (None if t is None else t.to(wide) for t in norm[:2])
-        results.append(F.layer_norm(results[0].to(wide), x.shape[-1:], weight, bias, norm[2]).to(x.dtype))
+        results.append(layer_norm(results[0], norm, wide))
     return results[0] if len(results) == 1 else tuple(results)
 
 
+@keeps_dtypes
 def match_bipartite(metric: Tensor, r: int, *, prefix: int = 1) -> Tensor:
     """Which of the M = N - r merged tokens each of the N tokens goes into, (B,N) int64: ToMe's matching.
 
@@ -236,29 +269,31 @@ def match_bipartite(metric: Tensor, r: int, *, prefix: int = 1) -> Tensor:
     Order of the result: what is left of A, then B. A cosine that is no number is the least of all.
     """
     B, rows, _ = metric.shape
-    N, start = rows - prefix, prefix % 2
-    if N == 0:
-        return torch.zeros(B, 0, dtype=torch.int64, device=metric.device)
-    wide = metric[:, prefix:].to(accumulation_dtype(metric.dtype))
-    unit = wide / wide.norm(dim=2, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
-    even, odd = (torch.arange(s, N, 2, device=metric.device) for s in (start, 1 - start))
-    left = len(even) - r
-    index = torch.zeros(B, N, dtype=torch.int64, device=metric.device)
-    index[:, odd] = left + torch.arange(len(odd), device=metric.device)
+    N = rows - prefix
+    evens, odds = (rows + 1) // 2 - (prefix + 1) // 2, rows // 2 - prefix // 2
+    left = evens - r
     if r == 0:
-        index[:, even] = torch.arange(left, device=metric.device)
-        return index
-    cosine = torch.bmm(unit[:, even], unit[:, odd].transpose(1, 2))
-    cosine = cosine.masked_fill(cosine.isnan(), float("-inf"))
-    best = cosine.max(dim=2, keepdim=True).values
-    places = torch.arange(len(odd), device=metric.device)
-    target = torch.where(cosine == best, places, len(odd)).amin(dim=2)
-    merged = torch.zeros(B, len(even), dtype=torch.bool, device=metric.device)
-    merged.scatter_(1, selection_order(best.squeeze(2))[:, :r], True)
-    index[:, even] = torch.where(merged, left + target, (~merged).cumsum(dim=1) - 1)
-    return index
+        of_even = torch.arange(left, device=metric.device).expand(B, -1)
+    else:
+        wide = metric[:, prefix:].to(accumulation_dtype(metric.dtype))
+        # rows whose squares may overflow or vanish are brought near 1 by a power of two, which rounds nothing
+        high, low, down, up = (50, -40, -76, 90) if wide.dtype == torch.float32 else (450, -400, -600, 700)
+        norm = wide.norm(dim=2, keepdim=True)
+        power = torch.ones_like(norm).masked_fill(norm > 2.0**high, 2.0**down).masked_fill(norm < 2.0**low, 2.0**up)
+        wide = wide * power
+        unit = wide / wide.norm(dim=2, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
+        cosine = torch.bmm(unit[:, prefix % 2 :: 2], unit[:, 1 - prefix % 2 :: 2].transpose(1, 2))
+        cosine = cosine.masked_fill(cosine.isnan(), float("-inf"))
+        best = cosine.amax(dim=2, keepdim=True)
+        target = torch.where(cosine == best, torch.arange(odds, device=metric.device), odds).amin(dim=2)
+        merged = selection_order(best.squeeze(2)).argsort(dim=1) < r
+        of_even = torch.where(merged, left + target, (~merged).cumsum(dim=1) - 1)
+    of_odd = (left + torch.arange(odds, device=metric.device)).expand(B, -1)
+    token = torch.arange(N, device=metric.device)  # the k-th of either side is token 2k or 2k + 1
+    return torch.cat((of_even, of_odd), dim=1)[:, token // 2 + (token + prefix) % 2 * evens]
 
 
+@keeps_dtypes
 def merge_bipartite(
     x: Tensor,
     index: Tensor,
@@ -284,16 +319,26 @@ def merge_bipartite(
 
     totals = summed(shares[:, prefix:])
     sums = summed(x[:, prefix:].to(wide) * shares[:, prefix:].unsqueeze(2))
-    means = (sums / totals.masked_fill(totals == 0, 1.0).unsqueeze(2)).to(x.dtype)
+    nothing = (totals == 0).unsqueeze(2)
+    means = (sums / totals.unsqueeze(2).masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0).to(x.dtype)
     y = torch.cat((x[:, :prefix], means), dim=1)
     totals = torch.cat((shares[:, :prefix], totals), dim=1)
     normed = None
     if norm is not None:
-        weight, bias = (None if t is None else t.to(wide) for t in norm[:2])
-        normed = F.layer_norm(y.to(wide), y.shape[-1:], weight, bias, norm[2]).to(x.dtype)
+        normed = layer_norm(y, norm, wide)
     return y, totals, totals.log(), normed
 
 
+@keeps_dtypes
+def sum_bipartite(x: Tensor, index: Tensor, tokens: int, *, prefix: int = 1) -> Tensor:
+    """y = [x[:, :P], the sum of the tokens that go into each], (B,P+M,C): the transpose of `unmerge_bipartite`."""
+    at = index.unsqueeze(2).expand(-1, -1, x.shape[2])
+    wide = accumulation_dtype(x.dtype)
+    sums = x.new_zeros(x.shape[0], tokens, x.shape[2], dtype=wide).scatter_add(1, at, x[:, prefix:].to(wide))
+    return torch.cat((x[:, :prefix], sums.to(x.dtype)), dim=1)
+
+
+@keeps_dtypes
 def unmerge_bipartite(y: Tensor, index: Tensor, *, prefix: int = 1) -> Tensor:
     """x = [y[:, :P], y[:, P + index]], (B,P+N,C): every token gets the one it went into; 0 where it went into none."""
     tokens = torch.cat((y[:, prefix:], y.new_zeros(y.shape[0], 1, y.shape[2])), dim=1)
@@ -302,6 +347,7 @@ def unmerge_bipartite(y: Tensor, index: Tensor, *, prefix: int = 1) -> Tensor:
     return torch.cat((y[:, :prefix], tokens.gather(1, place.unsqueeze(2).expand(-1, -1, y.shape[2]))), dim=1)
 
 
+@keeps_dtypes
 def attention_logits(
     q: Tensor,
     k: Tensor,
@@ -319,16 +365,18 @@ def attention_logits(
     valid = torch.ones((q.shape[0], 1, 1, k.shape[2]), dtype=torch.bool, device=q.device)
     if key_lengths is not None:
         valid = (torch.arange(k.shape[2], device=q.device) < key_lengths.unsqueeze(1))[:, None, None]
-        k = k.masked_fill(~valid.transpose(2, 3), 0.0)
+    if key_bias is not None:
+        valid = valid & (key_bias != float("-inf"))
+    k = k.masked_fill(~valid.transpose(2, 3), 0.0)
     logits = torch.matmul(q, k.transpose(2, 3)).to(accumulation_dtype(q.dtype))
     logits = logits * (q.shape[3] ** -0.5 if scale is None else scale)
     if key_bias is not None:
-        valid = valid & (key_bias != float("-inf"))
         logits = logits + key_bias.to(logits.dtype).masked_fill(~valid, 0.0)
     valid = valid.expand_as(logits)
     return logits.masked_fill(~valid, 0.0), valid
 
 
+@keeps_dtypes
 def masked_channel_attention(
     q: Tensor,
     k: Tensor,

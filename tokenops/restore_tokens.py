@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import _checks, reference
+from ._autograd import Operator, gradients, needs_grad, zeros_like_tokens
 from ._backends import choose
-from ._schemas import distinct, kernel, needs_grad
+from ._schemas import kernel
 
 
 def restore_tokens(
@@ -41,7 +42,7 @@ def restore_tokens(
             looking would synchronise, a token out of range is dropped, the last of several at one place wins, and
             nothing is read or written out of bounds).
 
-    Deterministic. Differentiable once in ``base``, ``tokens`` and float companions.
+    Deterministic. Differentiable twice in ``base``, ``tokens`` and float companions.
 
     Source: slow-fast token updating of Xu et al., Evo-ViT (AAAI 2022), section 3.3; the way back to a dense grid.
 
@@ -69,10 +70,14 @@ def restore_tokens(
     pairs = _pairs(op, companions, base, index, prefix)
     backend = choose(op, base.device.type, base.dtype)
     if backend == "reference":
+        N = base.shape[1] - prefix
+        allowed = (
+            f"base has {N} tokens after a prefix of {prefix}: 0 to {N - 1} is allowed (and -1, which goes nowhere)"
+        )
+        _checks.places(op, "index", index, N, allowed, lowest=-1, unique=True)
         return reference.restore_tokens(base, tokens, index, prefix=prefix, companions=companions)
     if needs_grad(base, tokens, *(t for pair in pairs for t in pair)):
-        base, tokens, *flat = distinct(base, tokens, *(t for pair in pairs for t in pair))
-        y, *found = _RestoreTokens.apply(base, tokens, index, prefix, backend, *flat)
+        y, *found = _RestoreTokens.of(base, tokens, index, prefix, backend, *(t for pair in pairs for t in pair))
     else:
         olds, news = [old for old, _ in pairs], [new for _, new in pairs]
         y, found = kernel("restore_tokens_fwd", backend)(base, tokens, index, prefix, olds, news)
@@ -96,7 +101,7 @@ def _pairs(op: str, companions: Any, base: Tensor, index: Tensor, prefix: int) -
     return tuple((old, new) for old, new in companions)
 
 
-class _RestoreTokens(torch.autograd.Function):
+class _RestoreTokens(Operator):
     @staticmethod
     def forward(base, tokens, index, prefix, backend, *pairs):
         y, found = kernel("restore_tokens_fwd", backend)(
@@ -113,13 +118,25 @@ class _RestoreTokens(torch.autograd.Function):
         ctx.save_for_backward(index)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, *dfound):
         (index,) = ctx.saved_tensors
-        given = [d for d, floating in zip(dfound, ctx.floating) if floating]
-        dbase, dtokens, dolds, dnews = kernel("restore_tokens_bwd", ctx.backend)(
-            dy, index, ctx.prefix, ctx.carried, given
-        )
-        gradients = iter(zip(dolds, dnews))
-        dpairs = [d for floating in ctx.floating for d in (next(gradients) if floating else (None, None))]
-        return dbase, dtokens, None, None, None, *dpairs
+        prefix, carried, backward = ctx.prefix, ctx.carried, kernel("restore_tokens_bwd", ctx.backend)
+
+        def run(inputs, cotangents, constants):
+            dy, *dfound = cotangents
+            dbase, dtokens, dolds, dnews = backward(dy, *constants, prefix, carried, dfound)
+            return dbase, dtokens, *(d for pair in zip(dolds, dnews) for d in pair)
+
+        def plain(inputs, constants):
+            base, tokens, *pairs = inputs
+            pairs = tuple(zip(pairs[::2], pairs[1::2]))
+            y, found = reference.restore_tokens(base, tokens, *constants, prefix=prefix, companions=pairs)
+            return y, *found
+
+        # linear in all that has a gradient: what these are is no matter
+        inputs = {0: zeros_like_tokens(dy, dy.shape[1]), 1: zeros_like_tokens(dy, carried + index.shape[1])}
+        given = [(i, d) for i, d in enumerate(dfound) if ctx.floating[i]]
+        for i, d in given:
+            zero = d.new_zeros(())
+            inputs |= {5 + 2 * i: zero.expand(d.shape), 6 + 2 * i: zero.expand(index.shape)}
+        return tuple(gradients(ctx, run, plain, inputs, (dy, *(d for _, d in given)), (index,)))

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import _checks, _layer_norm, reference
+from ._autograd import Operator, gradients, needs_grad, zeros_like_tokens
 from ._backends import choose
-from ._schemas import distinct, kernel, needs_grad
+from ._schemas import kernel
 
 MOST_TOKENS = 16384
 RESTS = ("none", "weighted", "mean")
@@ -70,10 +71,10 @@ def select_tokens(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit together; an option has no such value.
-        IndexError: a count is not between 0 and k (from the compiled CPU code; elsewhere, where looking would
-            synchronise, it is taken for the nearest that is).
+        IndexError: a count is not between 0 and k (on a CPU; on a GPU, where looking would synchronise, it is taken for
+            the nearest that is).
 
-    Deterministic. Differentiable once in ``x``, float ``companions``, the norm's weight and bias, and, by way of a
+    Deterministic. Differentiable twice in ``x``, float ``companions``, the norm's weight and bias, and, by way of a
     "weighted" rest, in ``scores``; the choice itself is not differentiated.
 
     Source: Xu et al., Evo-ViT (AAAI 2022), section 3.2 (representative token); Liang et al., EViT (ICLR 2022),
@@ -103,14 +104,15 @@ def select_tokens(
     for name, value, allowed in (("rest", rest, RESTS), ("order", order, ORDERS)):
         if value not in allowed:
             raise ValueError(f"{op}: {name}={value!r}, but it must be one of {', '.join(map(repr, allowed))}")
-    if not isinstance(normalize, bool):
-        raise TypeError(f"{op}: normalize must be True or False, but got {normalize!r}")
+    _checks.flag(op, "normalize", normalize)
     companions = _companions(op, companions, x, scores)
     if counts is not None:
         counts = _counts(op, counts, x)
     weight, bias, eps = _layer_norm.arguments(op, norm, x)
     backend = choose(op, x.device.type, x.dtype)
     if backend == "reference":
+        if counts is not None:
+            _checks.places(op, "counts", counts, k + 1, f"it must be between 0 and k={k}")
         return Selection(
             *reference.select_tokens(
                 x,
@@ -128,9 +130,8 @@ def select_tokens(
     kind = "normalized" if rest == "weighted" and normalize else rest
     options = (prefix, kind, order == "score", norm is not None, eps)
     if needs_grad(x, scores, weight, bias, *companions):
-        scores, weight, bias, *others = distinct(scores, weight, bias, *companions)
-        tokens, index, normed, _, _, *followers = _SelectTokens.apply(
-            x, scores, k, counts, weight, bias, options, backend, *others
+        tokens, index, normed, _, _, *followers = _SelectTokens.of(
+            x, scores, k, counts, weight, bias, options, backend, *companions
         )
     else:
         tokens, index, normed, _, _, followers = _run(x, scores, k, counts, companions, weight, bias, options, backend)
@@ -160,7 +161,7 @@ def _counts(op: str, counts: Any, x: Tensor) -> Tensor:
     return counts.contiguous()
 
 
-class _SelectTokens(torch.autograd.Function):
+class _SelectTokens(Operator):
     @staticmethod
     def forward(x, scores, k, counts, weight, bias, options, backend, *companions):
         *results, followers = _run(x, scores, k, counts, companions, weight, bias, options, backend)
@@ -168,14 +169,16 @@ class _SelectTokens(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, scores, _, counts, weight, bias, options, ctx.backend, *companions = inputs
+        x, scores, ctx.k, counts, weight, bias, ctx.options, ctx.backend, *companions = inputs
         tokens, index, normed, statistics, fused, *followers = output
-        ctx.prefix, ctx.rest, _, norm, _ = options
+        _, rest, _, norm, _ = ctx.options
         ctx.floating = [c.dtype.is_floating_point for c in companions]
+        weighted = rest in ("weighted", "normalized")
         # what depends on nothing that needs a gradient does not ask for one either
-        of_x = x.requires_grad or (scores.requires_grad and ctx.rest in ("weighted", "normalized"))
-        of_norm = of_x or any(t is not None and t.requires_grad for t in (weight, bias))
-        given = ((tokens, of_x), (normed, of_norm), *((f, c.requires_grad) for f, c in zip(followers, companions)))
+        needs = ctx.needs_input_grad
+        of_x = needs[0] or (needs[1] and weighted)
+        of_norm = of_x or any(needs[4:6])
+        given = ((tokens, of_x), (normed, of_norm), *zip(followers, needs[8:]))
         ctx.mark_non_differentiable(index, statistics, fused, *(t for t, wanted in given if not wanted))
         ctx.set_materialize_grads(False)
         ctx.zeros = [(t.shape, t.dtype) for t in (tokens, *followers)]
@@ -183,30 +186,44 @@ class _SelectTokens(torch.autograd.Function):
             index,
             scores,
             counts,
-            x if ctx.rest in ("weighted", "normalized") else None,
-            fused if ctx.rest == "normalized" else None,
+            x if weighted else None,
+            fused if rest == "normalized" else None,
             *((tokens, statistics, weight, bias) if norm else ()),
         )
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dtokens, dindex, dnormed, dstatistics, dfused, *dfollowers):
         index, scores, counts, x, fused, *of_norm = ctx.saved_tensors
-        dweight = dbias = dscores = None
-        if dnormed is not None and of_norm:
-            through, dweight, dbias = _layer_norm.backward(dnormed, *of_norm)
-            dtokens = through if dtokens is None else dtokens + through
-        given = [
-            index.new_zeros(shape, dtype=dtype) if d is None else d
-            for d, (shape, dtype) in zip((dtokens, *dfollowers), ctx.zeros)
-            if dtype.is_floating_point
-        ]
-        dx, dscores, found = kernel("select_tokens_bwd", ctx.backend)(
-            given[0], given[1:], index, scores, counts, x, fused, ctx.prefix, ctx.rest
-        )
-        found = iter(found)
-        dcompanions = [next(found) if floating else None for floating in ctx.floating]
-        return dx, None if x is None else dscores, None, None, dweight, dbias, None, None, *dcompanions
+        k, (prefix, rest, best_first, _, _) = ctx.k, ctx.options
+        backward, weighted = kernel("select_tokens_bwd", ctx.backend), x is not None
+
+        def run(inputs, cotangents, constants):
+            (x, *_), (dtokens, *dfollowers), (index, scores, counts, fused) = inputs, cotangents, constants
+            x = x if weighted else None
+            dx, dscores, found = backward(dtokens, dfollowers, index, scores, counts, x, fused, prefix, rest)
+            return dx, *((dscores,) if weighted else ()), *found
+
+        def plain(inputs, constants):
+            x, *companions = inputs
+            scores = companions.pop(0) if weighted else constants[1]
+            tokens, _, found, _, _ = reference.select_tokens(
+                x, scores, k, prefix=prefix, rest="weighted" if weighted else rest, normalize=rest == "normalized",
+                order="score" if best_first else "index", counts=constants[2], companions=tuple(companions),
+            )  # fmt: skip
+            return tokens, *found
+
+        dtokens, dweight, dbias = _layer_norm.added(dtokens, dnormed, of_norm)
+        given = [(i, d) for i, d in enumerate((dtokens, *dfollowers)) if ctx.zeros[i][1].is_floating_point]
+        given = [(i, index.new_zeros(ctx.zeros[i][0], dtype=ctx.zeros[i][1]) if d is None else d) for i, d in given]
+        (_, dtokens), *followers = given
+        inputs = {0: x if weighted else zeros_like_tokens(dtokens, prefix + scores.shape[1])}
+        if weighted:
+            inputs[1] = scores
+        inputs |= {7 + i: d.new_zeros(()).expand(scores.shape) for i, d in followers}
+        cotangents, constants = [d for _, d in given], (index, scores, counts, fused)
+        found = gradients(ctx, run, plain, inputs, cotangents, constants)
+        found[4:6] = dweight, dbias
+        return tuple(found)
 
 
 def _run(x, scores, k, counts, companions, weight, bias, options, backend):

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from . import _checks, reference
+from ._autograd import Operator, gradients, needs_grad
 from ._backends import choose
-from ._schemas import kernel, needs_grad
+from ._schemas import kernel
 
 
 def soft_aggregate(
@@ -34,7 +35,7 @@ def soft_aggregate(
         ValueError: shapes or devices do not fit together.
 
     Statistics and sums are fp32 (fp64 for fp64 logits, respectively tokens), under autocast too: autocast changes no
-    dtype here, ``x``'s decides. Deterministic. Differentiable once in ``x``, ``w`` and ``scale``.
+    dtype here, ``x``'s decides. Deterministic. Differentiable twice in ``x``, ``w`` and ``scale``.
 
     Source: Zong et al., Self-slimmed Vision Transformer (ECCV 2022), section 3.2, token slimming module.
 
@@ -63,18 +64,19 @@ def _check(op, x, w, scale, mask, prefix):
 
 def _check_scale(op, scale, x):
     if isinstance(scale, Tensor):
+        _checks.dense(op, "scale", scale)
         if scale.numel() != 1:
             raise ValueError(f"{op}: scale must have one element, but got shape {tuple(scale.shape)}")
         if not scale.is_floating_point():
             raise TypeError(f"{op}: scale must be a float tensor or a number, but got {scale.dtype}")
         if scale.device != x.device:
             raise ValueError(f"{op}: scale is on {scale.device}, but x is on {x.device}")
-    elif scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
-        raise TypeError(f"{op}: scale must be a number, a one-element tensor or None, but got {scale!r}")
+    elif scale is not None:
+        _checks.number(op, "scale", scale, "a number, a one-element tensor or None")
 
 
 def _apply(op, x, w, scale, mask, prefix):
-    backend = choose(op, x.device.type, x.dtype)
+    backend = choose(op, x.device.type, torch.promote_types(x.dtype, w.dtype))
     if backend == "reference":
         return reference.soft_aggregate(x, w, scale=scale, mask=mask, prefix=prefix)
     if isinstance(scale, Tensor):
@@ -82,11 +84,11 @@ def _apply(op, x, w, scale, mask, prefix):
     else:
         learned, factor = None, 1.0 if scale is None else float(scale)
     if needs_grad(x, w, learned):
-        return _SoftAggregate.apply(x, w, learned, factor, mask, prefix, backend)[0]
+        return _SoftAggregate.of(x, w, learned, factor, mask, prefix, backend)[0]
     return kernel("soft_aggregate_fwd", backend)(x, w, learned, factor, mask, prefix)[0]
 
 
-class _SoftAggregate(torch.autograd.Function):
+class _SoftAggregate(Operator):
     @staticmethod
     def forward(x, w, scale, factor, mask, prefix, backend):
         return kernel("soft_aggregate_fwd", backend)(x, w, scale, factor, mask, prefix)
@@ -101,12 +103,18 @@ class _SoftAggregate(torch.autograd.Function):
         ctx.save_for_backward(x, w, scale, mask, None if ctx.backend == "native" else y, saved)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, _):
-        if dy is None:
-            return (None,) * 7
         x, w, scale, mask, y, saved = ctx.saved_tensors
-        backward = kernel("soft_aggregate_bwd", ctx.backend)
-        dx, dw, dscale = backward(dy, x, w, scale, ctx.factor, mask, y, saved, ctx.prefix)
-        dscale = dscale.reshape(scale.shape).to(scale.dtype) if ctx.needs_input_grad[2] else None
-        return dx, dw, dscale, None, None, None, None
+        factor, prefix, backward = ctx.factor, ctx.prefix, kernel("soft_aggregate_bwd", ctx.backend)
+
+        def run(inputs, cotangents, constants):
+            (x, w, scale), (mask, y, saved) = inputs, constants
+            dx, dw, dscale = backward(*cotangents, x, w, scale, factor, mask, y, saved, prefix)
+            return dx, dw, None if scale is None else dscale.reshape(scale.shape).to(scale.dtype)
+
+        def plain(inputs, constants):
+            x, w, scale = inputs
+            scale = factor if scale is None else scale
+            return (reference.soft_aggregate(x, w, scale=scale, mask=constants[0], prefix=prefix),)
+
+        return tuple(gradients(ctx, run, plain, {0: x, 1: w, 2: scale}, (dy,), (mask, y, saved)))

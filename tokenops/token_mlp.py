@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from . import _checks, reference
+from ._autograd import Operator, gradients, needs_grad
 from ._backends import choose
-from ._schemas import kernel, needs_grad
+from ._schemas import kernel
 
 
 def token_mlp(z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -13,8 +14,9 @@ def token_mlp(z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
 
     .. math:: y = W_2\, \mathrm{gelu}(W_1 z + b_1) + b_2
 
-    The weights multiply from the left, so nothing is transposed, and the ``(B, R, C)`` hidden tensor is never written
-    to memory, neither forward nor backward (the backward pass computes it again; on a CPU four images at a time).
+    The weights multiply from the left, so nothing is transposed, and the ``(B, R, C)`` hidden tensor never exists as a
+    whole, neither forward nor backward: it is made for a few images at a time, as many as stay in cache, and made
+    again by the backward pass.
 
     Args:
         z: tokens ``(B, M, C)``, fp16, bf16, fp32 or fp64, any strides. The result has its dtype.
@@ -30,7 +32,7 @@ def token_mlp(z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit together.
 
-    Sums are fp32 (fp64 for fp64 tokens), the GELU is the exact (erf) one. Deterministic. Differentiable once in every
+    Sums are fp32 (fp64 for fp64 tokens), the GELU is the exact (erf) one. Deterministic. Differentiable twice in every
     tensor.
 
     Source: Zong et al., Self-slimmed Vision Transformer (ECCV 2022), section 3.3, reverse token slimming module.
@@ -60,11 +62,11 @@ def token_mlp(z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
     if backend == "reference":
         return reference.token_mlp(z, w1, b1, w2, b2)
     if needs_grad(z, w1, b1, w2, b2):
-        return _TokenMlp.apply(z, w1, b1, w2, b2, backend)
+        return _TokenMlp.of(z, w1, b1, w2, b2, backend)
     return kernel("token_mlp_fwd", backend)(z, w1, b1, w2, b2)
 
 
-class _TokenMlp(torch.autograd.Function):
+class _TokenMlp(Operator):
     @staticmethod
     def forward(z, w1, b1, w2, b2, backend):
         return kernel("token_mlp_fwd", backend)(z, w1, b1, w2, b2)
@@ -72,11 +74,19 @@ class _TokenMlp(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         z, w1, b1, w2, b2, ctx.backend = inputs
-        ctx.save_for_backward(z, w1, b1, w2)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z, w1, b1, w2, b2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        z, w1, b1, w2 = ctx.saved_tensors
-        grads = kernel("token_mlp_bwd", ctx.backend)(dy, z, w1, b1, w2)
-        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)), None
+        z, w1, b1, w2, b2 = ctx.saved_tensors
+        backward = kernel("token_mlp_bwd", ctx.backend)
+
+        def run(inputs, cotangents, constants):
+            z, w1, b1, w2, _ = inputs
+            return backward(*cotangents, z, w1, b1, w2)
+
+        def plain(inputs, constants):
+            return (reference.token_mlp(*inputs),)
+
+        return tuple(gradients(ctx, run, plain, dict(enumerate((z, w1, b1, w2, b2))), (dy,)))

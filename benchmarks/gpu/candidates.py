@@ -84,7 +84,6 @@ class Kernel(NamedTuple):
     sizes: Callable[[Size], tuple[int, ...]]  # as launches.KERNELS names them
     many: tuple[Config, ...]
     few: tuple[Config, ...]
-    nth: int = 0  # of the launcher's launches of it
     summed: int | None = None  # the argument whose sum over its first dimension belongs to the work
 
 
@@ -101,7 +100,7 @@ def _aggregate(s: Size) -> tuple[int, ...]:
 
 
 def _mlp(s: Size) -> tuple[int, ...]:
-    return s.M, 4 * s.N, s.N, s.C
+    return s.M, 4 * s.N, s.C
 
 
 def _heads(s: Size) -> tuple[int, ...]:
@@ -125,56 +124,33 @@ KERNELS = {
         "soft_aggregate_fwd_kernel",
         partial(soft_aggregate, backward=False),
         _aggregate,
-        many=configs("N64, N64 s2, s2, s4, C256, C256 N64 s2, M64 C256, M64 w4, M64, C64, C64 w4, N16 s4"),
-        few=configs(
-            "M16 C64 w4, M16 C32 w2, M16 C32 w4, M16 C128 w4, M32 C32 w4, M32 C64 w4, M16 C32 N64 w4, "
-            "M16 C64 N128 w4 s2, M64 C32 w4, M64 C64 N64"
-        ),
+        many=configs("M128 w8, M128 w8 s3, M128 w8 C32, s3, C32, C32 s3, C128, w8, M32, M32 C128, N64 C128 s3"),
+        few=configs("w2, C16, C16 w2, C64, M32, M32 C16, M32 C64 w8, M64 C16, M64, s3, N64 s3"),
     ),
     "token_mlp_fwd": Kernel(
         "token_mlp",
-        "token_mlp_fwd_kernel",
+        "token_mlp_kernel",
         partial(token_mlp, backward=False),
         _mlp,
-        many=configs("R32, R32 s3, s3, s1, C128 R32, C128 R32 s3, R32 w4, C32 w4, N128 C128, N128 w4, N128 R32 w4"),
-        few=configs(
-            "N64 C16 w4, N64 C32 w4, N32 C32 w4, N32 C64, N64 C64, N128 C16, N128 C32, N64 C16 R128, N64 C32 R128, C16"
-        ),
+        many=configs("C64, C64 s2, C64 R128, C64 R128 w8, C256 w8, R128 w8, w8, s2, s3, M64 s2, M32 s3"),
+        few=configs("C64, C32, C64 w2, R32, R32 C64, R32 C64 w2, R32 C32 w2, R16 C32 w2, s2"),
     ),
-    "token_mlp_bwd_w1": Kernel(
+    "token_mlp_bwd": Kernel(
         "token_mlp",
-        "token_mlp_bwd_weight_kernel",
+        "token_mlp_kernel",
         partial(token_mlp, backward=True),
         _mlp,
-        many=configs("N128, N256, s1, s3, R32, R32 w4, R128, C32, N256 C32, C128 R32"),
-        few=configs("R32, C32, R32 C32, R32 C16, R16 C32 w4, R32 C16 w4, R16 C16 w4, R32 C16 N256"),
+        many=configs("C128, C128 w8, R128, R128 w8, C128 R128 w8, C32 R128, w8, s2, s3, M64 s2, M32 s3"),
+        few=configs("C128, C32, w2, R32, R32 w2, R32 C32, R32 C32 w2, R16 C32 w2, s2"),
         summed=5,
-    ),
-    "token_mlp_bwd_w2": Kernel(
-        "token_mlp",
-        "token_mlp_bwd_weight_kernel",
-        partial(token_mlp, backward=True),
-        _mlp,
-        many=configs("N256, N64, s1, s3, R32, R128, C128, C32, N256 C128, N256 R32, w4"),
-        few=configs("N64, R32, C32, N64 C32, R32 C32 w4, N64 C32 w4, N64 R32 C32 w4, R32 C16 w4"),
-        nth=1,
-        summed=5,
-    ),
-    "token_mlp_bwd_z": Kernel(
-        "token_mlp",
-        "token_mlp_bwd_z_kernel",
-        partial(token_mlp, backward=True),
-        _mlp,
-        many=configs("R32, R32 s3, R32 w4, N128, N128 R32, s1, s3, C32, C32 w4, C128 R32"),
-        few=configs("C16, C32, C16 w4, M64 C16, M32 C16 w4, M32 C32, M64 C32, C16 N256, M32 C16 N128"),
     ),
     "soft_aggregate_bwd": Kernel(
         "soft_aggregate",
         "soft_aggregate_bwd_kernel",
         partial(soft_aggregate, backward=True),
         _aggregate,
-        many=configs("C64, C64 s3, s3, s1, N32, N32 w4, N32 C64, N128 M64, M64 C64, M64 w4"),
-        few=configs("N16, N16 w4, N16 C64, N16 C128 w4, N16 M64 C64 w4, N32, N32 C64, N32 w4"),
+        many=configs("s2, s4, C32, C32 s4, C128 s2, M32 w4, M32 w4 T64, T64, T256, N128, N128 w4 T64"),
+        few=configs("w4, C64, C64 w4, T32, T32 w4, M32, M32 w4, N64, N64 w4, N32 C64 w4"),
     ),
     "masked_channel_attention_bwd_kv": Kernel(
         "masked_channel_attention_bwd",
@@ -275,11 +251,11 @@ class Group(NamedTuple):
             launches.using({self.kernel: candidate} if candidate else {}),
         ):
             outputs = call()
-        again, arguments = stand_in.kept[known.nth], stand_in.arguments[known.nth]
+        again, arguments = stand_in.kept[0], stand_in.arguments[0]  # of several, each of some images, the first
         if known.summed is not None:
             again = partial(_both, again, partial(arguments[known.summed].sum, dim=0))
         tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-        return Launched(outputs, again, stand_in.results[known.nth], tensors)
+        return Launched(outputs, again, stand_in.results[0], tensors)
 
 
 def _both(first: Callable[[], object], second: Callable[[], object]) -> None:

@@ -75,12 +75,9 @@ CLONES void softmax_backward(const float* a, float* da, const float* w, int64_t 
   total = sum(total, lanes);
   delta = total == 0.0f ? Floats{} : sum(delta, lanes) / total;
   for (int64_t i = 0; i < height; ++i) {
-    const Floats ds = read(a + i * stride) * (read(da + i * stride) - delta);
+    const Floats weight = read(a + i * stride), ds = weight * (read(da + i * stride) - delta);
     write(da + i * stride, ds * scale);
-    if (sums) {
-      const Floats logit = read(w + i * stride);
-      products += ds * (logit == NONE ? Floats{} : logit);
-    }
+    if (sums) products += weight == 0.0f ? Floats{} : ds * read(w + i * stride);  // what does not count may be NaN
   }
   if (sums) write(sums, sum(products, lanes));
 }
@@ -214,16 +211,32 @@ void dispatch(ScalarType w, ScalarType x, const F& f) {
 
 void check(const Tensor& w, const std::optional<Tensor>& mask) {
   STD_TORCH_CHECK(w.dim() == 3 && !w.is_cuda(), "w must be (B, N, M) on a CPU");
-  STD_TORCH_CHECK(w.stride(1) == 1 || w.stride(2) == 1 || w.size(1) == 1 || w.size(2) == 1, "w must have a stride of 1");
+  STD_TORCH_CHECK(w.stride(1) == 1 || w.stride(2) == 1 || w.size(1) == 1 || w.size(2) == 1 || w.numel() == 0,
+                  "w must have a stride of 1");
   if (mask) {
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2, "mask must be (B, N) bool");
     STD_TORCH_CHECK(mask->size(0) == w.size(0) && mask->size(1) == w.size(1), "mask must be (B, N)");
   }
 }
 
+// t has w's sizes, and side by side what w has; `whole`: it lies in memory in w's order without gaps
+void check_like(const char* name, const Tensor& t, const Tensor& w, ScalarType type, bool whole) {
+  STD_TORCH_CHECK(t.dim() == 3 && !t.is_cuda() && t.scalar_type() == type, name, " must be (B, N, M), of its dtype");
+  STD_TORCH_CHECK(t.size(0) == w.size(0) && t.size(1) == w.size(1) && t.size(2) == w.size(2), name,
+                  " must have w's sizes");
+  const int side = layout(w).across ? 2 : 1, other = 3 - side;
+  bool fits = t.stride(side) == 1 || t.size(side) == 1;
+  if (whole) {
+    fits = fits && (t.stride(other) == t.size(side) || t.size(other) == 1) &&
+           (t.stride(0) == t.size(1) * t.size(2) || t.size(0) == 1);
+  }
+  STD_TORCH_CHECK(fits || t.numel() == 0, name, " must lie in w's order");
+}
+
 // a is written whole, contiguous in w's order of dimensions
 void aggregation_weights_fwd(Tensor w, double scale, std::optional<Tensor> mask, Tensor a) {
   check(w, mask);
+  check_like("a", a, w, a.scalar_type(), true);
   if (w.numel() == 0) return;
   dispatch(w.scalar_type(), a.scalar_type(), [&](auto* logit, auto* weight) {
     using W = std::remove_pointer_t<decltype(logit)>;
@@ -236,6 +249,11 @@ void aggregation_weights_fwd(Tensor w, double scale, std::optional<Tensor> mask,
 // M), or nothing
 void aggregation_weights_bwd(Tensor da, Tensor a, Tensor w, double scale, Tensor dw, Tensor partial) {
   check(w, std::nullopt);
+  check_like("da", da, w, a.scalar_type(), false), check_like("a", a, w, a.scalar_type(), false);
+  check_like("dw", dw, w, w.scalar_type(), true);
+  STD_TORCH_CHECK(partial.numel() == 0 || (partial.numel() == w.size(0) * w.size(2) && partial.is_contiguous() &&
+                                           partial.scalar_type() == ScalarType::Float && !partial.is_cuda()),
+                  "partial must be (B, M), float32, contiguous, or empty");
   if (w.numel() == 0) return;
   dispatch(w.scalar_type(), a.scalar_type(), [&](auto* logit, auto* weight) {
     using W = std::remove_pointer_t<decltype(logit)>;

@@ -100,7 +100,8 @@ INLINE void attend_backward_block(const Problem& p, const Gradients& g, const Ba
       product<V>(s.values + n * s.words_v, s.douts, words_of(p.DV), c);
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; ++r) {
-        const float add = dscores && n + r < N ? dscores[n + r] : 0.0f;
+        const bool counts = dscores && n + r < N && !(bias && bias[(n + r) * p.bias_n] == NONE);
+        const float add = counts ? dscores[n + r] : 0.0f;  // where it does not, it may be anything
         for (int v = 0; v < V; ++v) {
           if (dscores) c[r][v] += p.received ? Floats{} + add : v == 0 ? first * add : Floats{};
           if (n + r < N) part[v] += weight[r][v] * c[r][v];
@@ -170,6 +171,17 @@ INLINE void store_sums(const Problem& p, const BackwardScratch& s, const float* 
   }
 }
 
+// Zeros as the keys that have no weight, whatever they hold: in a product along the keys, 0 times NaN would stay NaN.
+INLINE void forget_keys(const BackwardScratch& s, const float* bias, int64_t stride, int64_t N) {
+  for (int64_t n = 0; n < N; ++n) {
+    if (bias[n * stride] != NONE) continue;
+    const int32_t kept = !PAIRS ? 0 : n % 2 ? 0x0000ffff : static_cast<int32_t>(0xffff0000u);
+    for (int64_t d = 0; d < s.rows_k; d += ROWS) {
+      for (int64_t r = 0; r < ROWS; ++r) s.key_channels[d * s.words_n + (PAIRS ? n / 2 : n) * ROWS + r] &= kept;
+    }
+  }
+}
+
 // The gradients of heads begin to end.
 static void attend_backward(const Problem& p, const Gradients& g, int32_t* base, int64_t begin, int64_t end) {
   BackwardScratch s;
@@ -186,6 +198,7 @@ static void attend_backward(const Problem& p, const Gradients& g, int32_t* base,
     pack_by_rows(p.type, k, stride_k, N, p.DK, s.words_k, s.row, s.keys);
     pack_by_rows(p.type, v, stride_v, N, p.DV, s.words_v, s.row, s.values);
     pack_by_channels(p.type, k, stride_k, N, p.DK, nullptr, ROWS, s.words_n, s.row, s.key_channels);
+    if (bias) forget_keys(s, bias, p.bias_n, N);
     std::memset(s.dk, 0, 4 * s.rows_n * s.wide_k), std::memset(s.dv, 0, 4 * s.rows_n * s.wide_v);
     std::memset(s.dbias, 0, 4 * p.N * LANES);
     for (int64_t c = 0; p.qk_mask && c < p.DK; ++c) g.dqk_mask[bh * p.DK + c] = 0.0f;

@@ -121,7 +121,7 @@ attention::Rows heads(const char* name, const Tensor& x, const Tensor& q, int64_
   STD_TORCH_CHECK(!x.is_cuda() && x.dim() == 4 && x.scalar_type() == q.scalar_type(), name, " must be (B, H, N, D) like q");
   STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == rows && x.size(3) == channels, name,
                   " has the wrong shape");
-  STD_TORCH_CHECK(x.stride(3) == 1 || channels == 1, name, " must have its channels side by side");
+  STD_TORCH_CHECK(x.stride(3) == 1 || channels == 1 || x.numel() == 0, name, " must have its channels side by side");
   return {static_cast<char*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 

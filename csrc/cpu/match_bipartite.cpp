@@ -1,6 +1,7 @@
 // The matching of bipartite merging on a CPU: unit vectors once an image, then tiles of dot products, of which only the
 // best of each row is kept, then the choice.
 #include "../merge_bipartite.h"
+#include "../unit_rows.h"
 #include "vector_rows.h"
 
 #include <limits>
@@ -107,8 +108,13 @@ struct Edges {
     thread_local std::vector<Wide> memory;
     memory.resize(std::max<size_t>(memory.size(), 2 * D));
     Wide* const unit = memory.data() + D;
-    const Wide* const values = widened<T>(row, stride, D, memory.data());
-    const Wide inverse = 1 / std::max(std::sqrt(dot(values, values, D)), std::numeric_limits<Wide>::min());
+    const Wide* values = widened<T>(row, stride, D, memory.data());
+    Wide squares = dot(values, values, D);
+    if (const Wide power = Powers<Wide>::of(squares); power != 1) {
+      scale(unit, values, power, D);
+      values = unit, squares = dot(values, values, D);
+    }
+    const Wide inverse = 1 / std::max(std::sqrt(squares), Powers<Wide>::SMALLEST);
     if ((sides.prefix + n) % 2 == 0) return scale(rows.data() + n / 2 * D, values, inverse, D);
     scale(unit, values, inverse, D);
     Wide* const column = columns.data() + n / 2 / LANES * D * LANES + n / 2 % LANES;

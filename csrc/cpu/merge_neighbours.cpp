@@ -116,7 +116,8 @@ struct Weights {
       return;
     }
     const Wide none = -std::numeric_limits<Wide>::infinity();
-    const Wide la = value(*logits, b, pair.a), lb = value(*logits, b, pair.b);
+    // what has no size does not count: its logit is log 0
+    const Wide la = *wa == 0 ? none : value(*logits, b, pair.a), lb = *wb == 0 ? none : value(*logits, b, pair.b);
     const Wide largest = la > lb || lb != lb ? la : lb;
     const auto part = [&](Wide w, Wide l) {
       return l == none ? 0 : l == largest && l < -none ? w : w * std::exp(l - largest);
@@ -160,7 +161,8 @@ void merge(const Tensor& x, const Weights<Wide>& weights, int64_t prefix, bool n
   for_rows(B, rows, C * row.bytes, [&](int64_t r, int64_t b, int64_t n) {
     const Pair pair = n < prefix ? Pair{n - prefix, -1} : weights.grid.pair(n - prefix);
     const char* const image = from.data + b * from.stride_b;
-    const char *const a = image + (prefix + pair.a) * from.stride_n, *const other = image + (prefix + pair.b) * from.stride_n;
+    const char *const a = image + (prefix + pair.a) * from.stride_n;
+    const char *const other = pair.b < 0 ? a : image + (prefix + pair.b) * from.stride_n;
     T* const target = y + r * C;
     thread_local std::vector<Wide> memory;
     memory.resize(std::max<size_t>(memory.size(), 3 * C));

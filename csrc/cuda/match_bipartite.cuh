@@ -2,6 +2,7 @@
 // as unit vectors in shared memory, and then makes the choice among them by select_tokens' radix select.
 #pragma once
 
+#include "../unit_rows.h"
 #include "accesses.cuh"
 #include "choose.cuh"
 #include "merge_neighbours.cuh"
@@ -41,19 +42,25 @@ struct UnitRow {
   const MatchBipartite& p;
   int64_t image, row;
   bool there;
-  W scale;
+  W power = 1, scale;  // a row is multiplied by both, one after the other: their product may overflow
 
   __device__ UnitRow(const MatchBipartite& p, int64_t image, int64_t first, int place, int places)
       : p(p), image(image), row(first + 2 * static_cast<int64_t>(place)), there(place < places) {
+    W squares = sum_of_squares();
+    power = Powers<W>::of(squares);
+    if (__ballot_sync(~0u, there && power != 1)) squares = sum_of_squares();
+    const W norm = std::sqrt(squares), smallest = Powers<W>::SMALLEST;
+    scale = 1 / (norm < smallest ? smallest : norm);
+  }
+
+  __device__ W sum_of_squares() const {
     W squares = 0;
     for (int u = threadIdx.x % READERS; u < p.units && there; u += READERS) {
       const Pack<T, V> pack = *at<T, V>(p.metric, image, row, u);
 #pragma unroll
-      for (int i = 0; i < V; ++i) squares += widen(pack.of[i]) * widen(pack.of[i]);
+      for (int i = 0; i < V; ++i) squares += power * widen(pack.of[i]) * (power * widen(pack.of[i]));
     }
-    const W smallest = std::is_same_v<W, double> ? W(2.2250738585072014e-308) : W(1.17549435e-38f);
-    const W norm = std::sqrt(sum_of_lanes(squares, READERS));
-    scale = 1 / (norm < smallest ? smallest : norm);
+    return sum_of_lanes(squares, READERS);
   }
 
   __device__ void fill(int chunk, Tile<T>& tile) const {
@@ -68,7 +75,7 @@ struct UnitRow {
       for (int i = 0; i < V; i += STORED) {
         Pack<W, STORED> part;
 #pragma unroll
-        for (int k = 0; k < STORED; ++k) part.of[k] = scale * widen(pack.of[i + k]);
+        for (int k = 0; k < STORED; ++k) part.of[k] = scale * (power * widen(pack.of[i + k]));
         *reinterpret_cast<Pack<W, STORED>*>(to + c + i) = part;
       }
     }

@@ -83,7 +83,9 @@ __device__ void weigh(const MergeNeighbours& p, Source<W>& s, int a, int b) {
     s.weight_a = 2 * share_a * static_cast<W>(p.alpha), s.weight_b = 2 * share_b * static_cast<W>(p.beta);
     return;
   }
-  const W la = load<W>(p.logits, s.image, a), lb = load<W>(p.logits, s.image, b), out = -INFINITY;
+  const W out = -INFINITY;  // what has no size does not count: its logit is log 0
+  const W la = share_a == 0 ? out : load<W>(p.logits, s.image, a);
+  const W lb = share_b == 0 ? out : load<W>(p.logits, s.image, b);
   const W largest = lb == out || la > lb ? la : lb;
   const W one = la == out ? 0 : share_a * std::exp(la - largest);
   const W other = lb == out ? 0 : share_b * std::exp(lb - largest), total = one + other;

@@ -308,7 +308,7 @@ def test_a_report_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "LAUNCHES", tmp_path / "launches.json")
     kept = "sm_80 soft_aggregate_fwd bfloat16 many N256 M128 C512"
     report.LAUNCHES.write_text(json.dumps({kept: {"num_warps": 4}}))
-    swept = {"gpu": 90, "kernel": "token_mlp_fwd", "entry": "sm_90 token_mlp_fwd bfloat16 many M128 R1024 N256 C512"}
+    swept = {"gpu": 90, "kernel": "token_mlp_fwd", "entry": "sm_90 token_mlp_fwd bfloat16 many M128 R1024 C512"}
     facts = {"device": "NVIDIA H200", "commit": "a", "driver": "580", "torch": "2.11", "triton": "3.6", "threads": 1}
     lines = [
         line("facts", "machine", facts=facts),

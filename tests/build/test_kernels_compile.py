@@ -54,6 +54,26 @@ def test_matrix_unit(compiled):
     assert [row["kernel"] for row in kernels if not row["matrix"]] == []
 
 
+NUMBERS = """
+from kernel_cases import QUICK, launches
+done = set()
+for operator, case in QUICK:
+    for one in launches(operator, case, "bf16", 90, done):
+        for name, kind in one.binary.src.signature.items():
+            if kind in ("fp32", "fp64"):
+                print(one.kernel, name, kind)
+"""
+
+
+def test_numbers_are_taken_in_fp64(compiled, real):
+    """An eps of fp64 tokens too: compiled, a float is fp32 unless the kernel says more (interpreted it is not)."""
+    run = subprocess.run([sys.executable, "-c", NUMBERS], cwd=BENCHMARKS, capture_output=True, text=True, env=real)
+    assert run.returncode == 0, run.stderr[-2000:]
+    numbers = [line.split() for line in run.stdout.splitlines() if line]
+    assert ["select_tokens_fwd_kernel", "eps", "fp64"] in numbers and len(numbers) > 8
+    assert [n for n in numbers if n[2] != "fp64"] == []
+
+
 @pytest.mark.slow
 def test_the_tool_compiles_what_it_is_asked_for(compiled, real, tmp_path):
     out = tmp_path / "part.json"

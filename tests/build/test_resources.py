@@ -7,16 +7,16 @@ import pytest
 import resources
 from resources import TABLES, Row, bound_changes, changes, excess, read, read_bounds, verdicts, write
 
-BACKWARD = Row("token_mlp", "M98-N196-C384", "token_mlp_bwd_weight_kernel#2", "fp32", 100)
-FORWARD = Row("token_mlp", "M98-N196-C384", "token_mlp_fwd_kernel", "bf16", 90)
+BACKWARD = Row("token_mlp", "M98-N196-C384", "token_mlp_kernel#2", "fp32", 100)
+FORWARD = Row("token_mlp", "M98-N196-C384", "token_mlp_kernel", "bf16", 90)
 MOVING = Row("restore_tokens", "N196-k98-C384", "restore_tokens_fwd_kernel", "bf16", 80)
-BOUND = {"token_mlp, forward: token_mlp_fwd_kernel": {"bound": 272.7, "limit": "stalls"}}
+BOUND = {"token_mlp, forward: token_mlp_kernel": {"bound": 272.7, "limit": "stalls"}}
 GOOD = {"registers": 168, "spills": 0, "shared": 49152, "warps": 8, "matrix": True, "mma": 12}
 
 
 def test_a_spill_is_a_regression_on_a_known_triton_and_a_finding_on_a_new_one():
     rows, before = {BACKWARD: {**GOOD, "spills": 12}, FORWARD: GOOD}, {BACKWARD: GOOD, FORWARD: GOOD}
-    name = "token_mlp M98-N196-C384 token_mlp_bwd_weight_kernel#2 fp32 sm_100"
+    name = "token_mlp M98-N196-C384 token_mlp_kernel#2 fp32 sm_100"
     assert verdicts(rows, before) == [f"REGRESSION: {name}: 12 bytes spilled"]
     assert verdicts(rows, {FORWARD: GOOD}) == [f"REGRESSION: {name}: 12 bytes spilled"]  # a new row of a known table
     assert verdicts(rows, None) == [f"FINDING: {name}: 12 bytes spilled"]
@@ -57,8 +57,8 @@ def test_changes_are_shown():
     rows = {FORWARD: {**GOOD, "registers": 150, "slots": 7}, BACKWARD: {"registers": 96, "spills": 0}}
     assert changes(rows, before) == [
         "gone: restore_tokens N196-k98-C384 restore_tokens_fwd_kernel bf16 sm_80",
-        "added: token_mlp M98-N196-C384 token_mlp_bwd_weight_kernel#2 fp32 sm_100: registers 96, spills 0",
-        "token_mlp M98-N196-C384 token_mlp_fwd_kernel bf16 sm_90: registers 168 -> 150, slots - -> 7",
+        "token_mlp M98-N196-C384 token_mlp_kernel bf16 sm_90: registers 168 -> 150, slots - -> 7",
+        "added: token_mlp M98-N196-C384 token_mlp_kernel#2 fp32 sm_100: registers 96, spills 0",
     ]
     assert changes(before, before) == []
 
@@ -69,7 +69,7 @@ def test_a_table_is_a_sorted_row_a_line(tmp_path):
     assert read(file) == ({MOVING: GOOD, BACKWARD: GOOD, FORWARD: GOOD}, True)
     assert json.loads(file.read_text())["triton"] == "3.8"
     lines = [line.split('"')[1] for line in file.read_text().splitlines() if "registers" in line]
-    assert lines == [str(MOVING), str(BACKWARD), str(FORWARD)]
+    assert lines == [str(MOVING), str(FORWARD), str(BACKWARD)]
     assert read_bounds(file) == read_bounds(tmp_path / "none.json") == {}
 
 

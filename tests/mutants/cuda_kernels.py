@@ -32,6 +32,11 @@ MUTANTS = [
             "of equal goals the last is taken",
         ),
         ("scale = 1 / (norm < smallest ? smallest : norm);", "scale = 1 / norm;", "a vector of no length gives NaN"),
+        (
+            "    if (__ballot_sync(~0u, there && power != 1)) squares = sum_of_squares();\n",
+            "",
+            "the norm of a row far from 1 overflows or vanishes",
+        ),
     ),
     *of_file(
         "csrc/cuda/merge_bipartite.cuh",

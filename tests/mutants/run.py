@@ -46,6 +46,8 @@ OPERATORS = {
     "csrc/cpu/rows.h": ("merge_neighbours", "restore_tokens"),
     "csrc/cpu/vector_math.h": ("soft_aggregate",),
     "csrc/cpu/vector_rows.h": ("merge_neighbours",),
+    "tokenops/_triton/ahead.py": ("host",),
+    "tokenops/_triton/launch.py": ("host",),
     "tokenops/_triton/common.py": ("masked_channel_attention", "merge_neighbours", "soft_aggregate"),
     "tokenops/_triton/masked_channel_attention_bwd.py": ("masked_channel_attention",),
     "tokenops/_triton/match_bipartite.py": ("merge_bipartite",),

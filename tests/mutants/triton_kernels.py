@@ -4,6 +4,33 @@ from mutants import of_file
 
 MUTANTS = [
     *of_file(
+        "tokenops/_triton/ahead.py",
+        ("            _launcher(name)(*arguments)\n", "            pass\n", "nothing is compiled ahead", "foresees"),
+    ),
+    *of_file(
+        "tokenops/_triton/launch.py",
+        (
+            "odd and tuple([pointer & 15 == 0 for pointer in pointers]),",
+            "0,",
+            "a kernel made for aligned tensors gets others",
+            "test_kept_launches",
+        ),
+        ("        knobs.runtime.debug,\n", "", "a kernel is kept that was made without checks", "what_looks_at"),
+        ("        cache.cache_clear()\n", "        pass\n", "another table changes nothing", "follows_the_precision"),
+        (
+            "kept((precision,), *described)",
+            "kept((), *described)",
+            "torch's precision of products changes nothing",
+            "follows_the_precision",
+        ),
+        (
+            "    if tensors[0].is_meta:",
+            "    if False:",
+            "what has no memory is launched",
+            "what_looks_at",
+        ),
+    ),
+    *of_file(
         "tokenops/_triton/common.py",
         (
             "(c < C)[None, :], other=0.0).to(DOT)",
@@ -58,6 +85,7 @@ MUTANTS = [
             "the prefix has no parity",
             "test_matching and not any_numbers",
         ),
+        ("norm < 2.0**-40, 2.0**90", "norm < 2.0**-40, 1.0", "squares of small rows vanish", "lengths_do_not_count"),
     ),
     *of_file(
         "tokenops/_triton/merge_bipartite.py",
@@ -156,10 +184,34 @@ MUTANTS = [
             "as_good_as_plain and N70 and float32",
         ),
         (
-            "weights * (da - delta[None, :])",
-            "weights * da",
+            "a * (da - delta[None, :])",
+            "a * da",
             "dS loses the mean of dA",
             "as_good_as_plain and N12 and float32",
+        ),
+        (
+            "dscale -= mean * tl.sum(ds, axis=0)",
+            "pass",
+            "an error of D reaches the scale's gradient",
+            "dscale_of_many_tiles",
+        ),
+        (
+            "            ds = tl.where(counts[:, None], ds, 0.0)  # though the slot may be NaN\n",
+            "            pass\n",
+            "tokens left out get the NaN of their slot",
+            "masked_tokens_may_hold_anything",
+        ),
+        (
+            "acc = tl.where(reads[:, None], acc, 0.0)",
+            "acc = acc",
+            "tokens left out get the NaN of a slot",
+            "masked_tokens_may_hold_anything",
+        ),
+        (
+            "rate = tl.where(rate == 0.0, tl.full((), 1e-45, ACC), rate)",
+            "rate = rate",
+            "a scale of 0 makes NaN of logits of -inf",
+            "minus_infinity_leave_a_token_out",
         ),
         (
             'other=float("-inf")).to(ACC)',
@@ -171,22 +223,30 @@ MUTANTS = [
     *of_file(
         "tokenops/_triton/token_mlp.py",
         (
-            "return _gelu_cdf(x) + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))",
-            "return _gelu_cdf(x)",
+            "slope = cdf + pre * tl.exp2",
+            "slope = cdf + 0 * tl.exp2",
             "the slope of a GELU loses its second term",
             "as_good_as_plain and B2-M5 and float32",
         ),
+        ("p = p * x - 0.459276684", "p = p * x - 0.45", "the GELU of 16 bits is not exact", "the_gelu and float16"),
+        ("p = p * x - 0.459204907", "p = p * x - 0.4592", "the GELU of fp32 is not exact", "the_gelu and float32"),
         (
-            "                stride_w2r, stride_w2n, stride_dyn",
-            "                stride_w2n, stride_w2r, stride_dyn",
-            "strides of w2 are swapped in dw1",
+            "(b * tiles_c + program % tiles_c) * R",
+            "b * tiles_c * R",
+            "b1's gradient is that of one tile of channels",
+            "as_good_as_plain and B3-M24 and bfloat16",
+        ),
+        (
+            "wide = w1.new_zeros(",
+            "wide = w1.new_empty(",
+            "columns of w1 are not zeros",
             "as_good_as_plain and B2-M5 and float32",
         ),
         (
-            "B * tiles_c)):",
-            "B * tiles_c - 1)):",
-            "the last image is not in the weights' gradients",
-            "as_good_as_plain and B2-M5 and float32",
+            "first + share, R)",
+            "first + share, R - 1)",
+            "the last hidden row is missing",
+            "as_good_as_plain and B1-M1- and float32",
         ),
     ),
     *of_file(
@@ -213,7 +273,30 @@ MUTANTS = [
     ),
     *of_file(
         "tokenops/_triton/masked_channel_attention_bwd.py",
-        ('bias > float("-inf"), DK', "n < length, DK", "keys that the bias leaves out spoil dk", "get_no_gradient"),
+        (
+            "k = rows(k_ptr, n, ck, counts, DK, stride_kn, stride_kc, DOT, INDEX)  # 0",
+            "k = rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)  # 0",
+            "keys that the bias leaves out spoil dq",
+            "k_of_a_key_that_does_not_count and None",
+        ),
+        (
+            "tl.where(counts[:, None], dk, 0.0)",
+            "dk",
+            "a query that is NaN spoils dk of keys without weight",
+            "a_broken_query and received-mean",
+        ),
+        (
+            "mask=counts, other=0.0).to(ACC) * share",
+            "mask=n >= 0, other=0.0).to(ACC) * share",
+            "gradients of scores without weight are read",
+            "their_scores_are_not_read and received-mean",
+        ),
+        (
+            "if RECEIVED or not WHOLE:",
+            "if RECEIVED:",
+            "keys get no gradient of class scores",
+            "test_as_good_as_plain and M5-N5 and float32",
+        ),
         ("delta -= tl.load(dlse_ptr", "delta += tl.load(dlse_ptr", "dlse has the wrong sign", "loss_on_one_result"),
         (
             "tl.where(m == 0, gradient, 0.0)",

@@ -54,6 +54,17 @@ def test_match_random_metrics(emulate):
     match(emulate, metrics)
 
 
+def test_match_rows_of_any_length(emulate):
+    """Subnormal ones, and those whose squares overflow."""
+    torch.manual_seed(5)
+    metrics = []
+    for dtype, r in itertools.product(DTYPES, (1, 9)):
+        metric = bipartite.exact_metric(2, 41, 24, 1, "cpu").double()
+        lowest, highest = {torch.float16: (-12, 12), torch.float64: (-1000, 1000)}.get(dtype, (-130, 120))
+        metrics.append(((metric * 2.0 ** torch.randint(lowest, highest, (2, 41, 1)).double()).to(dtype), r, 1))
+    match(emulate, metrics)
+
+
 def test_match_what_is_no_number(emulate):
     """Rows of NaN, of infinities and of zeros, and vectors of no length."""
     torch.manual_seed(2)

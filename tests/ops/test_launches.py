@@ -215,7 +215,7 @@ def launched(group, entries):
     asked = {name: Asked() for module in modules for name in vars(module) if name.endswith("_kernel")}
     with patch_all(modules, asked), launches.using(entries):
         known.call(group.size, BF16, "meta")()
-    return asked[known.symbol].launches[known.nth]
+    return asked[known.symbol].launches[0]
 
 
 def patch_all(modules, stand_ins):

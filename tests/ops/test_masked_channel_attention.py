@@ -196,6 +196,15 @@ def test_ragged_images_are_images_cut_short(backend, device):
         torch.testing.assert_close(clean["dk"][b, :, :length], cut["dk"][0])
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_a_scale_that_is_not_positive(scale, backend, device):
+    t = inputs(Attend(1, 2, 6, 40, 8, 8, "whole tiles of keys and a rest"), torch.float32, device)
+    expected, upstream = run(reference.masked_channel_attention, t, scale=scale, scores="class", return_lse=True)
+    found, _ = run(attention, t, upstream, scale=scale, scores="class", return_lse=True)
+    for what, right in expected.items():
+        torch.testing.assert_close(found[what], right, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_lengths_of_either_integer(dtype, backend, device):
     t = inputs(ATTEND[0], torch.float32, device)

@@ -1,6 +1,7 @@
 """Bipartite merging: what it means, and that every backend is as good as plain PyTorch."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -234,6 +235,48 @@ def test_metrics_without_numbers(backend, device):
         assert match_bipartite(metric, 2, prefix=0).tolist() == [[2, 2, 2, 3, 0, 4, 1, 5]] * 2
     metric[1] = NAN
     assert match_bipartite(metric, 2, prefix=0).tolist() == [[2, 2, 2, 3, 0, 4, 1, 5]] * 2
+
+
+def test_of_tiny_differences_the_larger_is_merged(backend, device):
+    """Squares that vanish in fp32."""
+    metric = torch.tensor([[[1, 0], [1, 0], [3e-25, 4e-25], [5e-24, 1e-24]]], device=device)
+    for function in (match_bipartite, reference.match_bipartite):
+        assert function(metric, 1, prefix=0).tolist() == [[1, 1, 0, 2]]
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("prefix", (0, 1))
+def test_lengths_do_not_count(backend, device, dtype, prefix):
+    """Not those of subnormal rows, nor of rows whose squares overflow."""
+    exact = exact_metric(3, prefix + 41, 24, prefix, device).double()
+    any_numbers = random_metric(3, prefix + 41, 24, prefix, 9, dtype, device).double()
+    limits = torch.finfo(dtype)
+    normal, highest = round(math.log2(limits.tiny)) + 13, round(math.log2(limits.max)) - 3
+    lowest = round(math.log2(limits.tiny) + math.log2(limits.eps)) + 2  # exact_metric's smallest is then the smallest
+    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:  # the interpreter reads no subnormal ones
+        lowest = normal
+    powers = torch.randint(lowest, highest + 1, (3, prefix + 41, 1), device=device)
+    powers[:, :4], powers[:, -4:] = lowest, highest
+
+    def multiplied(metric, powers):
+        for part in (powers // 2, powers - powers // 2):  # 2^1074 is no number
+            metric = metric * 2.0 ** part.double()
+        return metric.to(dtype)
+
+    scaled, rounded = multiplied(exact, powers), multiplied(any_numbers, powers.clamp(min=normal))
+    for function in (match_bipartite, reference.match_bipartite):
+        found, expected = (function(m, 9, prefix=prefix) for m in (scaled, exact))
+        assert torch.equal(found, expected)
+        found = function(rounded, 9, prefix=prefix)
+        assert torch.equal(found, reference.match_bipartite(any_numbers, 9, prefix=prefix))
+
+
+def test_the_reference_of_one_image_at_a_time():
+    metric = exact_metric(4, 12, 16, 1, "cpu")
+    for r, prefix in ((0, 1), (3, 1), (4, 2)):
+        match = partial(reference.match_bipartite, r=r, prefix=prefix)
+        mapped = torch.vmap(lambda image, match=match: match(image.unsqueeze(0)).squeeze(0))(metric)
+        assert torch.equal(mapped, match(metric))
 
 
 def test_of_equals_far_apart_the_first_is_taken(backend, device):

@@ -249,10 +249,6 @@ def test_only_the_gradients_asked_for(backend, device):
     y = tokenops.restore_tokens(base, tokens.requires_grad_(), index)
     y.sum().backward()
     assert tokens.grad.eq(1).all() and base.grad is None
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        y = tokenops.restore_tokens(base, tokens, index)
-        (first,) = torch.autograd.grad(y.square().sum(), tokens, create_graph=True)
-        first.sum().backward()
 
 
 # Bad input

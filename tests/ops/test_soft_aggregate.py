@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tokenops
+from support.aggregation import delta_terms, inputs, run
 from support.cases import AGGREGATE, DTYPES, QUICK, Aggregate
 from support.tolerance import assert_as_good_as_plain
 from tokenops import _native, reference
@@ -27,31 +28,6 @@ def test_compiled_weights_are_used(monkeypatch, ran_kernels):
         )
     tokenops.soft_aggregate(x.requires_grad_(), w, scale=scale, prefix=1).sum().backward()
     assert ran == ["aggregation_weights_fwd", "aggregation_weights_bwd"]
-
-
-def inputs(case, dtype, device, mask=False, spread=2.0):
-    x = torch.randn(case.B, case.prefix + case.N, case.C, dtype=dtype, device=device)
-    w = spread * torch.randn(case.B, case.N, case.M, dtype=dtype, device=device)
-    keep = torch.rand(case.B, case.N, device=device) > 0.3 if mask else None
-    scale = torch.tensor([[[1.25]]], dtype=dtype, device=device)
-    return x, w, scale, keep
-
-
-def run(function, tensors, dy=None):
-    """The result and the gradients of the tensors that are there."""
-    leaves = [
-        None if t is None else t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors
-    ]
-    y = function(*leaves)
-    dy = torch.ones_like(y) if dy is None else dy.to(y.dtype)
-    grads = torch.autograd.grad(y, [t for t in leaves if t is not None], dy, allow_unused=True)
-    return y.detach(), *grads
-
-
-def delta_terms(dy, y):
-    """The size of what is subtracted in dw = A * (G - D), D = sum over the channels of dy * y."""
-    terms = (dy.double() * y).abs().sum(dim=-1)
-    return terms.max().item() if terms.numel() else 0.0
 
 
 # What the operators mean: tables to learn them from.
@@ -367,14 +343,6 @@ def test_functional_gradient(backend, device):
     g = torch.func.grad(lambda x: tokenops.soft_aggregate(x, w, prefix=1).square().sum())(x)
     expected = torch.func.grad(lambda x: reference.soft_aggregate(x, w, prefix=1).square().sum())(x)
     torch.testing.assert_close(g, expected)
-
-
-def test_second_derivatives_are_refused(backend, device):
-    x, w, _, _ = inputs(AGGREGATE[0], torch.float32, device)
-    y = tokenops.soft_aggregate(x.requires_grad_(), w, prefix=1)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
 
 
 # Errors in words.

@@ -53,6 +53,10 @@ def test_reference_is_the_papers_formula():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", TOKEN_MLP, ids=str)
 def test_as_good_as_plain(case, dtype, backend, device):
+    check_as_good_as_plain(case, dtype, device)
+
+
+def check_as_good_as_plain(case, dtype, device):
     tensors = inputs(case, dtype, device)
     dy = torch.randn(case.B, case.N, case.C, device=device).to(dtype)
     results = (
@@ -62,6 +66,34 @@ def test_as_good_as_plain(case, dtype, backend, device):
     )
     for what, ours, plain, truth in zip(("y", *NAMES), *results):
         assert_as_good_as_plain(ours, plain, truth, what)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_images_that_do_not_fit_at_once(dtype, backend, device, monkeypatch):
+    """Two, two and one."""
+    case = TokenMlp(5, 17, 12, 7, 9, "w1's rows are no multiple of what the kernel reads")
+    if backend == "triton":
+        monkeypatch.setattr("tokenops._triton.token_mlp.HIDDEN_BYTES", 2 * case.R * case.C * dtype.itemsize)
+    check_as_good_as_plain(case, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gelu(dtype, backend, device):
+    """Of single numbers, those that overflow and those that are none too."""
+    points = [*torch.linspace(-14, 14, 225).tolist(), -1e4, 1e4, float("nan")]
+    if dtype in (torch.float16, torch.bfloat16):  # a GPU takes a product of float32 apart
+        points += [float("inf"), float("-inf")]
+    z = torch.tensor(points, dtype=dtype, device=device)
+    one = torch.ones(1, 1, dtype=dtype, device=device)
+    y, dz, *_ = run(
+        lambda z: tokenops.token_mlp(z, one, None, one, None), [z[None, None]], torch.ones_like(z)[None, None]
+    )
+    truth, slope = run(torch.nn.functional.gelu, [z.double()], torch.ones_like(z))
+    rtol, atol = 2 * torch.finfo(dtype).eps, {torch.float64: 1e-12, torch.float32: 3e-7}.get(dtype, 2e-6)
+    for ours, right in ((y, truth), (dz, slope)):
+        right = right.masked_fill(z == float("-inf"), float("nan"))  # what plain PyTorch makes of it
+        torch.testing.assert_close(ours[0, 0].double(), right, rtol=rtol, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -117,8 +149,8 @@ def test_layouts(backend, device):
     torch.testing.assert_close(leaf.grad, dz)
 
 
-def test_the_hidden_tensor_never_exists(backend, device):
-    """No tensor of B * R * C elements is made, forward or backward; plain PyTorch makes several."""
+def test_the_hidden_tensor_never_exists(backend, device, monkeypatch):
+    """No tensor of B * R * C elements is made, forward or backward, where that is much; plain PyTorch makes several."""
     sizes = []
 
     class Sizes(TorchDispatchMode):
@@ -137,6 +169,8 @@ def test_the_hidden_tensor_never_exists(backend, device):
     implementation = __import__(
         f"tokenops._{'cpu' if backend == 'native' else 'triton'}.token_mlp", fromlist=["token_mlp_fwd"]
     )
+    if backend == "triton":
+        monkeypatch.setattr(implementation, "HIDDEN_BYTES", 4 * case.B * case.R * case.C // 6)
     with Sizes():
         implementation.token_mlp_fwd(*tensors)
         implementation.token_mlp_bwd(dy, *tensors[:4])

@@ -179,7 +179,7 @@ class TokenMlp(NamedTuple):
 TOKEN_MLP = (
     TokenMlp(2, 5, 12, 7, 9, "everything inside one tile"),
     TokenMlp(1, 1, 1, 1, 1, "the smallest there is"),
-    TokenMlp(3, 24, 100, 40, 70, "several tiles of hidden rows and channels, several partial sums"),
+    TokenMlp(3, 24, 100, 40, 140, "several tiles of hidden rows and channels, several partial sums"),
     TokenMlp(1, 140, 70, 300, 24, "more tokens in and out than a tile holds"),
     TokenMlp(9, 3, 8, 5, 6, "more images than the CPU path takes together"),
     TokenMlp(0, 3, 4, 5, 6, "no image"),

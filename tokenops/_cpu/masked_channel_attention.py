@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import _native
+from .. import _checks, _native
 from .._schemas import heads_inside
 from ..reference import accumulation_dtype
 
@@ -21,16 +21,6 @@ def _plain(q, k, v, *others):
     """Whether torch's flash kernel can do it."""
     sizes = q.shape[3] == v.shape[3] and q.numel() and k.numel()
     return bool(sizes) and all(other is None for other in others)
-
-
-def _check_lengths(lengths, N):
-    if lengths is not None and lengths.numel():
-        low, high = (value.item() for value in lengths.aminmax())
-        if low < 0 or high > N:
-            raise ValueError(
-                f"masked_channel_attention: key_lengths has {low if low < 0 else high}, but it must be between 0 and"
-                f" the {N} keys there are"
-            )
 
 
 def _dense(*tensors):
@@ -94,7 +84,7 @@ def _composed(q, k, v, bias, lengths, scale, received, out, lse, scores):
 
 def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean):
     (B, H, M, _), N, DV = q.shape, k.shape[2], v.shape[3]
-    _check_lengths(lengths, N)
+    _checks.lengths("masked_channel_attention", "key_lengths", lengths, N, f"the {N} keys there are")
     wide = accumulation_dtype(q.dtype)
     q, k, v = _dense(q, k, v)
     out, lse = heads_inside(q, M, DV), q.new_empty((B, H, M), dtype=wide)
@@ -163,6 +153,10 @@ def _composed_bwd(
 ):
     """Fills the gradients as the compiled kernel does."""
     wide = dbias.dtype
+    if bias is not None:  # without a weight, whatever they hold
+        out_of_it = bias == float("-inf")
+        k = k.masked_fill(out_of_it.unsqueeze(3), 0.0)
+        dscores = None if dscores is None else dscores.masked_fill(out_of_it, 0.0)
     q_masked = _times(q, qk_mask)
     wide_dk, wide_dv = torch.zeros(k.shape, dtype=wide), torch.zeros(v.shape, dtype=wide)
     dq.zero_()

@@ -49,14 +49,22 @@ def _weights_backward(da, a, w, scale, learned):
     total = weights.sum(dim=1, keepdim=True)
     delta = (weights * da).sum(dim=1, keepdim=True) / total.masked_fill(total == 0.0, 1.0)
     ds = weights * (da - delta)
-    logits = w.masked_fill(w == float("-inf"), 0.0)
-    return dw.copy_(scale * ds), (ds * logits).sum() if learned else ds.new_empty((0,))
+    products = (ds * w).masked_fill(weights == 0.0, 0.0)  # what does not count may be NaN
+    return dw.copy_(scale * ds), products.sum() if learned else ds.new_empty((0,))
 
 
 def _prepared(w, scale, factor):
     """The logits with a stride of 1, and the scale as a number."""
     w = w if tokens_last(w) or w.stride(2) == 1 else w.contiguous()
     return w, factor if scale is None else factor * scale.item()
+
+
+def _in_order(a, w):
+    """The weights in the order that the logits have in memory; vmap may have laid them otherwise."""
+    dim = 1 if tokens_last(w) else 2
+    if a.stride(dim) == 1 or a.shape[dim] == 1:
+        return a
+    return a.transpose(1, 2).contiguous().transpose(1, 2) if dim == 1 else a.contiguous()
 
 
 def _behind(x, prefix, a, b):
@@ -80,6 +88,7 @@ def soft_aggregate_fwd(x, w, scale, factor, mask, prefix):
 def soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, a, prefix):
     learned = scale is not None
     w, scale = _prepared(w, scale, factor)
+    a = _in_order(a, w)
     tokens, dslots = _counting(x, mask, prefix), dy[:, prefix:]
     dx = _behind(dy, prefix, a, dslots)
     if tokens_last(w):

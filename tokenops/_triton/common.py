@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -34,15 +36,14 @@ def integers(x: torch.Tensor) -> torch.Tensor:
     return x.view(_INTEGERS[x.element_size()])
 
 
-def companions(spare: torch.Tensor, *groups: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[list[int]]]:
-    """Pointers and, a group, strides of companions as the kernels take them: always four, `spare` where none is."""
-    pointers: list[torch.Tensor] = []
-    strides = []
-    for group in groups:
-        missing = MOST_COMPANIONS - len(group)
-        pointers += [*map(integers, group), *[spare] * missing]
-        strides.append([stride for t in group for stride in t.stride()] + [0, 0] * missing)
-    return pointers, strides
+def four(spare: torch.Tensor, *groups: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Companions as the kernels take them: always four in a group, `spare` where none is."""
+    return [t for group in groups for t in (*group, *[spare] * (MOST_COMPANIONS - len(group)))]
+
+
+def companion_strides(group: Sequence[torch.Tensor]) -> list[int]:
+    """Those of a group of four."""
+    return [stride for t in group for stride in t.stride()] + [0, 0] * (MOST_COMPANIONS - len(group))
 
 
 def dot_options(*dtypes: torch.dtype) -> dict:
@@ -83,6 +84,14 @@ def unit(*sizes: int) -> int:
     The compiler knows of arguments only whether 16 divides them: sizes and strides are passed in units.
     """
     return 1 if 1 in sizes else math.gcd(8, *sizes)
+
+
+def for_any(*arguments: str) -> Callable[[Callable], Any]:
+    """triton.jit, that compiles nothing again for other values of these arguments: sizes that vary in use.
+
+    What loads of several elements follow from (strides and channels that 16 divides, strides of 1) is not among them.
+    """
+    return triton.jit(do_not_specialize=arguments)
 
 
 @triton.jit

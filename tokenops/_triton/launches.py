@@ -17,6 +17,7 @@ import torch
 import triton
 
 from .common import INTERPRETED
+from .launch import forget
 
 TABLE = Path(__file__).with_suffix(".json")
 FEW, MANY = 4, 64  # images that do not fill a large GPU, and that fill it several times: between them nothing is known
@@ -32,18 +33,16 @@ class Kernel(NamedTuple):
 
 
 _AGGREGATE = Kernel(("N", "M", "C"), ("BLOCK_N", "BLOCK_M", "BLOCK_C"), ("mask",))
-_MLP = Kernel(("M", "R", "N", "C"), ("BLOCK_M", "BLOCK_R", "BLOCK_N", "BLOCK_C"))
+_MLP = Kernel(("M", "R", "C"), ("BLOCK_M", "BLOCK_R", "BLOCK_C"))
 # a tile holds all channels of a head
 _ATTENTION = Kernel(("M", "N", "DK", "DV"), ("BLOCK_M", "BLOCK_N"), ("qk_mask", "v_mask", "bias", "lengths"))
 _GRADIENT = _ATTENTION._replace(optional=(*_ATTENTION.optional, "received"))
 
 KERNELS = {
     "soft_aggregate_fwd": _AGGREGATE,
-    "soft_aggregate_bwd": _AGGREGATE,
+    "soft_aggregate_bwd": _AGGREGATE._replace(tiles=(*_AGGREGATE.tiles, "BLOCK_T", "BLOCK_S")),
     "token_mlp_fwd": _MLP,
-    "token_mlp_bwd_z": _MLP,
-    "token_mlp_bwd_w1": _MLP,
-    "token_mlp_bwd_w2": _MLP,
+    "token_mlp_bwd": _MLP,
     "masked_channel_attention_fwd": _ATTENTION,
     "masked_channel_attention_received": _ATTENTION,
     "masked_channel_attention_bwd_q": _GRADIENT,
@@ -103,6 +102,7 @@ def _use(entries: Entries) -> None:
     global _entries
     _entries = entries
     _found.cache_clear()
+    forget()
 
 
 def name(

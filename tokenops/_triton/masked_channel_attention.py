@@ -1,12 +1,13 @@
 """masked_channel_attention on Triton: online softmax, and never a matrix of queries by keys in memory.
 
 Forward: a program owns BLOCK_M queries of a head and walks over the keys; the program of query 0 then writes the class
-scores. Means over the heads take programs of their own in the same launch. The "received" scores need every query's
-log-sum-exp first, so they are a second launch over q k^T. Backward: one kernel owns queries (dq, and D for the other),
-one owns keys (dk, dv, dbias). Logits are kept times log2(e), for exp2.
+scores, whose mean over the heads is torch's. The mean of k takes programs of its own in the same launch. The "received"
+scores need every query's log-sum-exp first, so they are a second launch over q k^T. Backward: one kernel owns queries
+(dq, and D for the other), one owns keys (dk, dv, dbias). Logits are kept times log2(e), for exp2.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,7 +15,8 @@ import triton.language as tl
 
 from .._schemas import heads_inside
 from . import launches
-from .common import FUSION, before_hopper, dot_options, from_units, index_type, rows, tile, unit
+from .common import FUSION, before_hopper, dot_options, for_any, from_units, index_type, rows, tile, unit
+from .launch import Launch, launch, planned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -55,12 +57,16 @@ def _attend_keys(q, k_ptr, v_ptr, bias_ptr, scale, start, length, top, total, ac
     n = start + tl.arange(0, BLOCK)
     counts = (n >= 0) if WHOLE else n < length
     k = rows(k_ptr, n, ck, counts, DK, stride_kn, stride_kc, DOT, INDEX)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
     if HAS_BIAS or not WHOLE:
-        s = _biased(s, _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :])
-    higher = tl.maximum(top, tl.max(s, axis=1))
-    base = _finite(higher) if HAS_BIAS or not WHOLE else higher
-    p = tl.exp2(s - base[:, None])
+        s = _biased(s * scale, _key_bias(bias_ptr, n, length, stride_bn, ACC, INDEX, HAS_BIAS, WHOLE)[None, :])
+        higher = tl.maximum(top, tl.max(s, axis=1))
+        base = _finite(higher)
+        p = tl.exp2(s - base[:, None])
+    else:  # the scale, which is not negative, joins the subtraction
+        higher = tl.maximum(top, tl.max(s, axis=1) * scale)
+        base = higher
+        p = tl.exp2(s * scale - base[:, None])
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(p, axis=1)
     v = rows(v_ptr, n, cv, counts, DV, stride_vn, stride_vc, DOT, INDEX)
@@ -69,12 +75,15 @@ def _attend_keys(q, k_ptr, v_ptr, bias_ptr, scale, start, length, top, total, ac
 
 
 @triton.jit
-def _key_bias(bias_ptr, n, length, stride_n, ACC: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """What is added to the logits of keys n: -inf beyond the length."""
-    bias = tl.where(n < length, 0.0, float("-inf")).to(ACC)
-    if HAS_BIAS:
-        loaded = tl.load(bias_ptr + n.to(tl.int64) * stride_n, mask=n < length, other=float("-inf"))
-        bias = loaded.to(ACC) * LOG2E
+def _key_bias(bias_ptr, n, length, stride_n, ACC: tl.constexpr, INDEX: tl.constexpr, HAS_BIAS: tl.constexpr,
+              WHOLE: tl.constexpr):  # fmt: skip
+    """What is added to the logits of keys n: -inf beyond the length, where a WHOLE tile has none."""
+    if not HAS_BIAS:
+        bias = tl.where(n < length, 0.0, float("-inf")).to(ACC)
+    elif WHOLE:
+        bias = tl.load(bias_ptr + n.to(INDEX) * stride_n).to(ACC) * LOG2E
+    else:
+        bias = tl.load(bias_ptr + n.to(INDEX) * stride_n, mask=n < length, other=float("-inf")).to(ACC) * LOG2E
     return bias
 
 
@@ -97,21 +106,23 @@ def _row_lse(lse_ptr, m, there, ACC: tl.constexpr):
 
 
 @triton.jit
-def _class_logits(q_ptr, k_ptr, qk_mask_ptr, bias, scale, h, n, length, stride_qc, stride_kn, stride_kc,
-                  DK: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
-                  INDEX: tl.constexpr, HAS_QK_MASK: tl.constexpr):  # fmt: skip
-    """The logits of query 0 and keys n, CHUNK channels at a time."""
-    s = tl.zeros((BLOCK,), ACC)
-    for start in range(0, DK, CHUNK):
-        c = start + tl.arange(0, CHUNK)
-        q = tl.load(q_ptr + c.to(INDEX) * stride_qc, mask=c < DK, other=0.0).to(DOT)[None, :]
-        q = _masked(q, qk_mask_ptr, h, c, DK, ACC, DOT, HAS_QK_MASK)
-        k = rows(k_ptr, n, c, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
-        s += tl.sum(k.to(ACC) * q.to(ACC), axis=1)
-    return _biased(s * scale, bias)
+def _mean_key(k_ptr, lengths_ptr, key_mean_ptr, b, tile_n, H, N, stride_b, stride_h, stride_n, stride_c,
+              ACC: tl.constexpr, DOT: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+              DK: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Writes the mean over the heads of a tile of keys of image b."""
+    b = b.to(tl.int64)
+    n, c = tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_DK)
+    length = _length(lengths_ptr, b, N, HAS_LENGTHS)
+    mean = tl.zeros((BLOCK_N, BLOCK_DK), ACC)
+    for h in range(H):
+        head = _head(k_ptr, b, h, stride_b, stride_h, UNIT)
+        mean += rows(head, n, c, n < length, DK, stride_n, stride_c, DOT, INDEX).to(ACC)
+    offsets = n.to(INDEX)[:, None] * DK + c[None, :]
+    inside = (n < N)[:, None] & (c < DK)[None, :]
+    tl.store(key_mean_ptr + b * N * DK + offsets, (mean / H).to(key_mean_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@for_any("B", "M", "N", "stride_bb", "stride_bh")
 def masked_channel_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, qk_mask_ptr, v_mask_ptr, bias_ptr, lengths_ptr, out_ptr, scores_ptr, lse_ptr, key_mean_ptr,
     factor: tl.float64, B, H, M, N,
@@ -119,54 +130,25 @@ def masked_channel_attention_fwd_kernel(
     stride_vb, stride_vh, stride_vn, stride_vc, stride_bb, stride_bh, stride_bn,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr,
     HAS_QK_MASK: tl.constexpr, HAS_V_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    CLASS: tl.constexpr, CLASS_MEAN: tl.constexpr, KEY_MEAN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    CLASS: tl.constexpr, KEY_MEAN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_TAIL: tl.constexpr, BLOCK_ROW: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     scale = tl.full((), factor, ACC)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    side_class = B if CLASS_MEAN else 0
-    side = side_class + (B * tiles_n if KEY_MEAN else 0)
+    side = B * tiles_n if KEY_MEAN else 0
     stride_qm, stride_kn = from_units(stride_qm, UNIT, INDEX), from_units(stride_kn, UNIT, INDEX)
     stride_vn = from_units(stride_vn, UNIT, INDEX)
 
     if program < side:
-        if CLASS_MEAN:
-            if program < side_class:  # the mean over the heads of one image's class scores
-                b = program.to(tl.int64)
-                n = tl.arange(0, BLOCK_ROW)
-                length = _length(lengths_ptr, b, N, HAS_LENGTHS)
-                mean = tl.zeros((BLOCK_ROW,), ACC)
-                for h in range(H):
-                    bias_row = bias_ptr + b * stride_bb + tl.cast(h, tl.int64) * stride_bh
-                    bias = _key_bias(bias_row, n, length, stride_bn, ACC, HAS_BIAS)
-                    s = _class_logits(
-                        _head(q_ptr, b, h, stride_qb, stride_qh, UNIT), _head(k_ptr, b, h, stride_kb, stride_kh, UNIT),
-                        qk_mask_ptr, bias, scale, h, n, length, stride_qc, stride_kn, stride_kc,
-                        DK, BLOCK_ROW, CHUNK, ACC, DOT, INDEX, HAS_QK_MASK,
-                    )  # fmt: skip
-                    e = tl.exp2(s - _finite(tl.max(s, axis=0)))
-                    total = tl.sum(e, axis=0)
-                    mean += e / tl.where(total == 0.0, 1.0, total)
-                tl.store(scores_ptr + b * N + n, mean / H, mask=n < N)
-        if KEY_MEAN:
-            if program >= side_class:  # the mean over the heads of a tile of keys
-                b = ((program - side_class) // tiles_n).to(tl.int64)
-                n = ((program - side_class) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-                length = _length(lengths_ptr, b, N, HAS_LENGTHS)
-                c = tl.arange(0, BLOCK_DK)
-                mean_k = tl.zeros((BLOCK_N, BLOCK_DK), ACC)
-                for h in range(H):
-                    head = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
-                    mean_k += rows(head, n, c, n < length, DK, stride_kn, stride_kc, DOT, INDEX).to(ACC)
-                offsets = n.to(INDEX)[:, None] * DK + c[None, :]
-                inside = (n < N)[:, None] & (c < DK)[None, :]
-                tl.store(key_mean_ptr + b * N * DK + offsets, (mean_k / H).to(key_mean_ptr.dtype.element_ty), inside)
+        _mean_key(
+            k_ptr, lengths_ptr, key_mean_ptr, program // tiles_n, program % tiles_n, H, N,
+            stride_kb, stride_kh, stride_kn, stride_kc, ACC, DOT, INDEX, UNIT, HAS_LENGTHS, DK, BLOCK_DK, BLOCK_N,
+        )  # fmt: skip
     else:
-        tile_m = (program - side) % tiles_m
-        h = ((program - side) // tiles_m) % H
-        b = ((program - side) // (tiles_m * H)).to(tl.int64)
+        tile_m, head = (program - side) % tiles_m, (program - side) // tiles_m
+        h, b = head % H, (head // H).to(tl.int64)
         q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
         k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
         v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
@@ -198,7 +180,7 @@ def masked_channel_attention_fwd_kernel(
         some = tl.where(total == 0.0, 1.0, total)
         lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(some))
         tl.store(lse_ptr + (b * H + h) * M + m, lse * LN2, mask=m < M)
-        acc = _masked(acc / some[:, None], v_mask_ptr, h, cv, DV, ACC, ACC, HAS_V_MASK)
+        acc = _masked(acc * (1 / some)[:, None], v_mask_ptr, h, cv, DV, ACC, ACC, HAS_V_MASK)
         offsets = m.to(INDEX)[:, None] * (H * DV) + cv[None, :]
         inside = (m < M)[:, None] & (cv < DV)[None, :]
         tl.store(out_ptr + b * M * H * DV + h * DV + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
@@ -207,17 +189,20 @@ def masked_channel_attention_fwd_kernel(
             if tile_m == 0:
                 first = _finite(tl.sum(tl.where(m == 0, top, 0.0), axis=0))
                 divisor = tl.sum(tl.where(m == 0, some, 0.0), axis=0)
-                for start in range(0, N, BLOCK_N):
+                one = tl.arange(0, 16)  # a dot needs so many: behind query 0 there are zeros
+                q_class = rows(q_ptr, one, ck, one == 0, DK, stride_qm, stride_qc, DOT, INDEX)
+                q_class = _masked(q_class, qk_mask_ptr, h, ck, DK, ACC, DOT, HAS_QK_MASK)
+                for start in tl.range(0, N, BLOCK_N, num_stages=1):
                     n = start + tl.arange(0, BLOCK_N)
-                    bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)
-                    s = _class_logits(
-                        q_ptr, k_ptr, qk_mask_ptr, bias, scale, h, n, length, stride_qc, stride_kn, stride_kc,
-                        DK, BLOCK_N, BLOCK_DK, ACC, DOT, INDEX, HAS_QK_MASK,
-                    )  # fmt: skip
-                    tl.store(scores_ptr + (b * H + h) * N + n, tl.exp2(s - first) / divisor, mask=n < N)
+                    bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, INDEX, HAS_BIAS, False)
+                    k = rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
+                    s = tl.dot(k, tl.trans(q_class), input_precision=PRECISION, out_dtype=ACC) * scale
+                    s = tl.sum(tl.where((one == 0)[None, :], s, 0.0), axis=1)
+                    p = tl.where(bias == float("-inf"), 0.0, tl.exp2(s + bias - first) / divisor)
+                    tl.store(scores_ptr + (b * H + h) * N + n, p, mask=n < N)
 
 
-@triton.jit
+@for_any("M", "N", "stride_bb", "stride_bh")
 def masked_channel_attention_received_kernel(
     q_ptr, k_ptr, qk_mask_ptr, bias_ptr, lengths_ptr, lse_ptr, scores_ptr, factor: tl.float64, H, GROUPS, M, N,
     stride_qb, stride_qh, stride_qm, stride_qc, stride_kb, stride_kh, stride_kn, stride_kc,
@@ -243,7 +228,7 @@ def masked_channel_attention_received_kernel(
         head_k = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
         k = rows(head_k, n, c, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
         bias_row = bias_ptr + b * stride_bb + tl.cast(h, tl.int64) * stride_bh
-        bias = _key_bias(bias_row, n, length, stride_bn, ACC, HAS_BIAS)
+        bias = _key_bias(bias_row, n, length, stride_bn, ACC, INDEX, HAS_BIAS, False)
         for start in range(0, M, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
             q = rows(head_q, m, c, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
@@ -277,15 +262,21 @@ def _fwd_config(dtype, M, N, DK, DV):
 
 
 def shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, *others):
-    """What every kernel takes: optional tensors (q stands in for a missing one), strides in units, constants."""
+    """What every kernel takes: strides in units, those of the bias, constants."""
     UNIT = unit(*(s for t in (q, k, v, *others) for s in t.stride()[:3]))
     optional = {"QK_MASK": qk_mask, "V_MASK": v_mask, "BIAS": bias, "LENGTHS": lengths}
     constants = {f"HAS_{name}": t is not None for name, t in optional.items()}
-    constants |= dot_options(q.dtype) | {"UNIT": UNIT, "INDEX": index_type(q, k, v, *others)}
+    indexed = (q, k, v, *others) if bias is None else (q, k, v, *others, bias)
+    constants |= dot_options(q.dtype) | {"UNIT": UNIT, "INDEX": index_type(*indexed)}
     constants |= {"DK": q.shape[3], "DV": v.shape[3]}
-    given = [q if t is None else t if t is bias else t.contiguous() for t in optional.values()]
-    strides = [(*(s // UNIT for s in t.stride()[:3]), t.stride(3)) for t in (q, k, v, *others)]
-    return given, strides, (0, 0, 0) if bias is None else bias.stride(), constants
+    strides = [(*(s // UNIT for s in t.stride()[:3]), t.stride()[3]) for t in (q, k, v, *others)]
+    return strides, (0, 0, 0) if bias is None else bias.stride(), constants
+
+
+def stand_ins(q, qk_mask, v_mask, bias, lengths):
+    """The optional tensors as kernels take them: of no strides but the bias's, q for a missing one."""
+    qk_mask, v_mask, lengths = (q if t is None else t.contiguous() for t in (qk_mask, v_mask, lengths))
+    return qk_mask, v_mask, q if bias is None else bias, lengths
 
 
 def tail(rows, block, all_masked=False):
@@ -298,41 +289,51 @@ def _only(constants, *names):
     return {name: value for name, value in constants.items() if name not in names}
 
 
-def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean):
+class _Forward(NamedTuple):
+    launch: Launch
+    received: Launch | None  # of these scores
+
+
+@planned
+def _fwd_plan(q, k, v, qk_mask, v_mask, bias, lengths, scores, mean, key_mean):
     (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
-    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = heads_inside(q, M, DV)
-    lse = q.new_empty((B, H, M), dtype=accumulator)
-    score = q.new_empty((0,) if scores == "none" else (B, N) if mean else (B, H, N), dtype=accumulator)
-    mean_k = k.new_empty((B, N, DK) if key_mean else (0,))
-    (qk_mask_, v_mask_, bias_, lengths_), strides, bias_strides, constants = shared_arguments(
-        q, k, v, qk_mask, v_mask, bias, lengths
-    )
+    strides, bias_strides, constants = shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths)
     default = _fwd_config(q.dtype, M, N, DK, DV)
     given = (qk_mask is not None, v_mask is not None, bias is not None, lengths is not None)
     call = (q.dtype, B, (M, N, DK, DV), default, given)
     sizes = launches.overlaid("masked_channel_attention_fwd", *call)
-    factor = float(scale) * math.log2(math.e)
-    class_mean = scores == "class" and mean
-    side = class_mean + triton.cdiv(N, sizes["BLOCK_N"]) * key_mean
-    programs = B * (side + H * triton.cdiv(M, sizes["BLOCK_M"]))
-    row = triton.next_power_of_2(max(N, 1)) if class_mean else 1
-    if programs and H:
-        masked_channel_attention_fwd_kernel[(programs,)](
-            q, k, v, qk_mask_, v_mask_, bias_, lengths_, out, score, lse, mean_k,
-            factor, B, H, M, N, *strides[0], *strides[1], *strides[2], *bias_strides,
-            **constants, **sizes, CLASS=scores == "class" and not mean, CLASS_MEAN=class_mean, KEY_MEAN=key_mean,
-            BLOCK_TAIL=tail(N, sizes["BLOCK_N"], lengths is not None),
-            BLOCK_ROW=row, CHUNK=max(1, min(16, 4096 // row)),
-        )  # fmt: skip
-    if scores == "received":
-        groups = 1 if mean else H
-        sizes = launches.overlaid("masked_channel_attention_received", *call)
-        programs = B * groups * triton.cdiv(N, sizes["BLOCK_N"])
-        if programs:
-            masked_channel_attention_received_kernel[(programs,)](
-                q, k, qk_mask_, bias_, lengths_, lse, score, factor, H, groups, M, N,
-                *strides[0], *strides[1], *bias_strides,
-                **_only(constants, "HAS_V_MASK", "DV"), **_only(sizes, "BLOCK_DV"),
-            )  # fmt: skip
+    own = {"CLASS": scores == "class", "KEY_MEAN": key_mean}
+    own["BLOCK_TAIL"] = tail(N, sizes["BLOCK_N"], lengths is not None)
+    programs = B * (triton.cdiv(N, sizes["BLOCK_N"]) * key_mean + H * triton.cdiv(M, sizes["BLOCK_M"]))
+    scalars = (B, H, M, N, *strides[0], *strides[1], *strides[2], *bias_strides)
+    first = Launch(programs, scalars, constants | sizes | own)
+    if scores != "received":
+        return _Forward(first, None)
+    groups = 1 if mean else H
+    sizes = launches.overlaid("masked_channel_attention_received", *call)
+    scalars = (H, groups, M, N, *strides[0], *strides[1], *bias_strides)
+    constants = _only(constants, "HAS_V_MASK", "DV") | _only(sizes, "BLOCK_DV")
+    return _Forward(first, Launch(B * groups * triton.cdiv(N, sizes["BLOCK_N"]), scalars, constants))
+
+
+def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean):
+    (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
+    if scale < 0:  # the kernels take the maximum before they scale
+        q, scale = -q, -scale
+    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = heads_inside(q, M, DV)
+    lse = q.new_empty((B, H, M), dtype=accumulator)
+    score_shape = (0,) if scores == "none" else (B, N) if mean and scores == "received" else (B, H, N)
+    score = q.new_empty(score_shape, dtype=accumulator)
+    mean_k = k.new_empty((B, N, DK) if key_mean else (0,))
+    plan = _fwd_plan(q, k, v, qk_mask, v_mask, bias, lengths, scores, mean, key_mean)
+    qk_mask, v_mask, bias, lengths = stand_ins(q, qk_mask, v_mask, bias, lengths)
+    factor = (float(scale) * math.log2(math.e),)
+    tensors = (q, k, v, qk_mask, v_mask, bias, lengths, out, score, lse, mean_k)
+    launch(masked_channel_attention_fwd_kernel, plan.launch, tensors, factor)
+    if scores == "class" and mean:
+        score = score.mean(dim=1)
+    if plan.received is not None:
+        tensors = (q, k, qk_mask, bias, lengths, lse, score)
+        launch(masked_channel_attention_received_kernel, plan.received, tensors, factor)
     return out, score, lse, mean_k

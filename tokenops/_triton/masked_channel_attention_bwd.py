@@ -5,14 +5,15 @@ the saved log-sum-exp; D from dO * O, and where scores have a gradient from anot
 """
 
 import math
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from .._schemas import heads_inside
 from . import launches
-from .common import before_hopper, from_units, rows, tile
+from .common import before_hopper, for_any, from_units, rows, tile
+from .launch import Launch, launch, planned
 from .masked_channel_attention import (
     _biased,
     _channels,
@@ -23,45 +24,54 @@ from .masked_channel_attention import (
     _row_lse,
     config,
     shared_arguments,
+    stand_ins,
     tail,
 )
 
 
 @triton.jit
-def _score_gradient(dscores_ptr, m, n, N, stride_n, share, ACC: tl.constexpr, RECEIVED: tl.constexpr):
-    """What the scores add to dP of queries m and keys n, shaped to broadcast; `share` of a query in its score."""
-    gradient = tl.load(dscores_ptr + n.to(tl.int64) * stride_n, mask=n < N, other=0.0).to(ACC) * share
-    if not RECEIVED:
-        gradient = tl.where(m == 0, gradient, 0.0)
-    return gradient
+def _score_gradient(dscores_ptr, n, counts, stride_n, share, ACC: tl.constexpr):
+    """The gradient of the scores of keys n, as far as they count; `share` of a query in its score."""
+    return tl.load(dscores_ptr + n.to(tl.int64) * stride_n, mask=counts, other=0.0).to(ACC) * share
 
 
 @triton.jit
-def _query_gradient(acc, q, dout, lse, delta, k_ptr, v_ptr, bias_ptr, dscores_ptr, scale, share, m, start, length, N,
-                    ck, cv, stride_kn, stride_kc, stride_vn, stride_vc, stride_bn, stride_sn,
+def _of_queries(gradient, m, RECEIVED: tl.constexpr):
+    """What it adds to dP of queries m, both shaped to broadcast."""
+    return gradient if RECEIVED else tl.where(m == 0, gradient, 0.0)
+
+
+@triton.jit
+def _query_gradient(acc, q, dout, lse, delta, k_ptr, v_ptr, bias_ptr, dscores_ptr, scale, share, m, tile_m, start,
+                    length, ck, cv, stride_kn, stride_kc, stride_vn, stride_vc, stride_bn, stride_sn,
                     DK: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
                     INDEX: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DSCORES: tl.constexpr, RECEIVED: tl.constexpr,
                     BLOCK: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """What a tile of BLOCK keys adds to dq; a WHOLE one has no key beyond the length."""
+    """dq with what a tile of BLOCK keys adds; a WHOLE one has no key beyond the length."""
     n = start + tl.arange(0, BLOCK)
-    counts = (n >= 0) if WHOLE else n < length
-    k = rows(k_ptr, n, ck, counts, DK, stride_kn, stride_kc, DOT, INDEX)
+    counts = n >= 0
+    if HAS_BIAS or not WHOLE:
+        bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, INDEX, HAS_BIAS, WHOLE)
+        counts = bias > float("-inf")
+    k = rows(k_ptr, n, ck, counts, DK, stride_kn, stride_kc, DOT, INDEX)  # 0 * NaN were NaN in dq
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
     if HAS_BIAS or not WHOLE:
-        s = _biased(s, _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :])
+        s = _biased(s, bias[None, :])
     p = tl.exp2(s - lse[:, None])
     v = rows(v_ptr, n, cv, counts, DV, stride_vn, stride_vc, DOT, INDEX)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
     if HAS_DSCORES:
-        dp += _score_gradient(dscores_ptr, m[:, None], n[None, :], N, stride_sn, share, ACC, RECEIVED)
+        if RECEIVED or tile_m == 0:
+            gradient = _score_gradient(dscores_ptr, n, counts, stride_sn, share, ACC)
+            dp += _of_queries(gradient[None, :], m[:, None], RECEIVED)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(DOT), k, acc, input_precision=PRECISION, out_dtype=ACC)
 
 
-@triton.jit
+@for_any("M", "N", "stride_bb", "stride_bh", "stride_sb", "stride_sh")
 def masked_channel_attention_bwd_q_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, qk_mask_ptr, v_mask_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, dlse_ptr,
-    dscores_ptr, delta_ptr, dq_ptr, dqk_mask_ptr, factor: tl.float64, rate: tl.float64, share: tl.float64, H, M, N,
+    dscores_ptr, row_ptr, dq_ptr, dqk_mask_ptr, factor: tl.float64, rate: tl.float64, share: tl.float64, H, M, N,
     stride_qb, stride_qh, stride_qm, stride_qc, stride_kb, stride_kh, stride_kn, stride_kc,
     stride_vb, stride_vh, stride_vn, stride_vc, stride_ob, stride_oh, stride_om, stride_oc,
     stride_bb, stride_bh, stride_bn, stride_sb, stride_sh, stride_sn,
@@ -71,13 +81,12 @@ def masked_channel_attention_bwd_q_kernel(
     BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_TAIL: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """dq and D of a tile of queries, and its share of the channel mask's gradient."""
+    """dq of a tile of queries, its share of the channel mask's gradient, and what the other kernel takes of a query."""
     scale, share = tl.full((), factor, ACC), tl.full((), share, ACC)
     tiles_m = tl.cdiv(M, BLOCK_M)
     program = tl.program_id(0)
-    tile_m = program % tiles_m
-    h = (program // tiles_m) % H
-    b = (program // (tiles_m * H)).to(tl.int64)
+    tile_m, head = program % tiles_m, program // tiles_m
+    h, b = head % H, (head // H).to(tl.int64)
     q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
     k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
     v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
@@ -104,26 +113,30 @@ def masked_channel_attention_bwd_q_kernel(
         if RECEIVED or tile_m == 0:
             for start in range(0, length, BLOCK_N):
                 n = start + tl.arange(0, BLOCK_N)
+                bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, INDEX, HAS_BIAS, False)
+                counts = bias > float("-inf")
                 k = rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
-                s = _biased(s, _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)[None, :])
-                gradient = _score_gradient(dscores_ptr, m[:, None], n[None, :], N, stride_sn, share, ACC, RECEIVED)
+                s = _biased(s, bias[None, :])
+                gradient = _score_gradient(dscores_ptr, n, counts, stride_sn, share, ACC)
+                gradient = _of_queries(gradient[None, :], m[:, None], RECEIVED)
                 delta += tl.sum(tl.exp2(s - lse[:, None]) * gradient, axis=1)
-    tl.store(delta_ptr + row + m, delta, mask=m < M)
+    tl.store(row_ptr + (row + m) * 2, delta, mask=m < M)
+    tl.store(row_ptr + (row + m) * 2 + 1, lse, mask=m < M)
 
     acc = tl.zeros((BLOCK_M, BLOCK_DK), ACC)
     whole = N // BLOCK_N * BLOCK_N if SPLIT else 0  # tiles without a mask, and a smaller one for the rest
     for start in range(0, whole, BLOCK_N):
         acc = _query_gradient(
-            acc, q, dout, lse, delta, k_ptr, v_ptr, bias_ptr, dscores_ptr, scale, share, m, start, length, N, ck, cv,
-            stride_kn, stride_kc, stride_vn, stride_vc, stride_bn, stride_sn, DK, DV, ACC, DOT, PRECISION, INDEX,
-            HAS_BIAS, HAS_DSCORES, RECEIVED, BLOCK_N, True,
+            acc, q, dout, lse, delta, k_ptr, v_ptr, bias_ptr, dscores_ptr, scale, share, m, tile_m, start, length,
+            ck, cv, stride_kn, stride_kc, stride_vn, stride_vc, stride_bn, stride_sn,
+            DK, DV, ACC, DOT, PRECISION, INDEX, HAS_BIAS, HAS_DSCORES, RECEIVED, BLOCK_N, True,
         )  # fmt: skip
     for start in range(whole, length, BLOCK_TAIL):
         acc = _query_gradient(
-            acc, q, dout, lse, delta, k_ptr, v_ptr, bias_ptr, dscores_ptr, scale, share, m, start, length, N, ck, cv,
-            stride_kn, stride_kc, stride_vn, stride_vc, stride_bn, stride_sn, DK, DV, ACC, DOT, PRECISION, INDEX,
-            HAS_BIAS, HAS_DSCORES, RECEIVED, BLOCK_TAIL, False,
+            acc, q, dout, lse, delta, k_ptr, v_ptr, bias_ptr, dscores_ptr, scale, share, m, tile_m, start, length,
+            ck, cv, stride_kn, stride_kc, stride_vn, stride_vc, stride_bn, stride_sn,
+            DK, DV, ACC, DOT, PRECISION, INDEX, HAS_BIAS, HAS_DSCORES, RECEIVED, BLOCK_TAIL, False,
         )  # fmt: skip
     acc *= tl.full((), rate, ACC)
     if HAS_QK_MASK:
@@ -136,33 +149,40 @@ def masked_channel_attention_bwd_q_kernel(
 
 
 @triton.jit
-def _key_gradients(dk, dv, dbias, k, v, bias, q_ptr, dout_ptr, qk_mask_ptr, lse_ptr, delta_ptr, dscores_ptr,
-                   scale, share, n, start, h, M, N, ck, cv, stride_qm, stride_qc, stride_om, stride_oc, stride_sn,
+def _key_gradients(dk, dv, dbias, k, v, bias, gradient, q_ptr, dout_ptr, qk_mask_ptr, row_ptr, scale, start, h, M,
+                   ck, cv, stride_qm, stride_qc, stride_om, stride_oc,
                    DK: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
                    INDEX: tl.constexpr, HAS_QK_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DSCORES: tl.constexpr,
                    RECEIVED: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """dk, dv and dbias with what a tile of BLOCK queries adds; a WHOLE one has no query beyond the last."""
+    """dk, dv and dbias with what a tile of BLOCK queries adds; a WHOLE one has all of them, and not query 0."""
     m = start + tl.arange(0, BLOCK)
     there = (m >= 0) if WHOLE else m < M
     q = rows(q_ptr, m, ck, there, DK, stride_qm, stride_qc, DOT, INDEX)
     q = _masked(q, qk_mask_ptr, h, ck, DK, ACC, DOT, HAS_QK_MASK)
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale + bias[:, None]
-    p = tl.exp2(s - _row_lse(lse_ptr, m, there, ACC)[None, :])
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale
+    if HAS_BIAS:
+        s += bias[:, None]
+    both = row_ptr + m[:, None] * 2 + tl.arange(0, 2)[None, :]
+    delta, lse = tl.split(tl.load(both, mask=there[:, None], other=0.0))
+    if not WHOLE:
+        lse = tl.where(there, lse, float("inf"))  # its probabilities are 0
+    p = tl.exp2(s - lse[None, :])
     dout = rows(dout_ptr, m, cv, there, DV, stride_om, stride_oc, DOT, INDEX)
     dv = tl.dot(p.to(DOT), dout, dv, input_precision=PRECISION, out_dtype=ACC)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
     if HAS_DSCORES:
-        dp += _score_gradient(dscores_ptr, m[None, :], n[:, None], N, stride_sn, share, ACC, RECEIVED)
-    ds = p * (dp - tl.load(delta_ptr + m, mask=there, other=0.0)[None, :])
+        if RECEIVED or not WHOLE:
+            dp += _of_queries(gradient[:, None], m[None, :], RECEIVED)
+    ds = p * (dp - delta[None, :])
     if HAS_BIAS:
         dbias += tl.sum(ds, axis=1)
     dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION, out_dtype=ACC)
     return dk, dv, dbias
 
 
-@triton.jit
+@for_any("M", "N", "stride_bb", "stride_bh", "stride_sb", "stride_sh")
 def masked_channel_attention_bwd_kv_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, qk_mask_ptr, v_mask_ptr, bias_ptr, lengths_ptr, lse_ptr, delta_ptr, dscores_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, qk_mask_ptr, v_mask_ptr, bias_ptr, lengths_ptr, row_ptr, dscores_ptr,
     dk_ptr, dv_ptr, dv_mask_ptr, dbias_ptr, factor: tl.float64, rate: tl.float64, share: tl.float64, H, M, N,
     stride_qb, stride_qh, stride_qm, stride_qc, stride_kb, stride_kh, stride_kn, stride_kc,
     stride_vb, stride_vh, stride_vn, stride_vc, stride_ob, stride_oh, stride_om, stride_oc,
@@ -177,9 +197,8 @@ def masked_channel_attention_bwd_kv_kernel(
     scale, share = tl.full((), factor, ACC), tl.full((), share, ACC)
     tiles_n = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
-    tile_n = program % tiles_n
-    h = (program // tiles_n) % H
-    b = (program // (tiles_n * H)).to(tl.int64)
+    tile_n, head = program % tiles_n, program // tiles_n
+    h, b = head % H, (head // H).to(tl.int64)
     q_ptr = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
     k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
     v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
@@ -188,33 +207,41 @@ def masked_channel_attention_bwd_kv_kernel(
     stride_vn, stride_om = from_units(stride_vn, UNIT, INDEX), from_units(stride_om, UNIT, INDEX)
     bias_ptr += b * stride_bb + tl.cast(h, tl.int64) * stride_bh
     dscores_ptr += b * stride_sb + tl.cast(h, tl.int64) * stride_sh
-    row = (b * H + h) * M
+    row_ptr += (b * H + h) * M * 2
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ck, cv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
     length = _length(lengths_ptr, b, N, HAS_LENGTHS)
 
-    bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, HAS_BIAS)
-    k = rows(k_ptr, n, ck, bias > float("-inf"), DK, stride_kn, stride_kc, DOT, INDEX)
+    bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, INDEX, HAS_BIAS, False)
+    counts = bias > float("-inf")
+    k = rows(k_ptr, n, ck, counts, DK, stride_kn, stride_kc, DOT, INDEX)
     v = rows(v_ptr, n, cv, n < length, DV, stride_vn, stride_vc, DOT, INDEX)
     v = _masked(v, v_mask_ptr, h, cv, DV, ACC, DOT, HAS_V_MASK)
+    gradient = 0.0
+    if HAS_DSCORES:
+        gradient = _score_gradient(dscores_ptr, n, counts, stride_sn, share, ACC)
     dk = tl.zeros((BLOCK_N, BLOCK_DK), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
     dbias = tl.zeros((BLOCK_N,), ACC)
     queries = tl.where(tile_n * BLOCK_N < length, M, 0)  # none of a tile beyond the length
-    whole = queries // BLOCK_M * BLOCK_M if SPLIT else 0
-    for start in range(0, whole, BLOCK_M):
+    # tiles without a mask, and before them a smaller one for the rest, which has query 0
+    rest = tl.minimum(queries, (M - 1) % BLOCK_M + 1) if SPLIT else queries
+    for start in range(0, rest, BLOCK_TAIL):
         dk, dv, dbias = _key_gradients(
-            dk, dv, dbias, k, v, bias, q_ptr, dout_ptr, qk_mask_ptr, lse_ptr + row, delta_ptr + row, dscores_ptr,
-            scale, share, n, start, h, M, N, ck, cv, stride_qm, stride_qc, stride_om, stride_oc, stride_sn,
-            DK, DV, ACC, DOT, PRECISION, INDEX, HAS_QK_MASK, HAS_BIAS, HAS_DSCORES, RECEIVED, BLOCK_M, True,
-        )  # fmt: skip
-    for start in range(whole, queries, BLOCK_TAIL):
-        dk, dv, dbias = _key_gradients(
-            dk, dv, dbias, k, v, bias, q_ptr, dout_ptr, qk_mask_ptr, lse_ptr + row, delta_ptr + row, dscores_ptr,
-            scale, share, n, start, h, M, N, ck, cv, stride_qm, stride_qc, stride_om, stride_oc, stride_sn,
+            dk, dv, dbias, k, v, bias, gradient, q_ptr, dout_ptr, qk_mask_ptr, row_ptr, scale, start, h, rest, ck, cv,
+            stride_qm, stride_qc, stride_om, stride_oc,
             DK, DV, ACC, DOT, PRECISION, INDEX, HAS_QK_MASK, HAS_BIAS, HAS_DSCORES, RECEIVED, BLOCK_TAIL, False,
         )  # fmt: skip
+    for start in range(rest, queries, BLOCK_M):
+        dk, dv, dbias = _key_gradients(
+            dk, dv, dbias, k, v, bias, gradient, q_ptr, dout_ptr, qk_mask_ptr, row_ptr, scale, start, h, M, ck, cv,
+            stride_qm, stride_qc, stride_om, stride_oc,
+            DK, DV, ACC, DOT, PRECISION, INDEX, HAS_QK_MASK, HAS_BIAS, HAS_DSCORES, RECEIVED, BLOCK_M, True,
+        )  # fmt: skip
+    # keys without weight: what the bias or the length says, and no NaN of a query
+    dk, dv = tl.where(counts[:, None], dk, 0.0), tl.where(counts[:, None], dv, 0.0)
     if HAS_BIAS:
+        dbias = tl.where(counts, dbias, 0.0)
         tl.store(dbias_ptr + (b * H + h) * N + n, dbias.to(dbias_ptr.dtype.element_ty), mask=n < N)
     dk *= tl.full((), rate, ACC)
     inside = (n < N)[:, None]
@@ -252,43 +279,63 @@ def _mask_gradient(partial, mask, q):
     return q.new_empty((0,)) if mask is None else partial.sum(dim=(0, 2)).to(mask.dtype)
 
 
-def masked_channel_attention_bwd(
-    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean
-):
+class _Backward(NamedTuple):
+    of_queries: Launch
+    of_keys: Launch
+    tiles_m: int  # that leave shares of the masks' gradients
+    tiles_n: int
+
+
+@planned
+def _bwd_plan(dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scores, mean):
     (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
-    dq, dk, dv = heads_inside(q, M, DK), heads_inside(k, N, DK), heads_inside(v, N, DV)
     of_queries, of_keys = _bwd_configs(q.dtype, M, N, DK, DV)
     received = dscores is not None and scores == "received"
     optional = (qk_mask is not None, v_mask is not None, bias is not None, lengths is not None, received)
     call = (q.dtype, B, (M, N, DK, DV))
     of_queries = launches.overlaid("masked_channel_attention_bwd_q", *call, of_queries, optional)
     of_keys = launches.overlaid("masked_channel_attention_bwd_kv", *call, of_keys, optional)
-    given, strides, bias_strides, constants = shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, dout)
-    strides = [stride for of_one in strides for stride in of_one]
+    strides, bias_strides, constants = shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, dout)
     split = qk_mask is None and max(DK, DV) <= 64  # two loops take more registers
     tiles_m, tiles_n = triton.cdiv(M, of_queries["BLOCK_M"]), triton.cdiv(N, of_keys["BLOCK_N"])
-    delta = torch.empty_like(lse)
-    dqk_partial = lse.new_empty((B, H, tiles_m, DK) if qk_mask is not None else (0,))
-    dv_partial = lse.new_empty((B, H, tiles_n, DV) if v_mask is not None else (0,))
-    dbias = q.new_empty((0,)) if bias is None else bias.new_empty(bias.shape)
     score_strides = (0, 0, 0)
     if dscores is not None:
-        score_strides = dscores.unsqueeze(1).expand(B, H, N).stride() if mean else dscores.stride()
-    share = 1 / ((M if scores == "received" else 1) * (H if mean else 1))
-    numbers = (float(scale) * math.log2(math.e), float(scale), share, H, M, N)
+        score_strides = (dscores.stride()[0], 0, dscores.stride()[1]) if mean else dscores.stride()
+    scalars = (H, M, N, *(stride for of_one in strides for stride in of_one), *bias_strides, *score_strides)
     constants |= {"HAS_DSCORES": dscores is not None, "RECEIVED": scores == "received"}
-    dscores_ = lse if dscores is None else dscores
-    if B * H * tiles_m:
-        masked_channel_attention_bwd_q_kernel[(B * H * tiles_m,)](
-            dout, q, k, v, *given, out, lse, lse if dlse is None else dlse.contiguous(), dscores_, delta, dq,
-            dqk_partial, *numbers, *strides, *bias_strides, *score_strides,
-            **constants, **of_queries, HAS_DLSE=dlse is not None, SPLIT=split and lengths is None,
-            BLOCK_TAIL=tail(N, of_queries["BLOCK_N"], not split or lengths is not None),
-        )  # fmt: skip
-    if B * H * tiles_n:
-        masked_channel_attention_bwd_kv_kernel[(B * H * tiles_n,)](
-            dout, q, k, v, *given, lse, delta, dscores_, dk, dv, dv_partial, dbias,
-            *numbers, *strides, *bias_strides, *score_strides,
-            **constants, **of_keys, BLOCK_TAIL=tail(M, of_keys["BLOCK_M"], not split), SPLIT=split,
-        )  # fmt: skip
+    of_queries = of_queries | {
+        "HAS_DLSE": dlse is not None,
+        "SPLIT": split and lengths is None,
+        "BLOCK_TAIL": tail(N, of_queries["BLOCK_N"], not split or lengths is not None),
+    }
+    of_keys = of_keys | {
+        "SPLIT": split,
+        "BLOCK_TAIL": tile((M - 1) % of_keys["BLOCK_M"] + 1 if split else M, 16, of_keys["BLOCK_M"]),
+    }
+    return _Backward(
+        Launch(B * H * tiles_m, scalars, constants | of_queries),
+        Launch(B * H * tiles_n, scalars, constants | of_keys),
+        tiles_m,
+        tiles_n,
+    )
+
+
+def masked_channel_attention_bwd(
+    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean
+):
+    (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
+    dq, dk, dv = heads_inside(q, M, DK), heads_inside(k, N, DK), heads_inside(v, N, DV)
+    plan = _bwd_plan(dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scores, mean)
+    of_rows = lse.new_empty((*lse.shape, 2))  # D, and the log-sum-exp as the kernels subtract it
+    dqk_partial = lse.new_empty((B, H, plan.tiles_m, DK) if qk_mask is not None else (0,))
+    dv_partial = lse.new_empty((B, H, plan.tiles_n, DV) if v_mask is not None else (0,))
+    dbias = q.new_empty((0,)) if bias is None else bias.new_empty(bias.shape)
+    share = 1 / ((M if scores == "received" else 1) * (H if mean else 1))
+    floats = (float(scale) * math.log2(math.e), float(scale), share)
+    given = (dout, q, k, v, *stand_ins(q, qk_mask, v_mask, bias, lengths))
+    dscores_, dlse_ = lse if dscores is None else dscores, lse if dlse is None else dlse.contiguous()
+    tensors = (*given, out, lse, dlse_, dscores_, of_rows, dq, dqk_partial)
+    launch(masked_channel_attention_bwd_q_kernel, plan.of_queries, tensors, floats)
+    tensors = (*given, of_rows, dscores_, dk, dv, dv_partial, dbias)
+    launch(masked_channel_attention_bwd_kv_kernel, plan.of_keys, tensors, floats)
     return dq, dk, dv, _mask_gradient(dqk_partial, qk_mask, q), _mask_gradient(dv_partial, v_mask, q), dbias

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from ..reference import accumulation_dtype
-from .common import FUSION, cast, tile, write_rows
+from .common import FUSION, cast, for_any, tile, write_rows
+from .launch import Launch, launch, planned
 
 
 @triton.jit
@@ -39,10 +40,10 @@ def _next(index_ptr, row, last, P, N, M, stride_in, BLOCK_K: tl.constexpr):
     return found
 
 
-@triton.jit
+@for_any("N", "M", "P", "blocks", "stride_ib", "stride_sb", "mean_ptr", "deviation_ptr")
 def sum_rows_kernel(
     x_ptr, index_ptr, sizes_ptr, weight_ptr, bias_ptr, y_ptr, totals_ptr, logs_ptr, normed_ptr, mean_ptr, deviation_ptr,
-    N, M, C, P, eps: tl.float64, blocks, slices,
+    eps: tl.float64, N, M, C, P, blocks, slices,
     stride_xb, stride_xn, stride_xc, stride_ib, stride_in, stride_sb, stride_sn,
     MEAN: tl.constexpr, SIZES: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
     ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -87,13 +88,15 @@ def sum_rows_kernel(
             sums += cast(values, ACC) * factor[:, None]
         else:
             sums += cast(values, ACC)
+    if MEAN:  # what nothing of any size goes into is 0, be it NaN
+        sums = tl.where((some | (row < P))[:, None], sums, 0.0)
     write_rows(
         cast(sums, y_ptr.dtype.element_ty), row, there, c, b, C, P + M, tl.full((), eps, ACC), y_ptr, normed_ptr,
         mean_ptr, deviation_ptr, weight_ptr, bias_ptr, NORM, WEIGHT, BIAS, ACC,
     )  # fmt: skip
 
 
-@triton.jit
+@for_any("N", "M", "P", "blocks", "stride_ib", "stride_sb", "stride_tb")
 def gather_rows_kernel(
     y_ptr, index_ptr, sizes_ptr, totals_ptr, x_ptr, N, M, C, P, blocks, slices,
     stride_yb, stride_yn, stride_yc, stride_ib, stride_in, stride_sb, stride_sn, stride_tb, stride_tn,
@@ -123,47 +126,59 @@ def _accumulator(x):
     return tl.float64 if accumulation_dtype(x.dtype).itemsize == 8 else tl.float32
 
 
-def _sum_rows(x, index, tokens, prefix, sizes=None, parameters=(None, None), made=None, norm=False, eps=0.0):
-    """The rows summed up; their means, with all that `made` has room for, if that is given."""
+@planned
+def _sum_plan(x, index, tokens, prefix, sizes, weight, bias, mean, norm):
     (B, _, C), N, rows = x.shape, index.shape[1], prefix + tokens
-    y = x.new_empty((B, rows, C))
-    if B * rows == 0:
-        return y
-    totals, logs, normed, (mean, deviation) = made or (y, y, y, (y, y))
+    wide = x.dtype.itemsize > 2
     block_c = triton.next_power_of_2(max(C, 16)) if norm else tile(C, 16, 128)
-    size = min(4096, 2**21 // block_c) if norm else 2048 if x.element_size() == 2 else 1024
+    size = min(4096, 2**21 // block_c) if norm else 1024 if wide else 2048
     block_n = max(1, min(32, size // block_c))
     blocks, slices = triton.cdiv(rows, block_n), max(1, triton.cdiv(C, block_c))
     # left alone, ptxas spills fp32 rows to get to 40 registers; with a limit it takes what they need, 55 to 80
-    limit = {"maxnreg": 128} if x.element_size() > 2 and not norm else {}
-    sum_rows_kernel[B * blocks * slices,](
-        x, index, x if sizes is None else sizes, *(x if t is None else t for t in parameters),
-        y, totals, logs, normed, mean, deviation, N, tokens, C, prefix, eps, blocks, slices,
-        *x.stride(), *index.stride(), *((0, 0) if sizes is None else sizes.stride()),
-        MEAN=made is not None, SIZES=sizes is not None, NORM=norm, WEIGHT=parameters[0] is not None,
-        BIAS=parameters[1] is not None, ACC=_accumulator(x),
-        BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_K=min(tile(prefix + N, 16, 128), 1024 // block_n),
-        num_warps=8 if norm and C > 256 and block_n > 1 else 4, **limit, **FUSION,
-    )  # fmt: skip
+    limit = {"maxnreg": 128} if wide and not norm else {}
+    constants = {
+        "MEAN": mean,
+        "SIZES": sizes is not None,
+        "NORM": norm,
+        "WEIGHT": weight is not None,
+        "BIAS": bias is not None,
+        "ACC": _accumulator(x),
+        "BLOCK_N": block_n,
+        "BLOCK_C": block_c,
+        "BLOCK_K": min(128, 1024 // block_n),  # of any N: one that shrinks compiles nothing again
+        "num_warps": 8 if norm and C > 256 and block_n > 1 else 4,
+    }
+    strides = *x.stride(), *index.stride(), *((0, 0) if sizes is None else sizes.stride())
+    return Launch(B * blocks * slices, (N, tokens, C, prefix, blocks, slices, *strides), constants | limit | FUSION)
+
+
+@planned
+def _gather_plan(y, index, prefix, sizes, totals):
+    (B, rows, C), N = y.shape, index.shape[1]
+    block_c = tile(C, 16, 128)
+    block_n = min(32, 2048 // block_c)
+    blocks, slices = triton.cdiv(prefix + N, block_n), triton.cdiv(C, block_c)
+    constants = {"MEAN": totals is not None, "SIZES": sizes is not None, "ACC": _accumulator(y)}
+    constants |= {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": 4, **FUSION}
+    strides = [stride for t in (sizes, totals) for stride in ((0, 0) if t is None else t.stride())]
+    scalars = (N, rows - prefix, C, prefix, blocks, slices, *y.stride(), *index.stride(), *strides)
+    return Launch(B * blocks * slices, scalars, constants)
+
+
+def _sum_rows(x, index, tokens, prefix, sizes=None, parameters=(None, None), made=None, norm=False, eps=0.0):
+    """The rows summed up; their means, with all that `made` has room for, if that is given."""
+    y = x.new_empty((x.shape[0], prefix + tokens, x.shape[2]))
+    plan = _sum_plan(x, index, tokens, prefix, sizes, *parameters, made is not None, norm)
+    given = [x if t is None else t for t in (sizes, *parameters)]
+    launch(sum_rows_kernel, plan, (x, index, *given, y, *(made or (y,) * 5)), (eps,))
     return y
 
 
 def _gather_rows(y, index, prefix, sizes=None, totals=None):
     """Every row gets the one it went into, its share by sizes if there are `totals`."""
-    (B, rows, C), N = y.shape, index.shape[1]
-    x = y.new_empty((B, prefix + N, C))
-    if x.numel() == 0:
-        return x
-    block_c = tile(C, 16, 128)
-    block_n = min(32, 2048 // block_c)
-    blocks, slices = triton.cdiv(prefix + N, block_n), triton.cdiv(C, block_c)
-    gather_rows_kernel[B * blocks * slices,](
-        y, index, y if sizes is None else sizes, y if totals is None else totals, x,
-        N, rows - prefix, C, prefix, blocks, slices,
-        *y.stride(), *index.stride(), *(s for t in (sizes, totals) for s in ((0, 0) if t is None else t.stride())),
-        MEAN=totals is not None, SIZES=sizes is not None, ACC=_accumulator(y),
-        BLOCK_N=block_n, BLOCK_C=block_c, num_warps=4, **FUSION,
-    )  # fmt: skip
+    x = y.new_empty((y.shape[0], prefix + index.shape[1], y.shape[2]))
+    given = [y if t is None else t for t in (sizes, totals)]
+    launch(gather_rows_kernel, _gather_plan(y, index, prefix, sizes, totals), (y, index, *given, x))
     return x
 
 
@@ -172,7 +187,7 @@ def merge_bipartite_fwd(x, index, tokens, sizes, weight, bias, prefix, norm, eps
     totals, logs = (x.new_empty((B, rows), dtype=wide) for _ in range(2))
     normed = x.new_empty((B, rows, C) if norm else (0,))
     statistics = x.new_empty((2, B, rows) if norm else (0,), dtype=wide)
-    made = totals, logs, normed, (statistics if norm else (statistics, statistics))
+    made = totals, logs, normed, *(statistics if norm else (statistics, statistics))
     y = _sum_rows(x, index, tokens, prefix, sizes, (weight, bias), made, norm, eps)
     return y, totals, logs, normed, statistics
 

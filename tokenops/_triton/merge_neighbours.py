@@ -4,13 +4,16 @@ The prefix and the end of an odd axis have no second neighbour: those rows are c
 rows, writes the gradients of all their neighbours, and sums what is learned over its rows: torch adds the sums up.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from .._schemas import merged_tokens
 from ..reference import accumulation_dtype
-from .common import FUSION, cast, tile, write_rows
+from .common import FUSION, cast, for_any, tile, write_rows
+from .launch import Launch, launch, planned
 
 
 @triton.jit
@@ -52,6 +55,9 @@ def _counts(
         share_b = tl.where(some, size_b / total, 0.5)
     if LOGITS:
         logit_a, logit_b = _both(logits_ptr + token * stride_ln, paired, paired, step * stride_ln, ACC)
+        if SIZES:  # what has no size does not count: its logit is log 0
+            logit_a = tl.where(share_a == 0, float("-inf"), logit_a)
+            logit_b = tl.where(share_b == 0, float("-inf"), logit_b)
         largest = tl.maximum(logit_a, logit_b)
         largest = tl.where(largest == float("-inf"), 0.0, largest)
         share_a *= tl.exp(logit_a - largest)
@@ -72,11 +78,11 @@ def _factor(ptr, number, c, C, stride, GIVEN: tl.constexpr, ACC: tl.constexpr):
         return tl.full(c.shape, number, ACC)
 
 
-@triton.jit
+@for_any("H", "W", "P", "rows", "blocks", "stride_lb", "stride_sb", "mean_ptr", "deviation_ptr")
 def merge_neighbours_fwd_kernel(
     x_ptr, first_ptr, second_ptr, logits_ptr, sizes_ptr, weight_ptr, bias_ptr,
-    y_ptr, merged_ptr, normed_ptr, mean_ptr, deviation_ptr,
-    H, W, C, P, rows, alpha: tl.float64, beta: tl.float64, eps: tl.float64, blocks, slices,
+    y_ptr, merged_ptr, normed_ptr, mean_ptr, deviation_ptr, alpha: tl.float64, beta: tl.float64, eps: tl.float64,
+    H, W, C, P, rows, blocks, slices,
     stride_xb, stride_xn, stride_xc, stride_f, stride_s, stride_lb, stride_ln, stride_sb, stride_sn,
     VERTICAL: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, LOGITS: tl.constexpr, SIZES: tl.constexpr,
     NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ACC: tl.constexpr,
@@ -114,10 +120,10 @@ def merge_neighbours_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@for_any("H", "W", "P", "rows", "tokens", "images", "blocks", "programs", "stride_lb", "stride_sb")
 def merge_neighbours_bwd_kernel(
     dy_ptr, x_ptr, first_ptr, second_ptr, logits_ptr, sizes_ptr, dx_ptr, dfirst_ptr, dsecond_ptr, dlogits_ptr,
-    H, W, C, P, rows, tokens, alpha: tl.float64, beta: tl.float64, images, blocks, slices, programs,
+    alpha: tl.float64, beta: tl.float64, H, W, C, P, rows, tokens, images, blocks, slices, programs,
     stride_yb, stride_yn, stride_yc, stride_xb, stride_xn, stride_xc, stride_f, stride_s,
     stride_lb, stride_ln, stride_sb, stride_sn,
     VERTICAL: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, LOGITS: tl.constexpr, SIZES: tl.constexpr,
@@ -171,10 +177,9 @@ def merge_neighbours_bwd_kernel(
         tl.store(dsecond_ptr + at, tl.sum(sum_b, axis=0)[None, :], mask=c < C)
 
 
-def _arguments(x, first, second, logits, sizes, vertical):
-    """Of the weights and sizes: pointers, strides, and which of them there are. `x` stands for those that are not."""
-    pointers = [x if t is None else t for t in (first, second, logits, sizes)]
-    strides = [0 if t is None or t.shape[0] == 1 else t.stride(0) for t in (first, second)]
+def _weights(x, first, second, logits, sizes, vertical):
+    """Of the weights and sizes: strides, and which of them there are."""
+    strides = [0 if t is None or t.shape[0] == 1 else t.stride()[0] for t in (first, second)]
     strides += [stride for t in (logits, sizes) for stride in ((0, 0) if t is None else t.stride())]
     given = {
         "VERTICAL": vertical,
@@ -184,7 +189,45 @@ def _arguments(x, first, second, logits, sizes, vertical):
         "SIZES": sizes is not None,
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
     }
-    return pointers, strides, given
+    return strides, given
+
+
+@planned
+def _fwd_plan(x, first, second, logits, sizes, weight, bias, height, width, vertical, prefix, norm):
+    B, _, C = x.shape
+    rows = prefix + merged_tokens(height, width, vertical)
+    block_c = triton.next_power_of_2(max(C, 16)) if norm else tile(C, 16, 256)
+    block_n = max(1, min(32, (4096 if norm else 2048) // block_c))
+    blocks, slices = triton.cdiv(rows, block_n), max(1, triton.cdiv(C, block_c))
+    strides, constants = _weights(x, first, second, logits, sizes, vertical)
+    constants |= {"NORM": norm, "WEIGHT": weight is not None, "BIAS": bias is not None}
+    constants |= {"BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": 8 if norm else 4, **FUSION}
+    scalars = (height, max(width, 1), C, prefix, rows, blocks, slices, *x.stride(), *strides)
+    return Launch(B * blocks * slices, scalars, constants)
+
+
+class _Backward(NamedTuple):
+    launch: Launch
+    programs: int  # that leave sums behind
+
+
+@planned
+def _bwd_plan(dy, x, first, second, logits, sizes, height, width, vertical, prefix):
+    B, rows, C = dy.shape
+    learned = x is not None
+    block_c = triton.next_power_of_2(max(C, 16)) if learned and logits is not None else tile(C, 16, 256)
+    block_n = max(1, min(32, (1024 if learned else 2048) // block_c))
+    blocks, slices = triton.cdiv(rows, block_n), max(1, triton.cdiv(C, block_c))
+    programs = B * blocks
+    if learned and logits is None:  # each leaves sums behind: few enough to add up, enough to fill a GPU
+        programs = min(programs, max(1, 2048 // slices))
+    strides, constants = _weights(dy, first, second, logits, sizes, vertical)
+    constants |= {"LEARNED": learned, "BLOCK_N": block_n, "BLOCK_C": block_c, "num_warps": 4, **FUSION}
+    scalars = (
+        height, max(width, 1), C, prefix, rows, prefix + height * width, B, blocks, slices, programs,
+        *dy.stride(), *(x if learned else dy).stride(), *strides,
+    )  # fmt: skip
+    return _Backward(Launch(programs * slices, scalars, constants), programs)
 
 
 def merge_neighbours_fwd(
@@ -196,46 +239,25 @@ def merge_neighbours_fwd(
     merged = x.new_empty((0,)) if sizes is None else sizes.new_empty((B, M))
     normed = x.new_empty((B, rows, C) if norm else (0,))
     statistics = x.new_empty((2, B, rows) if norm else (0,), dtype=accumulation_dtype(x.dtype))
-    if B * rows == 0:
-        return y, merged, normed, statistics
-    block_c = triton.next_power_of_2(max(C, 16)) if norm else tile(C, 16, 256)
-    block_n = max(1, min(32, (4096 if norm else 2048) // block_c))
-    blocks, slices = triton.cdiv(rows, block_n), max(1, triton.cdiv(C, block_c))
     mean, deviation = statistics if norm else (statistics, statistics)
-    pointers, strides, given = _arguments(x, first, second, logits, sizes, vertical)
-    merge_neighbours_fwd_kernel[B * blocks * slices,](
-        x, *pointers, *(x if t is None else t for t in (weight, bias)), y, merged, normed, mean, deviation,
-        height, max(width, 1), C, prefix, rows, alpha, beta, eps, blocks, slices, *x.stride(), *strides, **given,
-        NORM=norm, WEIGHT=weight is not None, BIAS=bias is not None,
-        BLOCK_N=block_n, BLOCK_C=block_c, num_warps=8 if norm else 4, **FUSION,
-    )  # fmt: skip
+    given = [x if t is None else t for t in (first, second, logits, sizes, weight, bias)]  # x stands in for the others
+    plan = _fwd_plan(x, first, second, logits, sizes, weight, bias, height, width, vertical, prefix, norm)
+    tensors = (x, *given, y, merged, normed, mean, deviation)
+    launch(merge_neighbours_fwd_kernel, plan, tensors, (alpha, beta, eps))
     return y, merged, normed, statistics
 
 
 def merge_neighbours_bwd(dy, x, first, second, logits, sizes, height, width, vertical, prefix, alpha, beta):
-    B, rows, C = dy.shape
-    tokens = prefix + height * width
+    B, _, C = dy.shape
     learned = x is not None
-    whole = learned and logits is not None
-    block_c = triton.next_power_of_2(max(C, 16)) if whole else tile(C, 16, 256)
-    block_n = max(1, min(32, (1024 if learned else 2048) // block_c))
-    blocks, slices = triton.cdiv(rows, block_n), max(1, triton.cdiv(C, block_c))
-    programs = B * blocks
-    if learned and not whole:  # each leaves sums behind: few enough to add up, enough to fill a GPU
-        programs = min(programs, max(1, 2048 // slices))
-    dx = dy.new_empty((B, tokens, C))
-    dlogits = logits.new_empty(logits.shape) if whole else dy.new_empty((0,))
-    wide = accumulation_dtype(dy.dtype)
-    sums = [dy.new_empty((programs, C), dtype=wide) if learned and t is not None else None for t in (first, second)]
-    if programs:
-        pointers, strides, given = _arguments(dy, first, second, logits, sizes, vertical)
-        x = dy if x is None else x
-        merge_neighbours_bwd_kernel[programs * slices,](
-            dy, x, *pointers, dx, *(dx if s is None else s for s in sums), dlogits,
-            height, max(width, 1), C, prefix, rows, tokens, alpha, beta, B, blocks, slices, programs,
-            *dy.stride(), *x.stride(), *strides, **given,
-            LEARNED=learned, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=4, **FUSION,
-        )  # fmt: skip
+    dx = dy.new_empty((B, prefix + height * width, C))
+    dlogits = logits.new_empty(logits.shape) if learned and logits is not None else dy.new_empty((0,))
+    plan = _bwd_plan(dy, x, first, second, logits, sizes, height, width, vertical, prefix)
+    wide, size = accumulation_dtype(dy.dtype), (plan.programs, C)
+    sums = [dy.new_empty(size, dtype=wide) if learned and t is not None else None for t in (first, second)]
+    given = [dy if t is None else t for t in (x, first, second, logits, sizes)]
+    tensors = (dy, *given, dx, *(dx if s is None else s for s in sums), dlogits)
+    launch(merge_neighbours_bwd_kernel, plan.launch, tensors, (alpha, beta))
     return dx, *(_added(s, t, dy) for s, t in zip(sums, (first, second))), dlogits
 
 

@@ -7,7 +7,8 @@ others, and those whose index is out of range, replace nothing and get a gradien
 import triton
 import triton.language as tl
 
-from .common import FUSION, companions, integers, tile
+from .common import FUSION, companion_strides, for_any, four, tile
+from .launch import Launch, launch, planned
 
 
 @triton.jit
@@ -51,7 +52,10 @@ def _return(dy_ptr, old_ptr, new_ptr, b, n, replaced, j, place, wins, N, k, stri
     tl.store(new_ptr + b * k + j, new, mask=mine)
 
 
-@triton.jit
+@for_any(
+    "N", "k", "P", "carried", "stride_ib", "stride_ob0", "stride_ob1", "stride_ob2", "stride_ob3",
+    "stride_nb0", "stride_nb1", "stride_nb2", "stride_nb3",
+)  # fmt: skip
 def restore_tokens_fwd_kernel(
     base_ptr, tokens_ptr, index_ptr, y_ptr,
     old0_ptr, old1_ptr, old2_ptr, old3_ptr, new0_ptr, new1_ptr, new2_ptr, new3_ptr, y0_ptr, y1_ptr, y2_ptr, y3_ptr,
@@ -88,7 +92,7 @@ def restore_tokens_fwd_kernel(
         tl.store(y_ptr + c, tl.where(replaced[:, None], new, old), mask=inside[:, None] & (c < C))
 
 
-@triton.jit
+@for_any("N", "k", "P", "carried", "blocks", "stride_ib", "stride_b0", "stride_b1", "stride_b2", "stride_b3")
 def restore_tokens_bwd_kernel(
     dy_ptr, index_ptr, dbase_ptr, dtokens_ptr,
     y0_ptr, y1_ptr, y2_ptr, y3_ptr, old0_ptr, old1_ptr, old2_ptr, old3_ptr, new0_ptr, new1_ptr, new2_ptr, new3_ptr,
@@ -145,33 +149,38 @@ def _blocks(C: int, k: int) -> dict:
     return {**blocks, "num_warps": 4, **FUSION}
 
 
-def restore_tokens_fwd(base, tokens, index, prefix, olds, news):
-    B, rows, C = base.shape
-    y, made = base.new_empty((B, rows, C)), [old.new_empty(old.shape) for old in olds]
-    if B * rows == 0:
-        return y, made
-    k, blocks = index.shape[1], _blocks(C, index.shape[1])
-    pointers, (of_olds, of_news, _) = companions(index, olds, news, made)
-    restore_tokens_fwd_kernel[B * triton.cdiv(rows, blocks["BLOCK_N"]),](
-        integers(base), integers(tokens), index, integers(y), *pointers,
-        rows - prefix, k, C, prefix, tokens.shape[1] - k,
-        *base.stride(), *tokens.stride(), *index.stride(), *of_olds, *of_news, COMPANIONS=len(olds), **blocks,
+@planned
+def _fwd_plan(base, tokens, index, prefix, *companions):
+    (B, rows, C), k, count = base.shape, index.shape[1], len(companions) // 2
+    blocks = _blocks(C, k)
+    scalars = (
+        rows - prefix, k, C, prefix, tokens.shape[1] - k, *base.stride(), *tokens.stride(), *index.stride(),
+        *companion_strides(companions[:count]), *companion_strides(companions[count:]),
     )  # fmt: skip
+    return Launch(B * triton.cdiv(rows, blocks["BLOCK_N"]), scalars, {"COMPANIONS": count, **blocks}, bits=16)
+
+
+@planned
+def _bwd_plan(dy, index, prefix, carried, *dcompanions):
+    (B, rows, C), k = dy.shape, index.shape[1]
+    blocks = _blocks(C, k)
+    programs = triton.cdiv(max(rows, carried + k), blocks["BLOCK_N"])
+    strides = *dy.stride(), *index.stride(), *companion_strides(dcompanions)
+    scalars = (rows - prefix, k, C, prefix, carried, programs, *strides)
+    return Launch(B * programs, scalars, {"COMPANIONS": len(dcompanions), **blocks}, bits=16)
+
+
+def restore_tokens_fwd(base, tokens, index, prefix, olds, news):
+    y, made = base.new_empty(base.shape), [old.new_empty(old.shape) for old in olds]
+    plan = _fwd_plan(base, tokens, index, prefix, *olds, *news)
+    launch(restore_tokens_fwd_kernel, plan, (base, tokens, index, y, *four(index, olds, news, made)))
     return y, made
 
 
 def restore_tokens_bwd(dy, index, prefix, carried, dcompanions):
-    B, rows, C = dy.shape
-    k, blocks = index.shape[1], _blocks(C, index.shape[1])
-    dbase, dtokens = dy.new_empty((B, rows, C)), dy.new_empty((B, carried + k, C))
+    (B, _, C), k = dy.shape, index.shape[1]
+    dbase, dtokens = dy.new_empty(dy.shape), dy.new_empty((B, carried + k, C))
     dolds, dnews = [d.new_empty(d.shape) for d in dcompanions], [d.new_empty((B, k)) for d in dcompanions]
-    if B * max(rows, carried + k) == 0:
-        return dbase, dtokens, dolds, dnews
-    programs = triton.cdiv(max(rows, carried + k), blocks["BLOCK_N"])
-    pointers, (strides, *_) = companions(index, dcompanions, dolds, dnews)
-    restore_tokens_bwd_kernel[B * programs,](
-        integers(dy), index, integers(dbase), integers(dtokens), *pointers,
-        rows - prefix, k, C, prefix, carried, programs,
-        *dy.stride(), *index.stride(), *strides, COMPANIONS=len(dcompanions), **blocks,
-    )  # fmt: skip
+    plan = _bwd_plan(dy, index, prefix, carried, *dcompanions)
+    launch(restore_tokens_bwd_kernel, plan, (dy, index, dbase, dtokens, *four(index, dcompanions, dolds, dnews)))
     return dbase, dtokens, dolds, dnews

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from ..reference import accumulation_dtype
-from .common import FUSION, cast, tile, write_rows
-from .common import companions as companion_arguments
+from .common import FUSION, cast, companion_strides, for_any, four, tile, write_rows
+from .launch import Launch, launch, planned
 
 _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -81,11 +81,11 @@ def _follow(from_ptr, to_ptr, b, n, slot, there, k, stride_b, stride_n):
     tl.store(to_ptr + b * k + slot, values, mask=there)
 
 
-@triton.jit
+@for_any("N", "k", "stride_sb", "stride_b0", "stride_b1", "stride_b2", "stride_b3", "mean_ptr", "deviation_ptr")
 def select_tokens_fwd_kernel(
     x_ptr, scores_ptr, counts_ptr, weight_ptr, bias_ptr, tokens_ptr, index_ptr, normed_ptr, mean_ptr, deviation_ptr,
     fused_ptr, from0_ptr, from1_ptr, from2_ptr, from3_ptr, to0_ptr, to1_ptr, to2_ptr, to3_ptr,
-    N, k, C, P, eps, slices, stride_xb, stride_xn, stride_xc, stride_sb, stride_sn,
+    eps: tl.float64, N, k, C, P, slices, stride_xb, stride_xn, stride_xc, stride_sb, stride_sn,
     stride_b0, stride_n0, stride_b1, stride_n1, stride_b2, stride_n2, stride_b3, stride_n3,
     REST: tl.constexpr, BEST_FIRST: tl.constexpr, COUNTS: tl.constexpr, COMPANIONS: tl.constexpr,
     NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BITS: tl.constexpr, ACC: tl.constexpr,
@@ -101,6 +101,7 @@ def select_tokens_fwd_kernel(
         count = tl.minimum(tl.maximum(tl.load(counts_ptr + b), 0), k).to(tl.int32)
     scores_ptr += b * stride_sb
     x_ptr += b * stride_xb
+    added = tl.full((), eps, ACC)
     threshold, wanted = _threshold(scores_ptr, count, N, stride_sn, BITS, WHOLE, BLOCK)
 
     total = tl.zeros((), ACC)
@@ -134,7 +135,7 @@ def select_tokens_fwd_kernel(
         offsets = (P + n).to(tl.int64)[:, None] * stride_xn + c[None, :] * stride_xc
         values = tl.load(x_ptr + offsets, mask=read[:, None] & (c < C)[None, :], other=0.0)
         write_rows(
-            values, P + slot, kept, c, b, C, rows, eps, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr, weight_ptr,
+            values, P + slot, kept, c, b, C, rows, added, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr, weight_ptr,
             bias_ptr, NORM, WEIGHT, BIAS, ACC,
         )  # fmt: skip
         if FUSES:
@@ -156,7 +157,7 @@ def select_tokens_fwd_kernel(
             if slice == 0:
                 tl.store(fused_ptr + b * (1 + C), total)
         write_rows(
-            rest.to(tokens_ptr.dtype.element_ty)[None, :], P + count + one, one == 0, c, b, C, rows, eps, tokens_ptr,
+            rest.to(tokens_ptr.dtype.element_ty)[None, :], P + count + one, one == 0, c, b, C, rows, added, tokens_ptr,
             normed_ptr, mean_ptr, deviation_ptr, weight_ptr, bias_ptr, NORM, WEIGHT, BIAS, ACC,
         )  # fmt: skip
     for start in range(0, P, BLOCK_N):
@@ -164,7 +165,7 @@ def select_tokens_fwd_kernel(
         offsets = n.to(tl.int64)[:, None] * stride_xn + c[None, :] * stride_xc
         values = tl.load(x_ptr + offsets, mask=(n < P)[:, None] & (c < C)[None, :], other=0.0)
         write_rows(
-            values, n, n < P, c, b, C, rows, eps, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr, weight_ptr,
+            values, n, n < P, c, b, C, rows, added, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr, weight_ptr,
             bias_ptr, NORM, WEIGHT, BIAS, ACC,
         )  # fmt: skip
     if COUNTS:
@@ -173,7 +174,7 @@ def select_tokens_fwd_kernel(
             j = start + tl.arange(0, BLOCK_N)
             beyond = j < k
             write_rows(
-                zeros, P + FUSES + j, beyond, c, b, C, rows, eps, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr,
+                zeros, P + FUSES + j, beyond, c, b, C, rows, added, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr,
                 weight_ptr, bias_ptr, NORM, WEIGHT, BIAS, ACC,
             )  # fmt: skip
             if slice == 0:
@@ -196,7 +197,8 @@ def _return(from_ptr, to_ptr, b, n, slot, N, stride_b, stride_n):
     tl.store(to_ptr + b * N + n, values, mask=(n >= 0) & (n < N))
 
 
-@triton.jit
+# P is 1 in most models: knowing that saves a third of the registers
+@for_any("N", "k", "blocks", "stride_sb", "stride_ib", "stride_b0", "stride_b1", "stride_b2", "stride_b3")
 def select_tokens_bwd_kernel(
     dtokens_ptr, index_ptr, scores_ptr, counts_ptr, x_ptr, fused_ptr, dx_ptr, dscores_ptr,
     from0_ptr, from1_ptr, from2_ptr, from3_ptr, to0_ptr, to1_ptr, to2_ptr, to3_ptr,
@@ -275,8 +277,53 @@ def select_tokens_bwd_kernel(
         _return(from3_ptr, to3_ptr, b, n, slot, N, stride_b3, stride_n3)
 
 
-def select_tokens_fwd(x, scores, k, counts, companions, weight, bias, prefix, rest, best_first, norm, eps):
+def _shared_constants(x, scores, counts, companions, rest):
+    return {
+        "REST": rest,
+        "COUNTS": counts is not None,
+        "COMPANIONS": len(companions),
+        "BITS": 64 if scores.dtype == torch.float64 else 32,
+        "ACC": _TYPES[accumulation_dtype(x.dtype)],
+        **FUSION,
+    }
+
+
+@planned
+def _fwd_plan(x, scores, counts, weight, bias, k, prefix, rest, best_first, norm, *companions):
     (B, _, C), N = x.shape, scores.shape[1]
+    block_c = triton.next_power_of_2(max(C, 16)) if norm else tile(C, 16, 128)
+    block = tile(N, 32, 4096)
+    slices = 1 if norm else max(1, triton.cdiv(C, block_c))
+    constants = _shared_constants(x, scores, counts, companions, rest) | {
+        "BEST_FIRST": best_first,
+        "NORM": norm,
+        "WEIGHT": weight is not None,
+        "BIAS": bias is not None,
+        "WHOLE": N <= block,
+        "BLOCK": block,
+        "BLOCK_N": max(1, min(tile(N, 16, 32), 8192 // block_c)),
+        "BLOCK_C": block_c,
+        "num_warps": 8 if norm and C > 256 else 4,
+    }
+    scalars = (N, k, C, prefix, slices, *x.stride(), *scores.stride(), *companion_strides(companions))
+    return Launch(B * slices, scalars, constants, bits=8)
+
+
+@planned
+def _bwd_plan(dtokens, index, scores, counts, x, prefix, rest, *dcompanions):
+    (B, _, C), (_, N), k = dtokens.shape, scores.shape, index.shape[1]
+    block_c = tile(C, 16, 128)
+    block_n = min(32, 4096 // block_c)
+    blocks = triton.cdiv(prefix + N, block_n)
+    constants = _shared_constants(dtokens, scores, counts, dcompanions, rest)
+    constants |= {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_K": tile(k, 16, 64), "num_warps": 4}
+    strides = [stride for t in (dtokens, dtokens if x is None else x, scores, index) for stride in t.stride()]
+    scalars = (N, k, C, prefix, blocks, *strides, *companion_strides(dcompanions))
+    return Launch(B * blocks, scalars, constants, bits=8)
+
+
+def select_tokens_fwd(x, scores, k, counts, companions, weight, bias, prefix, rest, best_first, norm, eps):
+    B, _, C = x.shape
     wide = accumulation_dtype(x.dtype)
     size = (B, prefix + k + int(rest != "none"), C)
     tokens = x.new_empty(size)
@@ -285,44 +332,21 @@ def select_tokens_fwd(x, scores, k, counts, companions, weight, bias, prefix, re
     statistics = x.new_empty((2, *size[:2]) if norm else (0,), dtype=wide)
     fused = x.new_empty((B, 1 + C) if rest == "normalized" else (0,), dtype=wide)
     made = [c.new_empty((B, k)) for c in companions]
-    if B == 0:
-        return tokens, index, normed, statistics, fused, made
-    block_c = triton.next_power_of_2(max(C, 16)) if norm else tile(C, 16, 128)
-    block = tile(N, 32, 4096)
-    slices = 1 if norm else max(1, triton.cdiv(C, block_c))
     mean, deviation = statistics if norm else (statistics, statistics)
-    pointers, (strides, _) = companion_arguments(index, companions, made)
-    select_tokens_fwd_kernel[B * slices,](
-        x, scores, index if counts is None else counts, *(x if t is None else t for t in (weight, bias)),
-        tokens, index, normed, mean, deviation, fused, *pointers,
-        N, k, C, prefix, eps, slices, *x.stride(), *scores.stride(), *strides,
-        REST=rest, BEST_FIRST=best_first, COUNTS=counts is not None, COMPANIONS=len(companions),
-        NORM=norm, WEIGHT=weight is not None, BIAS=bias is not None,
-        BITS=64 if scores.dtype == torch.float64 else 32, ACC=_TYPES[wide],
-        WHOLE=N <= block, BLOCK=block, BLOCK_N=max(1, min(tile(N, 16, 32), 8192 // block_c)), BLOCK_C=block_c,
-        num_warps=8 if norm and C > 256 else 4, **FUSION,
-    )  # fmt: skip
+    given = index if counts is None else counts, *(x if t is None else t for t in (weight, bias))
+    tensors = x, scores, *given, tokens, index, normed, mean, deviation, fused, *four(index, companions, made)
+    plan = _fwd_plan(x, scores, counts, weight, bias, k, prefix, rest, best_first, norm, *companions)
+    launch(select_tokens_fwd_kernel, plan, tensors, (eps,))
     return tokens, index, normed, statistics, fused, made
 
 
 def select_tokens_bwd(dtokens, dcompanions, index, scores, counts, x, fused, prefix, rest):
-    (B, _, C), (_, N), k = dtokens.shape, scores.shape, index.shape[1]
+    (B, _, C), N = dtokens.shape, scores.shape[1]
     weighted = rest in ("weighted", "normalized")
     dx, dscores = dtokens.new_empty((B, prefix + N, C)), scores.new_empty((B, N) if weighted else (0,))
     made = [d.new_empty((B, N)) for d in dcompanions]
-    if B == 0 or prefix + N == 0:
-        return dx, dscores, made
-    block_c = tile(C, 16, 128)
-    block_n = min(32, 4096 // block_c)
-    blocks = triton.cdiv(prefix + N, block_n)
-    pointers, (strides, _) = companion_arguments(index, dcompanions, made)
-    x = dtokens if x is None else x
-    select_tokens_bwd_kernel[B * blocks,](
-        dtokens, index, scores, index if counts is None else counts, x, dtokens if fused is None else fused,
-        dx, dscores, *pointers,
-        N, k, C, prefix, blocks, *dtokens.stride(), *x.stride(), *scores.stride(), *index.stride(), *strides,
-        REST=rest, COUNTS=counts is not None, COMPANIONS=len(dcompanions),
-        BITS=64 if scores.dtype == torch.float64 else 32, ACC=_TYPES[accumulation_dtype(dtokens.dtype)],
-        BLOCK_N=block_n, BLOCK_C=block_c, BLOCK_K=tile(k, 16, 64), num_warps=4, **FUSION,
-    )  # fmt: skip
+    given = index if counts is None else counts, *(dtokens if t is None else t for t in (x, fused))
+    tensors = dtokens, index, scores, *given, dx, dscores, *four(index, dcompanions, made)
+    plan = _bwd_plan(dtokens, index, scores, counts, x, prefix, rest, *dcompanions)
+    launch(select_tokens_bwd_kernel, plan, tensors)
     return dx, dscores, made

@@ -1,24 +1,33 @@
-"""soft_aggregate on Triton: two kernels, each reading its big tensors once.
+"""soft_aggregate on Triton: a kernel a direction, which makes the weights of a tile once for all channels.
 
-Forward: a program owns BLOCK_M slots and BLOCK_C channels of an image. A first walk over the logits finds each slot's
-largest logit and sum; the second makes the weights and multiplies. Backward: a program owns BLOCK_N tokens of an image
-and walks over the slots, so dx and dw are each written once, without atomics.
+Forward: a program owns slots of an image. Where the image's tokens fit a tile their logits are read once; else a first
+walk finds each slot's largest logit and sum, and the weights are made again for every tile of channels. Backward: some
+programs own slots (dw), some tokens (dx), and what an image's programs read they share in L2. Where the tokens fit a
+tile, D = sum of A * dA over them needs no y. Each result is written once, without atomics.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from . import launches
-from .common import FUSION, before_hopper, dot_options, from_units, index_type, rows, tile, unit
+from .common import FUSION, before_hopper, dot_options, for_any, from_units, index_type, rows, tile, unit
+from .launch import Launch, launch, planned
+
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _scale(scale_ptr, factor, ACC: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """The scale; the rate, weights being exp2(rate * w - something); the infinite logit that leaves a token out."""
     scale = tl.full((), factor, ACC)
     if HAS_SCALE:
         scale *= tl.load(scale_ptr).to(ACC)
-    return scale
+    rate = scale * LOG2E
+    rate = tl.where(rate == 0.0, tl.full((), 1e-45, ACC), rate)  # the least there is: infinity times it is infinite
+    return scale, rate, tl.where(rate < 0.0, float("inf"), float("-inf"))
 
 
 @triton.jit
@@ -30,208 +39,250 @@ def _token_counts(mask_ptr, n, N, stride_mn, HAS_MASK: tl.constexpr, INDEX: tl.c
 
 
 @triton.jit
-def _logits(w_ptr, n, m, counts, M, stride_wn, stride_wm, ACC: tl.constexpr, INDEX: tl.constexpr):
-    """The logits of tokens n (those that count) and slots m, -inf elsewhere; n and m are shaped to broadcast."""
+def _logits(w_ptr, n, m, counts, M, left_out, stride_wn, stride_wm, ACC: tl.constexpr, INDEX: tl.constexpr):
+    """The logits of tokens n and slots m, shaped to broadcast, `left_out` for -inf and for tokens that do not count."""
     offsets = n.to(INDEX) * stride_wn + m.to(INDEX) * stride_wm
-    return tl.load(w_ptr + offsets, mask=counts & (m < M), other=float("-inf")).to(ACC)
+    w = tl.load(w_ptr + offsets, mask=counts & (m < M), other=float("-inf")).to(ACC)
+    return tl.where(w == float("-inf"), left_out, w)
 
 
 @triton.jit
 def _finite(w):
-    return tl.where(w == float("-inf"), 0.0, w)
+    return tl.where(tl.abs(w) == float("inf"), 0.0, w)
 
 
 @triton.jit
-def _scaled(w, scale):
-    """scale * w, where a logit of -inf stays one whatever the scale."""
-    return tl.where(w == float("-inf"), float("-inf"), _finite(w) * scale)
+def _powers(w, rate, top):
+    """exp2(rate * w - top), the product not rounded: large logits cancel. 0 where a token is left out."""
+    return tl.exp2(tl.fma(w, rate, -top))
 
 
 @triton.jit
+def _copy_prefix(tile, from_ptr, to_ptr, P, first, last, C, stride_n, stride_c, BLOCK_C: tl.constexpr):
+    """The rows before the tokens, channels first to last, by the programs of an image's first tile."""
+    if tile == 0:
+        for p in range(P):
+            for start in range(first, last, BLOCK_C):
+                c = start + tl.arange(0, BLOCK_C)
+                offsets = tl.cast(p, tl.int64) * stride_n + c.to(tl.int64) * stride_c
+                row = tl.load(from_ptr + offsets, mask=c < C, other=0.0)
+                tl.store(to_ptr + tl.cast(p, tl.int64) * C + c, row.to(to_ptr.dtype.element_ty), mask=c < C)
+
+
+@for_any("B", "N", "M", "stride_wb", "stride_mb")
 def soft_aggregate_fwd_kernel(
-    x_ptr, w_ptr, scale_ptr, factor: tl.float64, mask_ptr, y_ptr, stats_ptr,
-    B, N, M, C, P,
+    x_ptr, w_ptr, scale_ptr, y_ptr, stats_ptr, mask_ptr, factor: tl.float64,
+    B, N, M, C, P, width,
     stride_xb, stride_xn, stride_xc, stride_wb, stride_wn, stride_wm, stride_mb, stride_mn,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
     N_UNIT: tl.constexpr, M_UNIT: tl.constexpr, WB_UNIT: tl.constexpr, WN_UNIT: tl.constexpr, WM_UNIT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ONE_TILE_N: tl.constexpr,
 ):  # fmt: skip
     N, M = N * N_UNIT, M * M_UNIT
     stride_wb = from_units(stride_wb, WB_UNIT, tl.int64)
     stride_wn, stride_wm = from_units(stride_wn, WN_UNIT, INDEX), from_units(stride_wm, WM_UNIT, INDEX)
-    tiles_c = tl.maximum(tl.cdiv(C, BLOCK_C), 1)
+    shares = tl.maximum(tl.cdiv(C, width), 1)
     tiles_m = tl.maximum(tl.cdiv(M, BLOCK_M), 1)
     program = tl.program_id(0)
-    tile_m = (program // tiles_c) % tiles_m
-    c = (program % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile_m = (program // shares) % tiles_m
+    first = (program % shares) * width
+    last = tl.minimum(first + width, C)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    b = (program // (tiles_c * tiles_m)).to(tl.int64)
+    b = (program // (shares * tiles_m)).to(tl.int64)
     x_ptr += b * stride_xb
     w_ptr += b * stride_wb
     mask_ptr += b * stride_mb
     y_ptr += b * (P + M) * C
 
-    if tile_m == 0:
-        for p in range(P):
-            row = tl.load(x_ptr + tl.cast(p, tl.int64) * stride_xn + c.to(tl.int64) * stride_xc, mask=c < C, other=0.0)
-            tl.store(y_ptr + tl.cast(p, tl.int64) * C + c, row, mask=c < C)
+    _copy_prefix(tile_m, x_ptr, y_ptr, P, first, last, C, stride_xn, stride_xc, BLOCK_C)
     x_ptr += tl.cast(P, tl.int64) * stride_xn
 
-    scale = _scale(scale_ptr, factor, ACC, HAS_SCALE)
+    scale, rate, left_out = _scale(scale_ptr, factor, ACC, HAS_SCALE)
     top = tl.full((BLOCK_M,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     mean = tl.zeros((BLOCK_M,), ACC)
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        counts = _token_counts(mask_ptr, n, N, stride_mn, HAS_MASK, INDEX)
-        w = _logits(w_ptr, n[None, :], m[:, None], counts[None, :], M, stride_wn, stride_wm, ACC, INDEX)
-        s = _scaled(w, scale)
-        higher = tl.maximum(top, tl.max(s, axis=1))
+    n = tl.arange(0, BLOCK_N)
+    counts = _token_counts(mask_ptr, n, N, stride_mn, HAS_MASK, INDEX)
+    a = tl.zeros((BLOCK_M, BLOCK_N), DOT)
+    for start in range(0, BLOCK_N if ONE_TILE_N else N, BLOCK_N):
+        if not ONE_TILE_N:
+            n = start + tl.arange(0, BLOCK_N)
+            counts = _token_counts(mask_ptr, n, N, stride_mn, HAS_MASK, INDEX)
+        w = _logits(w_ptr, n[None, :], m[:, None], counts[None, :], M, left_out, stride_wn, stride_wm, ACC, INDEX)
+        higher = tl.maximum(top, tl.max(w * rate, axis=1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        e = tl.exp(s - base[:, None])
-        shrink = tl.exp(top - base)
+        e = _powers(w, rate, base[:, None])
+        shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(e, axis=1)
         if HAS_SCALE:
             mean = mean * shrink + tl.sum(e * _finite(w), axis=1)
         top = higher
-    # a slot without any token that counts has weights exp(-inf - 0) * 0
+        a = e.to(DOT)
+    # a slot without any token that counts has weights exp2(-inf - 0) * 0
     top = tl.where(top == float("-inf"), 0.0, top)
     inverse = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
-    if program % tiles_c == 0:
+    if first == 0:
         tl.store(stats_ptr + b * M + m, top, mask=m < M)
         tl.store(stats_ptr + (B + b) * M + m, inverse, mask=m < M)
         tl.store(stats_ptr + (2 * B + b) * M + m, mean * inverse, mask=m < M)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_C), ACC)
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        counts = _token_counts(mask_ptr, n, N, stride_mn, HAS_MASK, INDEX)
-        x = rows(x_ptr, n, c, counts, C, stride_xn, stride_xc, DOT, INDEX)
-        s = _scaled(_logits(w_ptr, n[None, :], m[:, None], counts[None, :], M, stride_wn, stride_wm, ACC, INDEX), scale)
-        a = tl.exp(s - top[:, None]) * inverse[:, None]
-        acc = tl.dot(a.to(DOT), x, acc, input_precision=PRECISION, out_dtype=ACC)
-    offsets = (P + m).to(INDEX)[:, None] * C + c[None, :]
-    tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (c < C)[None, :])
+    for start_c in range(first, last, BLOCK_C):
+        c = start_c + tl.arange(0, BLOCK_C)
+        acc = tl.zeros((BLOCK_M, BLOCK_C), ACC)
+        for start in range(0, BLOCK_N if ONE_TILE_N else N, BLOCK_N):
+            if not ONE_TILE_N:
+                n = start + tl.arange(0, BLOCK_N)
+                counts = _token_counts(mask_ptr, n, N, stride_mn, HAS_MASK, INDEX)
+                w = _logits(
+                    w_ptr, n[None, :], m[:, None], counts[None, :], M, left_out, stride_wn, stride_wm, ACC, INDEX
+                )
+                a = _powers(w, rate, top[:, None]).to(DOT)
+            x = rows(x_ptr, n, c, counts, C, stride_xn, stride_xc, DOT, INDEX)
+            acc = tl.dot(a, x, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc *= inverse[:, None]
+        offsets = (P + m).to(INDEX)[:, None] * C + c[None, :]
+        tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (c < C)[None, :])
 
 
 @triton.jit
-def _weights(w, stats_ptr, b, m, B, M, scale):
-    """A again, from the logits and what the forward pass saved of each slot: largest scaled logit and inverse sum."""
+def _weights(w, rate, stats_ptr, b, m, B, M):
+    """A again, from the logits and what the forward pass saved of each slot: largest exponent and inverse sum."""
     top = tl.load(stats_ptr + b * M + m, mask=m < M, other=0.0)
     inverse = tl.load(stats_ptr + (B + b) * M + m, mask=m < M, other=0.0)
-    return tl.exp(_scaled(w, scale) - top[None, :]) * inverse[None, :]
+    return _powers(w, rate, top[None, :]) * inverse[None, :]
 
 
-@triton.jit
+@for_any("B", "N", "M", "stride_wb", "stride_mb", "stride_dwb")
 def soft_aggregate_bwd_kernel(
-    dy_ptr, x_ptr, w_ptr, scale_ptr, factor: tl.float64, mask_ptr, y_ptr, stats_ptr, dx_ptr, dw_ptr, dscale_ptr,
-    B, N, M, C, P,
+    dy_ptr, x_ptr, w_ptr, scale_ptr, y_ptr, stats_ptr, dx_ptr, dw_ptr, dscale_ptr, mask_ptr, factor: tl.float64,
+    B, N, M, C, P, width,
     stride_dyb, stride_dym, stride_dyc, stride_xb, stride_xn, stride_xc, stride_wb, stride_wn, stride_wm,
     stride_mb, stride_mn, stride_dwb, stride_dwn, stride_dwm,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_MASK: tl.constexpr,
     N_UNIT: tl.constexpr, M_UNIT: tl.constexpr, WB_UNIT: tl.constexpr, WN_UNIT: tl.constexpr, WM_UNIT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ONE_TILE_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, ONE_TILE_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, ONE_TILE_S: tl.constexpr,
 ):  # fmt: skip
     N, M = N * N_UNIT, M * M_UNIT
     stride_wb = from_units(stride_wb, WB_UNIT, tl.int64)
     stride_wn, stride_wm = from_units(stride_wn, WN_UNIT, INDEX), from_units(stride_wm, WM_UNIT, INDEX)
     stride_dwb = from_units(stride_dwb, WB_UNIT, tl.int64)
     stride_dwn, stride_dwm = from_units(stride_dwn, WN_UNIT, INDEX), from_units(stride_dwm, WM_UNIT, INDEX)
-    tiles_n = tl.maximum(tl.cdiv(N, BLOCK_N), 1)
-    program = tl.program_id(0)
-    tile_n = program % tiles_n
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    b = (program // tiles_n).to(tl.int64)
+    tiles_m, shares = tl.cdiv(M, BLOCK_M), tl.maximum(tl.cdiv(C, width), 1)
+    of_dw, of_dx = tl.cdiv(N, BLOCK_N) * tiles_m, tl.maximum(tl.cdiv(N, BLOCK_T), 1) * shares
+    place = tl.program_id(0) % (of_dw + of_dx)
+    b = (tl.program_id(0) // (of_dw + of_dx)).to(tl.int64)
     dy_ptr += b * stride_dyb
     x_ptr += b * stride_xb
     w_ptr += b * stride_wb
     mask_ptr += b * stride_mb
-    y_ptr += b * (P + M) * C
-    dx_ptr += b * (P + N) * C
-    dw_ptr += b * stride_dwb
+    scale, rate, left_out = _scale(scale_ptr, factor, ACC, HAS_SCALE)
 
-    if tile_n == 0:
-        for p in range(P):
-            for start in range(0, C, BLOCK_C):
-                c = start + tl.arange(0, BLOCK_C)
-                offsets = tl.cast(p, tl.int64) * stride_dym + c.to(tl.int64) * stride_dyc
-                row = tl.load(dy_ptr + offsets, mask=c < C, other=0.0)
-                tl.store(dx_ptr + tl.cast(p, tl.int64) * C + c, row.to(dx_ptr.dtype.element_ty), mask=c < C)
-    dy_ptr += tl.cast(P, tl.int64) * stride_dym
-    x_ptr += tl.cast(P, tl.int64) * stride_xn
-    y_ptr += tl.cast(P, tl.int64) * C
-    dx_ptr += tl.cast(P, tl.int64) * C
-
-    scale = _scale(scale_ptr, factor, ACC, HAS_SCALE)
-    counts = _token_counts(mask_ptr, n, N, stride_mn, HAS_MASK, INDEX)
-    dscale = tl.zeros((BLOCK_N,), ACC)
-    a = tl.zeros((BLOCK_N, BLOCK_M), DOT)
-    for start_m in range(0, M, BLOCK_M):
-        m = start_m + tl.arange(0, BLOCK_M)
-        w = _logits(w_ptr, n[:, None], m[None, :], counts[:, None], M, stride_wn, stride_wm, ACC, INDEX)
+    if place < of_dw:
+        x_ptr += tl.cast(P, tl.int64) * stride_xn
+        dy_ptr += tl.cast(P, tl.int64) * stride_dym
+        y_ptr += (b * (P + M) + P) * C
+        dw_ptr += b * stride_dwb
+        n = place // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+        m = place % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        counts = _token_counts(mask_ptr, n, N, stride_mn, HAS_MASK, INDEX)
         da = tl.zeros((BLOCK_N, BLOCK_M), ACC)
         delta = tl.zeros((BLOCK_M,), ACC)
         for start in range(0, C, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             x = rows(x_ptr, n, c, counts, C, stride_xn, stride_xc, DOT, INDEX)
             dy = rows(dy_ptr, m, c, m < M, C, stride_dym, stride_dyc, DOT, INDEX)
-            y = rows(y_ptr, m, c, m < M, C, C, 1, ACC, INDEX)
             da = tl.dot(x, tl.trans(dy), da, input_precision=PRECISION, out_dtype=ACC)
-            delta += tl.sum(dy.to(ACC) * y, axis=1)
-        weights = _weights(w, stats_ptr, b, m, B, M, scale)
-        a = weights.to(DOT)
-        ds = weights * (da - delta[None, :])
+            if not ONE_TILE_N:
+                y = rows(y_ptr, m, c, m < M, C, C, 1, ACC, INDEX)
+                delta += tl.sum(dy.to(ACC) * y, axis=1)
+        w = _logits(w_ptr, n[:, None], m[None, :], counts[:, None], M, left_out, stride_wn, stride_wm, ACC, INDEX)
+        a = _weights(w, rate, stats_ptr, b, m, B, M)
+        if ONE_TILE_N:
+            delta = tl.sum(a * da, axis=0)
+        ds = a * (da - delta[None, :])
+        if HAS_MASK:
+            ds = tl.where(counts[:, None], ds, 0.0)  # though the slot may be NaN
         if HAS_SCALE:
-            # dS sums to 0 over the tokens; measured from their mean, the logits let no error of delta through
-            mean = tl.load(stats_ptr + (2 * B + b) * M + m, mask=m < M, other=0.0)
-            dscale += tl.sum(ds * (_finite(w) - mean[None, :]), axis=1)
+            dscale = tl.sum(ds * _finite(w), axis=0)
+            if not ONE_TILE_N:
+                # dS sums to 0 over the tokens; measured from their mean, the logits let no error of delta through
+                mean = tl.load(stats_ptr + (2 * B + b) * M + m, mask=m < M, other=0.0)
+                dscale -= mean * tl.sum(ds, axis=0)
+            # a sum to one number here makes Triton 3.6 fail on sm_100
+            tl.store(dscale_ptr + (b * tl.cdiv(N, BLOCK_N) + place // tiles_m) * M + m, factor * dscale, mask=m < M)
         offsets = n.to(INDEX)[:, None] * stride_dwn + m.to(INDEX)[None, :] * stride_dwm
         inside = (n < N)[:, None] & (m < M)[None, :]
         tl.store(dw_ptr + offsets, (scale * ds).to(dw_ptr.dtype.element_ty), mask=inside)
-    if HAS_SCALE:
-        tl.store(dscale_ptr + program, factor * tl.sum(dscale, axis=0))
+    else:
+        place -= of_dw
+        dx_ptr += b * (P + N) * C
+        first = place % shares * width
+        last = tl.minimum(first + width, C)
+        _copy_prefix(place // shares, dy_ptr, dx_ptr, P, first, last, C, stride_dym, stride_dyc, BLOCK_C)
+        dy_ptr += tl.cast(P, tl.int64) * stride_dym
+        t = place // shares * BLOCK_T + tl.arange(0, BLOCK_T)
+        reads = _token_counts(mask_ptr, t, N, stride_mn, HAS_MASK, INDEX)
+        s = tl.arange(0, BLOCK_S)
+        logits = _logits(w_ptr, t[:, None], s[None, :], reads[:, None], M, left_out, stride_wn, stride_wm, ACC, INDEX)
+        weights = _weights(logits, rate, stats_ptr, b, s, B, M).to(DOT)
+        for start_c in range(first, last, BLOCK_C):
+            c = start_c + tl.arange(0, BLOCK_C)
+            acc = tl.zeros((BLOCK_T, BLOCK_C), ACC)
+            for start in range(0, BLOCK_S if ONE_TILE_S else M, BLOCK_S):
+                if not ONE_TILE_S:
+                    s = start + tl.arange(0, BLOCK_S)
+                    logits = _logits(
+                        w_ptr, t[:, None], s[None, :], reads[:, None], M, left_out, stride_wn, stride_wm, ACC, INDEX
+                    )
+                    weights = _weights(logits, rate, stats_ptr, b, s, B, M).to(DOT)
+                dy = rows(dy_ptr, s, c, s < M, C, stride_dym, stride_dyc, DOT, INDEX)
+                acc = tl.dot(weights, dy, acc, input_precision=PRECISION, out_dtype=ACC)
+            if HAS_MASK:
+                acc = tl.where(reads[:, None], acc, 0.0)
+            offsets = (P + t).to(INDEX)[:, None] * C + c[None, :]
+            tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), mask=(t < N)[:, None] & (c < C)[None, :])
 
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        acc = tl.zeros((BLOCK_N, BLOCK_C), ACC)
-        for start_m in range(0, M, BLOCK_M):
-            m = start_m + tl.arange(0, BLOCK_M)
-            if not ONE_TILE_M:
-                w = _logits(w_ptr, n[:, None], m[None, :], counts[:, None], M, stride_wn, stride_wm, ACC, INDEX)
-                a = _weights(w, stats_ptr, b, m, B, M, scale).to(DOT)
-            dy = rows(dy_ptr, m, c, m < M, C, stride_dym, stride_dyc, DOT, INDEX)
-            acc = tl.dot(a, dy, acc, input_precision=PRECISION, out_dtype=ACC)
-        offsets = n.to(INDEX)[:, None] * C + c[None, :]
-        tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), mask=(n < N)[:, None] & (c < C)[None, :])
+
+#: programs that fill a large GPU: where there are fewer, an image's channels are shared out
+PROGRAMS = 264
 
 
-def _fwd_config(dtype, N, M, C):
-    wide = dtype.itemsize > 2
-    block_c = tile(C, 16, 64 if wide else 128)
-    block_m = tile(M, 16, 64 if wide else 128)
+def _fwd_config(dtype, B, N, M, C):
+    wide, few = dtype.itemsize > 2, B <= launches.FEW
+    one_tile = not wide and N <= 256
     return {
-        "BLOCK_N": tile(N, 16, 16 if wide and before_hopper() else 32),  # operands of fp32 are held three times
-        "BLOCK_M": block_m,
-        "BLOCK_C": block_c,
-        "num_warps": 8 if block_m * block_c > 64 * 64 else 4,
-        "num_stages": 3,
+        "BLOCK_N": tile(N, 16, (16 if before_hopper() else 32) if wide else 256 if one_tile else 64),
+        "BLOCK_M": tile(M, 16, 16 if few else 64),
+        "BLOCK_C": tile(C, 16, 32 if few else 64 if wide or one_tile else 128),
+        "num_warps": 8 if one_tile and not few and 64 < N <= 128 else 4,  # 4 spill 120 bytes there (Triton 3.8)
+        "num_stages": 2 if one_tile else 3,
         **FUSION,
     }
 
 
-def _bwd_config(dtype, N, M, C):
-    wide = dtype.itemsize > 2
-    warps = 8 if wide or M > 32 else 4
+def _bwd_config(dtype, B, N, M, C):
+    wide, few = dtype.itemsize > 2, B <= launches.FEW
+    one_tile = not wide and N <= 256
     return {
-        "BLOCK_N": tile(N, 16, 64),
-        "BLOCK_M": tile(M, 16, 32 if wide else 128),
-        "BLOCK_C": tile(C, 16, 32 if wide or M > 64 else 64),
-        "num_warps": warps,
-        "num_stages": 2 if warps == 8 else 3,
+        "BLOCK_N": tile(N, 16, 64 if wide else 256 if one_tile else 128),
+        "BLOCK_M": tile(M, 16, 16 if few else 32 if wide else 64),
+        "BLOCK_C": tile(C, 16, 32 if wide or few else 64),
+        # tokens and slots of dx
+        "BLOCK_T": tile(N, 16, 16 if few else 64 if wide or 128 < M <= 256 else 128),
+        "BLOCK_S": tile(M, 16, 32 if wide else 256 if M <= 256 else 64),
+        "num_warps": 8,
+        "num_stages": 2 if wide else 3,
         **FUSION,
     }
+
+
+def _width(C, block, programs):
+    """The channels a program walks over, in whole tiles: all, unless there are too few programs."""
+    tiles = max(triton.cdiv(C, block), 1)
+    return triton.cdiv(tiles, min(tiles, max(PROGRAMS // max(programs, 1), 1))) * block
 
 
 def _logit_layout(N, M, w, dw=None):
@@ -248,50 +299,64 @@ def _logit_layout(N, M, w, dw=None):
     return (N // n_unit, M // m_unit), w_strides, dw_strides, constants
 
 
-def _shared_arguments(x, w, scale, mask):
-    """Scale, mask, the mask's strides, and what both kernels are specialised for; w stands in for a missing tensor."""
-    strides = (0, 0) if mask is None else mask.stride()
-    has = {"HAS_SCALE": scale is not None, "HAS_MASK": mask is not None}
-    mask = w if mask is None else mask.view(torch.int8)
-    return w if scale is None else scale, mask, strides, {**dot_options(x.dtype, w.dtype), **has}
+def _shared_constants(x, w, scale, mask):
+    return {**dot_options(x.dtype, w.dtype), "HAS_SCALE": scale is not None, "HAS_MASK": mask is not None}
+
+
+@planned
+def _fwd_plan(x, w, scale, mask, y):
+    (B, N, M), C = w.shape, x.shape[2]
+    default = _fwd_config(x.dtype, B, N, M, C)
+    config = launches.overlaid("soft_aggregate_fwd", x.dtype, B, (N, M, C), default, (mask is not None,))
+    tiles = B * max(triton.cdiv(M, config["BLOCK_M"]), 1)
+    width = _width(C, config["BLOCK_C"], tiles)
+    sizes, w_strides, _, units = _logit_layout(N, M, w)
+    constants = _shared_constants(x, w, scale, mask) | units | config
+    constants |= {"INDEX": index_type(x, w, y), "ONE_TILE_N": N <= config["BLOCK_N"]}
+    mask_strides = (0, 0) if mask is None else mask.stride()
+    scalars = (B, *sizes, C, y.shape[1] - M, width, *x.stride(), *w_strides, *mask_strides)
+    return Launch(tiles * max(triton.cdiv(C, width), 1), scalars, constants, bits=1)
+
+
+class _Backward(NamedTuple):
+    launch: Launch
+    tiles_n: int  # that leave shares of the scale's gradient
+
+
+@planned
+def _bwd_plan(dy, x, w, scale, mask, y, dx, dw):
+    (B, N, M), C = w.shape, x.shape[2]
+    default = _bwd_config(x.dtype, B, N, M, C)
+    config = launches.overlaid("soft_aggregate_bwd", x.dtype, B, (N, M, C), default, (mask is not None,))
+    tiles = B * max(triton.cdiv(N, config["BLOCK_T"]), 1)
+    width = _width(C, config["BLOCK_C"], tiles)
+    tiles_n = B * triton.cdiv(N, config["BLOCK_N"])
+    sizes, w_strides, dw_strides, units = _logit_layout(N, M, w, dw)
+    constants = _shared_constants(x, w, scale, mask) | units | config
+    constants |= {"INDEX": index_type(dy, x, w, y, dx, dw)}
+    constants |= {"ONE_TILE_N": N <= config["BLOCK_N"], "ONE_TILE_S": M <= config["BLOCK_S"]}
+    mask_strides = (0, 0) if mask is None else mask.stride()
+    strides = *dy.stride(), *x.stride(), *w_strides, *mask_strides, *dw_strides
+    programs = tiles_n * triton.cdiv(M, config["BLOCK_M"]) + tiles * max(triton.cdiv(C, width), 1)
+    scalars = (B, *sizes, C, x.shape[1] - N, width, *strides)
+    return _Backward(Launch(programs, scalars, constants, bits=1), tiles_n)
 
 
 def soft_aggregate_fwd(x, w, scale, factor, mask, prefix):
-    B, N, M = w.shape
-    C = x.shape[2]
-    options = _shared_arguments(x, w, scale, mask)
-    y = x.new_empty((B, prefix + M, C))
+    B, _, M = w.shape
+    y = x.new_empty((B, prefix + M, x.shape[2]))
     accumulator = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
     stats = w.new_empty((3, B, M), dtype=accumulator)
-    scale_, mask_, mask_strides, constants = options
-    default = _fwd_config(x.dtype, N, M, C)
-    config = launches.overlaid("soft_aggregate_fwd", x.dtype, B, (N, M, C), default, (mask is not None,))
-    tiles_m, tiles_c = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(C, config["BLOCK_C"])
-    grid = (B * max(tiles_m, 1) * max(tiles_c, 1),)
-    sizes, w_strides, _, units = _logit_layout(N, M, w)
-    if grid[0]:
-        soft_aggregate_fwd_kernel[grid](
-            x, w, scale_, factor, mask_, y, stats,
-            B, *sizes, C, prefix, *x.stride(), *w_strides, *mask_strides,
-            **constants, **units, **config, INDEX=index_type(x, w, y),
-        )  # fmt: skip
+    scale_, mask_ = (w if t is None else t for t in (scale, mask))  # w stands in for the others
+    launch(soft_aggregate_fwd_kernel, _fwd_plan(x, w, scale, mask, y), (x, w, scale_, y, stats, mask_), (factor,))
     return y, stats
 
 
 def soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, stats, prefix):
-    B, N, M = w.shape
-    C = x.shape[2]
-    scale_, mask_, mask_strides, constants = _shared_arguments(x, w, scale, mask)
-    default = _bwd_config(x.dtype, N, M, C)
-    config = launches.overlaid("soft_aggregate_bwd", x.dtype, B, (N, M, C), default, (mask is not None,))
-    programs = B * max(triton.cdiv(N, config["BLOCK_N"]), 1)
     dx, dw = x.new_empty(x.shape), torch.empty_like(w)
-    dscale = stats.new_empty((programs if scale is not None else 0,))
-    sizes, w_strides, dw_strides, units = _logit_layout(N, M, w, dw)
-    if programs:
-        soft_aggregate_bwd_kernel[(programs,)](
-            dy, x, w, scale_, factor, mask_, y, stats, dx, dw, dscale,
-            B, *sizes, C, prefix, *dy.stride(), *x.stride(), *w_strides, *mask_strides, *dw_strides,
-            **constants, **units, **config, INDEX=index_type(dy, x, w, y, dx, dw), ONE_TILE_M=M <= config["BLOCK_M"],
-        )  # fmt: skip
+    plan = _bwd_plan(dy, x, w, scale, mask, y, dx, dw)
+    dscale = stats.new_empty((plan.tiles_n, w.shape[2]) if scale is not None else 0)
+    scale_, mask_ = (w if t is None else t for t in (scale, mask))
+    tensors = (dy, x, w, scale_, y, stats, dx, dw, dscale, mask_)
+    launch(soft_aggregate_bwd_kernel, plan.launch, tensors, (factor,))
     return dx, dw, dscale if scale is None else dscale.sum()

@@ -1,271 +1,192 @@
-"""token_mlp on Triton. The hidden activations h = gelu(w1 z + b1) live in registers, a tile at a time, in every kernel.
+"""token_mlp on a GPU: one Triton kernel for the hidden activations, torch's products (cuBLAS) for all that is long.
 
-Forward: a program owns a tile of the result and walks over the hidden rows. Backward, three kernels: dz likewise; dw1
-(with db1) and dw2 by programs that own a tile of the weights and walk over a share of the images, whose partial sums
-are added afterwards, in a fixed order.
+The kernel multiplies with w1, whose rows are short, and applies the GELU, so that the hidden activations are written
+once and what came before them never. Backward it writes them again, and turns their gradient into that of what the GELU
+was applied to. So many images are taken together that a GPU's L2 holds their hidden activations.
 """
+
+import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .. import _token_mlp
+from .._token_mlp import each, groups
 from . import launches
-from .common import FUSION, before_hopper, dot_options, index_type, tile
+from .common import FUSION, cast, dot_options, for_any, index_type, rows, tile
+from .launch import Launch, Layout, launch, planned
+
+#: of the hidden activations that exist together: most of the 50 MB of L2 of an H100
+HIDDEN_BYTES = 40 * 10**6
+#: programs that fill a large GPU several times; sums follow from their number, so it does not depend on the device
+PROGRAMS = 528
+#: w1 is read so many columns at a time as the compiler knows a size to be a multiple of
+COLUMNS = 16
+#: one hidden row more of each would be b2's, but rows of w2 are to lie a multiple of 16 bytes apart
+SPARE = 8
 
 
 @triton.jit
-def _tile(ptr, i, j, rows, columns, stride_i, stride_j, DOT: tl.constexpr, INDEX: tl.constexpr):
-    """Rows i and columns j of a matrix, 0 outside it."""
-    offsets = i.to(INDEX)[:, None] * stride_i + j.to(INDEX)[None, :] * stride_j
-    return tl.load(ptr + offsets, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0).to(DOT)
-
-
-@triton.jit
-def _product(
-    acc, a_ptr, b_ptr, b_tile, i, j, rows, K, columns, stride_ai, stride_ak, stride_bk, stride_bj,
-    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    ONE: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """acc + a[i, :] b[:, j]; where one tile covers the inner size (ONE), b's is given."""
-    if ONE:
-        k = tl.arange(0, BLOCK_K)
-        a = _tile(a_ptr, i, k, rows, K, stride_ai, stride_ak, DOT, INDEX)
-        acc = tl.dot(a, b_tile, acc, input_precision=PRECISION, out_dtype=ACC)
+def _tail(x, ACC: tl.constexpr, SHORT: tl.constexpr):
+    """The normal distribution's tail beyond |x|, as one exponential: to 3e-7 (SHORT), which 16 bits do not hold, or to
+    7.6e-9. libdevice's erf takes three times as many instructions, and a GELU more than its products."""
+    x = tl.abs(x)
+    if ACC == tl.float64:  # interpreted only
+        return 0.5 * (1.0 - tl.erf(x * 0.7071067811865476))
+    elif SHORT:
+        p = -0.000518858579
+        p = p * x + 0.00738720073
+        p = p * x - 0.052538017
+        p = p * x - 0.459276684
+        p = p * x - 1.15108314
+        return tl.exp2(p * x - 1.00000084)
     else:
-        for start in range(0, K, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            a = _tile(a_ptr, i, k, rows, K, stride_ai, stride_ak, DOT, INDEX)
-            b = _tile(b_ptr, k, j, K, columns, stride_bk, stride_bj, DOT, INDEX)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
-    return acc
+        p = -2.77205092e-06
+        p = p * x + 3.86207687e-05
+        p = p * x - 0.000182547706
+        p = p * x - 0.000145869879
+        p = p * x + 0.00707547143
+        p = p * x - 0.0525050284
+        p = p * x - 0.459204907
+        p = p * x - 1.15110572
+        return tl.exp2(p * x - 0.999999978)
 
 
-@triton.jit
-def _bias(b_ptr, i, size, stride, rows: tl.constexpr, columns: tl.constexpr, ACC: tl.constexpr, HAS: tl.constexpr):
-    """What the sums of a tile start from: the bias of its rows, or 0."""
-    acc = tl.zeros((rows, columns), ACC)
-    if HAS:
-        acc += tl.load(b_ptr + i.to(tl.int64) * stride, mask=i < size, other=0.0).to(ACC)[:, None]
-    return acc
-
-
-@triton.jit
-def _gelu_cdf(x):
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def _gelu_slope(x):
-    return _gelu_cdf(x) + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
-
-
-@triton.jit
-def token_mlp_fwd_kernel(
-    z_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, y_ptr,
-    M, R, N, C,
-    stride_zb, stride_zm, stride_zc, stride_w1r, stride_w1m, stride_b1, stride_w2n, stride_w2r, stride_b2,
+@for_any("M")
+def token_mlp_kernel(
+    z_ptr, w1_ptr, b1_ptr, hidden_ptr, gradient_ptr, db1_ptr,
+    M, K, R, C, share,
+    stride_zb, stride_zm, stride_zc, stride_w1r, stride_w1m, stride_b1, stride_hidden,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    HAS_B1: tl.constexpr, HAS_B2: tl.constexpr, ONE_M: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_B1: tl.constexpr, BACKWARD: tl.constexpr, SHORT: tl.constexpr, ONE_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    tiles_c, tiles_n = tl.cdiv(C, BLOCK_C), tl.cdiv(N, BLOCK_N)
+    """A share of the hidden rows of an image, at a tile of its channels. w1 has K columns, zeros behind the M."""
+    tiles_c, shares = tl.cdiv(C, BLOCK_C), tl.cdiv(R, share)
     program = tl.program_id(0)
     c = (program % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-    n = (program // tiles_c) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    b = (program // (tiles_c * tiles_n)).to(tl.int64)
+    first = (program // tiles_c) % shares * share
+    b = (program // (tiles_c * shares)).to(tl.int64)
     z_ptr += b * stride_zb
-    y_ptr += b * N * C
+    hidden_ptr += b * stride_hidden
+    gradient_ptr += b * R * C
+    db1_ptr += (b * tiles_c + program % tiles_c) * R
 
-    z = _tile(z_ptr, tl.arange(0, BLOCK_M), c, M, C, stride_zm, stride_zc, DOT, INDEX)
-    acc = _bias(b2_ptr, n, N, stride_b2, BLOCK_N, BLOCK_C, ACC, HAS_B2)
-    for start in range(0, R, BLOCK_R):
+    m = tl.arange(0, BLOCK_M)
+    z = rows(z_ptr, m, c, m < M, C, stride_zm, stride_zc, DOT, INDEX)
+    for start in range(first, tl.minimum(first + share, R), BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        pre = _bias(b1_ptr, r, R, stride_b1, BLOCK_R, BLOCK_C, ACC, HAS_B1)
-        pre = _product(
-            pre, w1_ptr, z_ptr, z, r, c, R, M, C, stride_w1r, stride_w1m, stride_zm, stride_zc,
-            ACC, DOT, PRECISION, INDEX, ONE_M, BLOCK_M,
-        )  # fmt: skip
-        hidden = (pre * _gelu_cdf(pre)).to(DOT)
-        w2 = _tile(w2_ptr, n, r, N, R, stride_w2n, stride_w2r, DOT, INDEX)
-        acc = tl.dot(w2, hidden, acc, input_precision=PRECISION, out_dtype=ACC)
-    offsets = n.to(INDEX)[:, None] * C + c[None, :]
-    tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=(n < N)[:, None] & (c < C)[None, :])
-
-
-@triton.jit
-def token_mlp_bwd_z_kernel(
-    dy_ptr, z_ptr, w1_ptr, b1_ptr, w2_ptr, dz_ptr,
-    M, R, N, C,
-    stride_dyb, stride_dyn, stride_dyc, stride_zb, stride_zm, stride_zc,
-    stride_w1r, stride_w1m, stride_b1, stride_w2n, stride_w2r,
-    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    HAS_B1: tl.constexpr, ONE_M: tl.constexpr, ONE_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    tiles_c, tiles_m = tl.cdiv(C, BLOCK_C), tl.cdiv(M, BLOCK_M)
-    program = tl.program_id(0)
-    c = (program % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m = (program // tiles_c) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    b = (program // (tiles_c * tiles_m)).to(tl.int64)
-    dy_ptr += b * stride_dyb
-    z_ptr += b * stride_zb
-    dz_ptr += b * M * C
-
-    z = _tile(z_ptr, tl.arange(0, BLOCK_M), c, M, C, stride_zm, stride_zc, DOT, INDEX)
-    dy = _tile(dy_ptr, tl.arange(0, BLOCK_N), c, N, C, stride_dyn, stride_dyc, DOT, INDEX)
-    acc = tl.zeros((BLOCK_M, BLOCK_C), ACC)
-    for start in range(0, R, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        pre = _bias(b1_ptr, r, R, stride_b1, BLOCK_R, BLOCK_C, ACC, HAS_B1)
-        pre = _product(
-            pre, w1_ptr, z_ptr, z, r, c, R, M, C, stride_w1r, stride_w1m, stride_zm, stride_zc,
-            ACC, DOT, PRECISION, INDEX, ONE_M, BLOCK_M,
-        )  # fmt: skip
-        dhidden = _product(
-            tl.zeros((BLOCK_R, BLOCK_C), ACC), w2_ptr, dy_ptr, dy, r, c, R, N, C,
-            stride_w2r, stride_w2n, stride_dyn, stride_dyc,
-            ACC, DOT, PRECISION, INDEX, ONE_N, BLOCK_N,
-        )  # fmt: skip
-        dpre = (dhidden * _gelu_slope(pre)).to(DOT)
-        w1 = _tile(w1_ptr, m, r, M, R, stride_w1m, stride_w1r, DOT, INDEX)
-        acc = tl.dot(w1, dpre, acc, input_precision=PRECISION, out_dtype=ACC)
-    offsets = m.to(INDEX)[:, None] * C + c[None, :]
-    tl.store(dz_ptr + offsets, acc.to(dz_ptr.dtype.element_ty), mask=(m < M)[:, None] & (c < C)[None, :])
-
-
-@triton.jit
-def token_mlp_bwd_weight_kernel(
-    dy_ptr, z_ptr, w1_ptr, b1_ptr, w2_ptr, dweight_ptr, db1_ptr,
-    B, M, R, N, C, share,
-    stride_dyb, stride_dyn, stride_dyc, stride_zb, stride_zm, stride_zc,
-    stride_w1r, stride_w1m, stride_b1, stride_w2n, stride_w2r,
-    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    HAS_B1: tl.constexpr, ONE_M: tl.constexpr, ONE_N: tl.constexpr, FIRST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """A share of dw1 and db1 (FIRST), or of dw2 transposed: sums over images and channels."""
-    tiles_c, tiles_r = tl.cdiv(C, BLOCK_C), tl.cdiv(R, BLOCK_R)
-    columns = M if FIRST else N
-    BLOCK: tl.constexpr = BLOCK_M if FIRST else BLOCK_N
-    program = tl.program_id(0)
-    r = (program % tiles_r) * BLOCK_R + tl.arange(0, BLOCK_R)
-    tile_k = (program // tiles_r) % tl.cdiv(columns, BLOCK)
-    k = tile_k * BLOCK + tl.arange(0, BLOCK)
-    split = program // (tiles_r * tl.cdiv(columns, BLOCK))
-
-    acc = tl.zeros((BLOCK_R, BLOCK), ACC)
-    db1 = tl.zeros((BLOCK_R,), ACC)
-    for item in range(split * share, tl.minimum((split + 1) * share, B * tiles_c)):
-        b = tl.cast(item // tiles_c, tl.int64)
-        c = (item % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
-        z_image, dy_image = z_ptr + b * stride_zb, dy_ptr + b * stride_dyb
-        z = _tile(z_image, tl.arange(0, BLOCK_M), c, M, C, stride_zm, stride_zc, DOT, INDEX)
-        pre = _bias(b1_ptr, r, R, stride_b1, BLOCK_R, BLOCK_C, ACC, HAS_B1)
-        pre = _product(
-            pre, w1_ptr, z_image, z, r, c, R, M, C, stride_w1r, stride_w1m, stride_zm, stride_zc,
-            ACC, DOT, PRECISION, INDEX, ONE_M, BLOCK_M,
-        )  # fmt: skip
-        if FIRST:
-            dy = _tile(dy_image, tl.arange(0, BLOCK_N), c, N, C, stride_dyn, stride_dyc, DOT, INDEX)
-            dhidden = _product(
-                tl.zeros((BLOCK_R, BLOCK_C), ACC), w2_ptr, dy_image, dy, r, c, R, N, C,
-                stride_w2r, stride_w2n, stride_dyn, stride_dyc,
-                ACC, DOT, PRECISION, INDEX, ONE_N, BLOCK_N,
-            )  # fmt: skip
-            left = dhidden * _gelu_slope(pre)
-            db1 += tl.sum(left, axis=1)
-            right = _tile(z_image, k, c, M, C, stride_zm, stride_zc, DOT, INDEX)
+        offsets = r.to(INDEX)[:, None] * C + c[None, :]
+        inside = (r < R)[:, None] & (c < C)[None, :]
+        if BACKWARD:  # comes while the product is made
+            gradient = tl.load(gradient_ptr + offsets, mask=inside, other=0.0)
+        pre = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+        if ONE_M:
+            w1 = rows(w1_ptr, r, m, r < R, K, stride_w1r, stride_w1m, DOT, INDEX)
+            pre = tl.dot(w1, z, pre, input_precision=PRECISION, out_dtype=ACC)
         else:
-            left = pre * _gelu_cdf(pre)
-            right = _tile(dy_image, k, c, N, C, stride_dyn, stride_dyc, DOT, INDEX)
-        acc = tl.dot(left.to(DOT), tl.trans(right), acc, input_precision=PRECISION, out_dtype=ACC)
-    offsets = (tl.cast(split, tl.int64) * R + r)[:, None] * columns + k[None, :]
-    tl.store(dweight_ptr + offsets, acc, mask=(r < R)[:, None] & (k < columns)[None, :])
-    if FIRST:
-        if tile_k == 0:
-            tl.store(db1_ptr + tl.cast(split, tl.int64) * R + r, db1, mask=r < R)
+            for start_m in range(0, M, BLOCK_M):
+                k = start_m + tl.arange(0, BLOCK_M)
+                w1 = rows(w1_ptr, r, k, r < R, K, stride_w1r, stride_w1m, DOT, INDEX)
+                z = rows(z_ptr, k, c, k < M, C, stride_zm, stride_zc, DOT, INDEX)
+                pre = tl.dot(w1, z, pre, input_precision=PRECISION, out_dtype=ACC)
+        if HAS_B1:
+            pre += tl.load(b1_ptr + r.to(tl.int64) * stride_b1, mask=r < R, other=0.0).to(ACC)[:, None]
+
+        tail = _tail(pre, ACC, SHORT)
+        cdf = tl.where(pre < 0, tail, 1 - tail)
+        tl.store(hidden_ptr + offsets, cast(pre * cdf, hidden_ptr.dtype.element_ty), mask=inside)
+        if BACKWARD:
+            slope = cdf + pre * tl.exp2(pre * pre * -0.7213475204444817 - 1.3257480647361595)  # the density
+            dpre = gradient.to(ACC) * slope
+            tl.store(gradient_ptr + offsets, cast(dpre, gradient_ptr.dtype.element_ty), mask=inside)
+            tl.store(db1_ptr + r, tl.sum(dpre, axis=1), mask=r < R)
 
 
-#: programs that fill a large GPU; the number of partial sums follows from it, so results do not depend on the device
-PROGRAMS = 264
-
-
-def _config(dtype, M, R, N, C, largest_n, stages):
+def _config(dtype, M, R, C, backward):
     wide = dtype.itemsize > 2
+    one = M <= (32 if wide else 128)
     return {
-        "BLOCK_M": tile(M, 16, 32 if wide else 128),
-        "BLOCK_R": tile(R, 16, 16 if wide else 64),  # 32 x 32 takes half as many registers again as 16 x 64
-        "BLOCK_N": tile(N, 16, 32 if wide else largest_n),
-        "BLOCK_C": tile(C, 16, 64),
-        "num_warps": 4 if wide else 8,
-        "num_stages": stages,
+        "BLOCK_M": tile(M, 16, 32 if wide else 128 if one else 64),
+        "BLOCK_R": tile(R, 16, 32 if wide else 64),
+        "BLOCK_C": tile(C, 16, 128 if one and not wide and not backward else 64),  # else 255 registers, and spills
+        "num_warps": 4,
+        "num_stages": 1 if one else 2,  # one tile of w1 a trip: other blocks hide its latency
         **FUSION,
     }
 
 
-def _stride(bias):
-    return 0 if bias is None else bias.stride(0)
+def _aligned(w1):
+    """w1 with columns of zeros up to a multiple of COLUMNS."""
+    R, M = w1.shape
+    columns = triton.cdiv(M, COLUMNS) * COLUMNS
+    if columns == M:
+        return w1
+    wide = w1.new_zeros((R, columns))
+    wide[:, :M] = w1
+    return wide
+
+
+def _together(z, R):
+    """How many images' hidden activations exist together, about as many each time."""
+    B, _, C = z.shape
+    times = math.ceil(B * R * C * z.itemsize / HIDDEN_BYTES)
+    return max(triton.cdiv(B, max(times, 1)), 1)
+
+
+class _Hidden(NamedTuple):
+    launch: Launch
+    tiles_c: int  # that leave shares of b1's gradient
+
+
+@planned
+def _plan(z, w1, b1, hidden, images, backward):
+    """Of some of all the images."""
+    (B, M, C), (R, K) = z.shape, w1.shape
+    kernel, default = "token_mlp_bwd" if backward else "token_mlp_fwd", _config(z.dtype, M, R, C, backward)
+    config = launches.overlaid(kernel, z.dtype, images, (M, R, C), default)
+    tiles_r, tiles_c = triton.cdiv(R, config["BLOCK_R"]), triton.cdiv(C, config["BLOCK_C"])
+    share = max(B * tiles_c * tiles_r // PROGRAMS, 1) * config["BLOCK_R"]
+    constants = {
+        **dot_options(z.dtype),
+        "INDEX": index_type(z, Layout((1, R, K), (0, *w1.stride()), w1.dtype), hidden),
+        "HAS_B1": b1 is not None,
+        "BACKWARD": backward,
+        "SHORT": z.dtype.itemsize == 2,
+        "ONE_M": M <= config["BLOCK_M"],
+        **config,
+    }
+    strides = *z.stride(), *w1.stride(), 0 if b1 is None else b1.stride()[0], hidden.stride()[0]
+    return _Hidden(Launch(B * tiles_c * triton.cdiv(R, share), (M, K, R, C, share, *strides), constants), tiles_c)
 
 
 def token_mlp_fwd(z, w1, b1, w2, b2):
-    (B, M, C), R, N = z.shape, w1.shape[0], w2.shape[0]
-    y = z.new_empty((B, N, C))
-    # all of N in one tile: a second one would compute the hidden rows, half of the work, again
-    default = _config(z.dtype, M, R, N, C, largest_n=256, stages=1 if before_hopper() or z.dtype.itemsize > 4 else 2)
-    config = launches.overlaid("token_mlp_fwd", z.dtype, B, (M, R, N, C), default)
-    grid = (B * triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(C, config["BLOCK_C"]),)
-    if grid[0]:
-        token_mlp_fwd_kernel[grid](
-            z, w1, w1 if b1 is None else b1, w2, w2 if b2 is None else b2, y,
-            M, R, N, C,
-            *z.stride(), *w1.stride(), _stride(b1), *w2.stride(), _stride(b2),
-            **dot_options(z.dtype), INDEX=index_type(z, w1[None], w2[None], y),
-            HAS_B1=b1 is not None, HAS_B2=b2 is not None, ONE_M=M <= config["BLOCK_M"], **config,
-        )  # fmt: skip
+    (B, _, C), (N, R) = z.shape, w2.shape
+    together, w1 = _together(z, R), _aligned(w1)
+    y, spare = z.new_empty((B, N, C)), 0 if b2 is None else SPARE
+    buffer = z.new_empty((min(B, together), R + spare, C))
+    if spare:  # baddbmm would write b2 into y and read it again: columns of w2 instead, for hidden rows that sum to 1
+        w2 = torch.cat((w2, b2[:, None].expand(N, SPARE)), dim=1)
+        buffer[:, R:] = 1 / SPARE
+    for z_g, y_g in groups(together, z, y):
+        hidden = buffer[: z_g.shape[0]]
+        plan = _plan(z_g, w1, b1, hidden, B, False)
+        launch(token_mlp_kernel, plan.launch, (z_g, w1, w1 if b1 is None else b1, hidden, hidden, hidden))
+        torch.bmm(each(w2, z_g), hidden, out=y_g)
     return y
 
 
 def token_mlp_bwd(dy, z, w1, b1, w2):
-    (B, M, C), R, N = z.shape, w1.shape[0], w2.shape[0]
-    dz = z.new_empty(z.shape)
-    accumulator = torch.float64 if z.dtype == torch.float64 else torch.float32
-    wide, old = z.dtype.itemsize > 2, before_hopper()
-    tensors = (dy, z, w1, w1 if b1 is None else b1, w2)
-    strides = (*dy.stride(), *z.stride(), *w1.stride(), _stride(b1), *w2.stride())
-    common = {
-        **dot_options(z.dtype),
-        "INDEX": index_type(dy, z, w1[None], w2[None], dz),
-        "HAS_B1": b1 is not None,
-    }
+    (B, M, _), R = z.shape, w1.shape[0]
+    w1 = _aligned(w1)
 
-    def ones(config):
-        return {"ONE_M": M <= config["BLOCK_M"], "ONE_N": N <= config["BLOCK_N"]}
+    def activations(z_g, hidden, gradient):
+        plan = _plan(z_g, w1, b1, hidden, B, True)
+        size = (z_g.shape[0] * plan.tiles_c, R)
+        db1 = z.new_empty(size, dtype=torch.promote_types(z.dtype, torch.float32))
+        launch(token_mlp_kernel, plan.launch, (z_g, w1, w1 if b1 is None else b1, hidden, gradient, db1))
+        return db1.sum(dim=0)
 
-    default = _config(z.dtype, M, R, N, C, largest_n=64, stages=1 if wide else 2)
-    config = launches.overlaid("token_mlp_bwd_z", z.dtype, B, (M, R, N, C), default)
-    grid = (B * triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(C, config["BLOCK_C"]),)
-    if grid[0]:
-        token_mlp_bwd_z_kernel[grid](*tensors, dz, M, R, N, C, *strides, **common, **ones(config), **config)
-
-    def weight(first):
-        # fp32: a second stage takes 40 to 80 registers for dw1; without one dw2 spills to reach the next occupancy
-        stages = 1 if (first if wide else old) else 2
-        default = _config(z.dtype, M, R, N, C, largest_n=64 if first or old else 128, stages=stages)
-        kernel = "token_mlp_bwd_w1" if first else "token_mlp_bwd_w2"
-        config = launches.overlaid(kernel, z.dtype, B, (M, R, N, C), default)
-        columns = M if first else N
-        tiles = triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(columns, config["BLOCK_M" if first else "BLOCK_N"])
-        items = B * triton.cdiv(C, config["BLOCK_C"])
-        share = max(triton.cdiv(items, max(PROGRAMS // max(tiles, 1), 1)), 4)  # the partial sums stay small
-        splits = max(triton.cdiv(items, share), 1)
-        partial, db1 = z.new_empty((splits, R, columns), dtype=accumulator), z.new_empty((splits, R), dtype=accumulator)
-        if tiles:
-            token_mlp_bwd_weight_kernel[(tiles * splits,)](
-                *tensors, partial, db1, B, M, R, N, C, share, *strides, **common, **ones(config), FIRST=first, **config
-            )
-        return partial.sum(dim=0), db1.sum(dim=0)
-
-    dw1, db1 = weight(first=True)
-    dw2, _ = weight(first=False)
-    db2 = dy.sum(dim=(0, 2), dtype=accumulator)
-    return dz, dw1.to(w1.dtype), db1.to(w1.dtype), dw2.t().to(w2.dtype).contiguous(), db2.to(w2.dtype)
+    return _token_mlp.token_mlp_bwd(dy, z, w1[:, :M], w2, _together(z, R), activations)

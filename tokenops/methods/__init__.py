@@ -11,7 +11,6 @@ try:
 except ImportError as error:
     raise ImportError("tokenops.methods needs timm: pip install 'tokenops[models]'") from error
 
-from .. import _flops  # noqa: F401
 from . import cait, patch_slimming
 from .checkpoint import init_from_teacher, load_checkpoint
 from .evit import EViT

@@ -1,0 +1,294 @@
+"""torch.func and autograd over every operator: vmap, gradients of samples and of gradients."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokenops
+from tokenops import use_backend
+
+SAMPLES, B, N, C = 3, 2, 6, 4
+GRID = (2, 3)
+
+
+def numbers(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def merged(x, logits, first, second, weight, bias):
+    y, normed = tokenops.merge_neighbours(x, GRID, "horizontal", (first, second), prefix=0, norm=(weight, bias, 1e-5))
+    return y, normed, tokenops.merge_neighbours(x, GRID, "vertical", logits, prefix=0, sizes=SIZES)[0]
+
+
+def attended(q, k, v, bias, qk_mask, v_mask):
+    return tokenops.masked_channel_attention(
+        q, k, v, qk_mask=qk_mask, v_mask=v_mask, key_bias=bias, key_lengths=torch.tensor([N, 4]), scores="class",
+        heads="mean", return_lse=True, return_key_mean=True,
+    )  # fmt: skip
+
+
+def received(q, k, v):
+    return tokenops.masked_channel_attention(q, k, v, scores="received")
+
+
+def selected(rest, x, scores, companion, weight, bias):
+    chosen = tokenops.select_tokens(
+        x, scores, 3, prefix=1, rest=rest, companions=(companion,), norm=(weight, bias, 1e-5),
+        counts=torch.tensor([3, 2]) if rest == "mean" else None,
+    )  # fmt: skip
+    return chosen.tokens, chosen.normed, *chosen.companions
+
+
+def restored(base, tokens, old, new):
+    index = torch.tensor([[4, 0, -1], [2, 1, 5]])
+    y, (companion,) = tokenops.restore_tokens(base, tokens, index, companions=((old, new),))
+    return y, companion
+
+
+def merged_bipartite(x, weight, bias):
+    y = tokenops.merge_bipartite(x, x.detach(), 2, prefix=0, sizes=1 + SIZES, norm=(weight, bias, 1e-5))
+    return y.tokens, y.normed
+
+
+def unmerged(y):
+    return tokenops.unmerge_bipartite(y, torch.tensor([[1, 0, 2, 2], [0, 0, 1, 1]]), prefix=1)
+
+
+def summed(x):
+    merge, _ = tokenops.tome.bipartite_soft_matching(METRIC, 2)
+    return merge(x, mode="sum")
+
+
+SIZES = torch.tensor([[1.0, 2, 0, 0, 3, 1], [1, 1, 1, 1, 1, 1]])
+METRIC = torch.arange(2.0 * N * C).cos().reshape(2, N, C)
+#: what is differentiated, the shapes of what it is differentiated in, and how many of the first have images
+CASES = {
+    "soft_aggregate": (
+        lambda x, w, scale: tokenops.soft_aggregate(x, w, scale=scale, mask=torch.arange(N) < torch.tensor([[6], [4]])),
+        ((B, N, C), (B, N, 3), (1,)),
+        2,
+    ),
+    "soft_aggregate without a scale": (partial(tokenops.soft_aggregate, prefix=1), ((B, 1 + N, C), (B, N, 3)), 2),
+    "soft_scatter": (
+        lambda z, w, scale: tokenops.soft_scatter(z, w, scale=scale),
+        ((B, 3, C), (B, N, 3), (1,)),
+        2,
+    ),
+    "token_mlp": (tokenops.token_mlp, ((B, N, C), (5, N), (5,), (3, 5), (3,)), 1),
+    "attention": (attended, ((B, 2, 3, C), (B, 2, N, C), (B, 2, N, 5), (B, 2, 1, N), (2, C), (2, 5)), 4),
+    "attention, received": (received, ((B, 2, 3, C), (B, 2, N, C), (B, 2, N, 5)), 3),
+    **{
+        f"select_tokens, {rest}": (partial(selected, rest), ((B, 1 + N, C), (B, N), (B, N), (C,), (C,)), 3)
+        for rest in ("none", "mean", "weighted")
+    },
+    "restore_tokens": (restored, ((B, 1 + N, C), (B, 3, C), (B, N), (B, 3)), 4),
+    "merge_neighbours": (merged, ((B, N, C), (B, N), (C,), (1,), (C,), (C,)), 2),
+    "unmerge_neighbours": (
+        lambda x: tokenops.unmerge_neighbours(x, (3, 4), ("horizontal", "vertical"), prefix=0, mode="bilinear"),
+        ((B, 4, C),),
+        1,
+    ),
+    "merge_bipartite": (merged_bipartite, ((B, N, C), (C,), (C,)), 1),
+    "unmerge_bipartite": (unmerged, ((B, 4, C),), 1),
+    "tome's sum": (summed, ((B, N, C),), 1),
+}
+
+
+@pytest.fixture(params=("native", pytest.param("triton", marks=pytest.mark.slow), "reference"))
+def engine(request):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return made(request.param)
+
+
+def made(name):
+    """(function of tensors to a tuple, tensors, how many of these have images)."""
+    function, shapes, images = CASES[name]
+
+    def of(*tensors):
+        y = function(*tensors)
+        return (y,) if isinstance(y, Tensor) else tuple(y)
+
+    return of, [numbers(*shape) for shape in shapes], images
+
+
+def loss(function, *tensors):
+    return sum((y * torch.arange(1.0, y.numel() + 1).cos().reshape(y.shape)).square().sum() for y in function(*tensors))
+
+
+def samples_of(tensors, images):
+    """SAMPLES of what has images; what is shared once."""
+    given = [numbers(SAMPLES, *t.shape) if i < images else t for i, t in enumerate(tensors)]
+    return given, tuple(0 if i < images else None for i in range(len(tensors)))
+
+
+def sample(given, dims, s):
+    return [t if dim is None else t[s] for t, dim in zip(given, dims)]
+
+
+def assert_same(ours, right):
+    assert len(ours) == len(right)
+    for i, (a, b) in enumerate(zip(ours, right)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=lambda text: f"{i}: {text}")
+
+
+def test_vmap_gives_what_a_loop_gives(case, engine):
+    function, tensors, images = case
+    given, dims = samples_of(tensors, images)
+    right = [torch.stack(y) for y in zip(*(function(*sample(given, dims, s)) for s in range(SAMPLES)))]
+    assert_same(torch.vmap(function, dims)(*given), right)
+
+
+def test_vmap_of_triton_kernels():
+    """One of each kind in a short run: a gradient that samples share, a list, a head's layout."""
+    for name in ("soft_aggregate", "restore_tokens", "attention, received"):
+        with use_backend("triton"):
+            check_gradients_through_vmap(*made(name))
+
+
+def test_vmap_runs_the_kernels(ran_kernels):
+    x, w = numbers(SAMPLES, B, N, C), numbers(SAMPLES, B, N, 3)
+    with use_backend("native"), ran_kernels() as names:
+        torch.func.grad(lambda x, w: torch.vmap(tokenops.soft_aggregate)(x, w).sum())(x, w)
+    assert names == {"soft_aggregate_fwd.native", "soft_aggregate_bwd.native"}
+
+
+def test_gradients_go_through_vmap(case, engine):
+    check_gradients_through_vmap(*case)
+
+
+def check_gradients_through_vmap(function, tensors, images):
+    given, dims = samples_of(tensors, images)
+    leaves = [t.clone().requires_grad_() for t in given]
+    right = torch.autograd.grad(
+        sum(loss(function, *sample(leaves, dims, s)) for s in range(SAMPLES)), leaves, materialize_grads=True
+    )
+
+    def together(*tensors):
+        return torch.vmap(partial(loss, function), dims)(*tensors).sum()
+
+    assert_same(torch.func.grad(together, tuple(range(len(given))))(*given), right)
+    together(*leaves).backward()
+    assert_same([torch.zeros_like(t) if t.grad is None else t.grad for t in leaves], right)
+
+
+def test_gradients_of_each_sample(case, engine):
+    function, tensors, images = case
+    given, dims = samples_of(tensors, images)
+    of_one = torch.func.grad(partial(loss, function), tuple(range(len(given))))
+    right = [torch.stack(g) for g in zip(*(of_one(*sample(given, dims, s)) for s in range(SAMPLES)))]
+    assert_same(torch.vmap(of_one, dims)(*given), right)
+
+
+def test_gradients_of_each_sample_whatever_they_share(case, engine):
+    """Each tensor has samples, or is the same for all: what is saved for the gradient may lie in another order."""
+    function, tensors, _ = case
+    of_one = torch.func.grad(partial(loss, function), tuple(range(len(tensors))))
+    for shared in range(len(tensors)):
+        for alone in (True, False):  # that tensor alone, or all others
+            dims = tuple(None if (i == shared) is alone else 0 for i in range(len(tensors)))
+            if all(dim is None for dim in dims):
+                continue
+            given = [t if dim is None else numbers(SAMPLES, *t.shape) for t, dim in zip(tensors, dims)]
+            right = [torch.stack(g) for g in zip(*(of_one(*sample(given, dims, s)) for s in range(SAMPLES)))]
+            assert_same(torch.vmap(of_one, dims)(*given), right)
+
+
+def test_weights_of_each_sample_and_vmap_within_vmap(case, engine):
+    function, tensors, _ = case
+    given = [numbers(2, SAMPLES, *t.shape) for t in tensors]
+    results = [[function(*(t[i, s] for t in given)) for s in range(SAMPLES)] for i in range(2)]
+    right = [torch.stack([torch.stack([one[n] for one in row]) for row in results]) for n in range(len(results[0][0]))]
+    assert_same(torch.vmap(torch.vmap(function))(*given), right)
+
+
+def test_gradients_of_gradients(case, engine):
+    function, tensors, _ = case
+    leaves = [t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradgradcheck(partial(loss, function), leaves, fast_mode=True)
+
+
+def test_a_second_order_beside_another_path_is_not_lost(case, engine):
+    """`autograd.grad` follows only what leads to its inputs: a path that ends without a word would be zero."""
+    function, tensors, _ = case
+    leaves = [t.requires_grad_() for t in tensors]
+
+    def second(function):
+        first = torch.autograd.grad(loss(function, *leaves) ** 2, leaves, create_graph=True, materialize_grads=True)
+        return torch.autograd.grad(sum((g + t).square().sum() for g, t in zip(first, leaves)), leaves)
+
+    ours = second(function)
+    with use_backend("reference"):
+        assert_same(ours, second(function))
+    assert not torch.equal(ours[0], 2 * leaves[0])  # what the other path alone gives
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - {"unmerge_neighbours"}))
+def test_forward_mode_says_that_it_cannot(name):
+    function, tensors, _ = made(name)
+    with pytest.raises((RuntimeError, NotImplementedError), match="jvp|forward mode|forward AD"):
+        torch.func.jvp(function, tuple(tensors), tuple(torch.ones_like(t) for t in tensors))
+
+
+TWICE = {
+    "soft_aggregate": (lambda x: tokenops.soft_aggregate(x, x), (2, 6, 6)),
+    "soft_scatter": (lambda x: tokenops.soft_scatter(x, x), (2, 6, 6)),
+    "token_mlp": (lambda x: tokenops.token_mlp(x.unsqueeze(0), x, x[0], x, x[0]), (6, 6)),
+    "token_mlp's weights": (lambda x: tokenops.token_mlp(x.unsqueeze(0), w := x * 2, b := x[0], w, b), (6, 6)),
+    "attention": (lambda x: tokenops.masked_channel_attention(x, x, x), (2, 2, 5, 8)),
+    "attention's masks": (
+        lambda x: tokenops.masked_channel_attention(x, x, x, qk_mask=(m := x[0, :, 0]), v_mask=m),
+        (2, 2, 5, 8),
+    ),
+    "select_tokens": (
+        lambda x: tokenops.select_tokens(
+            x, s := x[:, 1:, 0], 2, rest="weighted", companions=(s, s), norm=(x[0, 0], x[0, 0], 1e-5)
+        ).companions[0],
+        (2, 5, 8),
+    ),
+    "restore_tokens": (
+        lambda x: tokenops.restore_tokens(x, x, torch.arange(4).expand(2, 4), companions=((x[:, 1:, 0],) * 2,))[0],
+        (2, 5, 8),
+    ),
+    "merge_neighbours": (
+        lambda x: tokenops.merge_neighbours(x, (2, 3), "vertical", (w := x[0, 0], w), prefix=0, norm=(w, w, 1e-5))[0],
+        (2, 6, 8),
+    ),
+    "merge_neighbours' logits and sizes": (
+        lambda x: tokenops.merge_neighbours(x, (2, 3), "vertical", s := x[:, :, 0].exp(), prefix=0, sizes=s)[0],
+        (2, 6, 8),
+    ),
+    "merge_bipartite": (lambda x: tokenops.merge_bipartite(x, x, 2, norm=(w := x[0, 0], w, 1e-5)).normed, (2, 6, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_tensor_given_twice(name):
+    function, shape = TWICE[name]
+    x = torch.randn(shape, requires_grad=True)
+    right = torch.autograd.grad(function(x).square().sum(), x)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), x), right, rtol=1e-4, atol=1e-4)
+    with use_backend("reference"):
+        torch.testing.assert_close(torch.autograd.grad(function(x).square().sum(), x), right, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_transforms_run_as_they_are():
+    """torch.compile would take the forward pass alone, and the gradient would be zero."""
+
+    def first(x, w):
+        return torch.func.grad(lambda x: torch.vmap(tokenops.soft_aggregate)(x, w).square().sum())(x)
+
+    x, w = numbers(SAMPLES, B, N, C), numbers(SAMPLES, B, N, 3)
+    torch.testing.assert_close(torch.compile(first, backend="aot_eager")(x, w), first(x, w))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="within torch.func operators|User-inserted graph break"):
+        torch.compile(first, backend="aot_eager", fullgraph=True)(x, w)
