@@ -1,0 +1,1 @@
+"""Random calls of every public operator, compared with what the docstrings and the papers' formulas say."""
