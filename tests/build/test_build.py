@@ -118,16 +118,17 @@ def test_pure_wheel(sources, tmp_path):
     [
         ({"TOKENOPS_BUILD": "gpu"}, "TOKENOPS_BUILD='gpu', but it must be one of auto, cpu, cuda, none"),
         ({"TOKENOPS_BUILD": "cpu", "CXX": "no-such"}, "TOKENOPS_BUILD=cpu, but that cannot be built: there was no C++"),
-        (
+        pytest.param(
             {"TORCH_CUDA_ARCH_LIST": "Hoper", "TOKENOPS_BUILD": "cuda"},
             "'Hoper' is neither of the form 9.0, 9.0a or 9.0+PTX, nor native",
+            marks=needs_nvcc,
         ),
-        ({"TORCH_CUDA_ARCH_LIST": "99.0", "TOKENOPS_BUILD": "cuda"}, "does not know 99.0"),
+        pytest.param(
+            {"TORCH_CUDA_ARCH_LIST": "99.0", "TOKENOPS_BUILD": "cuda"}, "does not know 99.0", marks=needs_nvcc
+        ),
     ],
 )
 def test_errors_in_words(sources, environment, words):
-    if "TORCH_CUDA_ARCH_LIST" in environment and NVCC is None:
-        pytest.skip("needs nvcc")
     done = python("setup.py", "--version", cwd=sources, **environment)
     assert done.returncode != 0 and words in done.stderr
 

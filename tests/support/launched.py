@@ -159,17 +159,6 @@ def some_call(memory):
         x = x if rest in ("weighted", "normalized") else None
         dtokens = new(B, P + k + (rest != "none"), C)
         return functools.partial(select_tokens_bwd, dtokens, given, index, scores, counts, x, fused, P, rest)
-    if operator in (8, 9):
-        rest, counts = pick(("none", "mean", "weighted", "normalized")), pick((None, memory(B, dtype=torch.int64)))
-        x, scores = new(B, P + N, C), memory(B, N, dtype=pick((dtype, torch.float32)), ordered=False)
-        given = [memory(B, N if operator == 8 else k, dtype=d, ordered=False) for d in kinds]
-        if operator == 8:
-            arguments = (k, counts, given, weight, bias, P, rest, pick((False, True)), norm, 1e-6)
-            return functools.partial(select_tokens_fwd, x, scores, *arguments)
-        fused = memory(B, 1 + C, dtype=torch.promote_types(dtype, torch.float32)) if rest == "normalized" else None
-        x = x if rest in ("weighted", "normalized") else None
-        dtokens = new(B, P + k + (rest != "none"), C)
-        return functools.partial(select_tokens_bwd, dtokens, given, index, scores, counts, x, fused, P, rest)
     index = memory(B, N, dtype=torch.int64)
     if operator == 2:
         x, eps = new(B, P + N, C), memory.random.random()
