@@ -148,7 +148,7 @@ class Plan:
             try:
                 self.architectures = architectures(self.nvcc, strict=self.mode == "cuda")
             except RuntimeError as error:
-                self.without_cuda(error)
+                self.without_cuda(error, "there was nothing to build it for")
 
     def why_no_cpu(self) -> str | None:
         if self.mode == "none":
@@ -171,13 +171,13 @@ class Plan:
             return "there was no nvcc when tokenops was installed (CUDA_HOME, PATH, or cuda-toolkit[nvcc,cccl])"
         return None
 
-    def without_cuda(self, error: Exception) -> None:
+    def without_cuda(self, error: Exception, why: str = "nvcc failed") -> None:
         """In auto mode CUDA code that cannot be compiled is left out, aloud; Triton serves the GPU then."""
         if self.mode == "cuda":
             raise SystemExit(f"TOKENOPS_BUILD=cuda, but that cannot be built: {error}")
         say(f"building without CUDA: {error}")
         last = str(error).strip().splitlines()[-1]
-        self.cuda, self.architectures = f"nvcc failed when tokenops was installed: {last}", []
+        self.cuda, self.architectures = f"{why} when tokenops was installed: {last}", []
 
     def info(self) -> dict:
         return {

@@ -38,12 +38,12 @@ def tensor(op: str, name: str, value: Any, shape: str, like: Tensor | None = Non
         raise ValueError(f"{op}: {name} is on {value.device}, but the other tensors are on {like.device}")
 
 
-def number(op: str, name: str, value: Any, what: str = "a number") -> float:
+def number(op: str, name: str, value: Any, what: str) -> None:
     """An int or a float that a float can hold; a symbolic one under torch.compile."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be {what}, but got {value!r}")
     try:
-        return float(value)
+        float(value) if type(value) is int else None
     except OverflowError:
         raise ValueError(f"{op}: {name} is an int of {len(str(value))} digits, more than a float can hold") from None
 

@@ -20,10 +20,10 @@ def arguments(op: str, norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | No
             continue
         _checks.tensor(op, f"norm's {name}", value, "C", like=x)
         _checks.same(op, "channels", f"norm's {name}", value.shape[0], "x", x.shape[2])
-    eps = _checks.number(op, "norm's eps", norm[2], "a number of at least 0")
-    if not eps >= 0:
+    _checks.number(op, "norm's eps", norm[2], "a number of at least 0")
+    if not norm[2] >= 0:
         raise ValueError(f"{op}: norm's eps must be a number of at least 0, but got {norm[2]!r}")
-    return norm[0], norm[1], eps
+    return norm[0], norm[1], float(norm[2])
 
 
 def added(

@@ -1,10 +1,14 @@
 """masked_channel_attention in use: layouts, dtypes, autograd and compile modes, memory, and its errors."""
 
+import sys
+
 import pytest
 import torch
 from torch import library
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tokenops
 from support.attention import EVERYTHING, FLOATS, SCORES, attention, check, double, inputs, run
 from support.cases import ATTEND, DTYPES, Attend
 from tokenops import _native, reference
@@ -333,3 +337,42 @@ def test_lengths_out_of_range(wrong, backend, device):
     else:
         with pytest.raises(ValueError, match=f"key_lengths has {wrong}, but it must be between 0 and the 5 keys"):
             attention(Q, K, V, key_lengths=lengths)
+
+
+class Kernels(Exception):
+    """Ours were chosen."""
+
+
+def test_on_a_gpu_what_asks_for_nothing_else_is_torchs_attention(monkeypatch):
+    """Without a GPU: fake tensors say that they are on one."""
+    module, asked = sys.modules["tokenops.masked_channel_attention"], []
+
+    def torchs(q, k, v, scale):
+        asked.append((scale, torch.is_autocast_enabled("cuda")))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    def ours(*which):
+        raise Kernels
+
+    monkeypatch.setattr(module, "_sdpa", reference.keeps_dtypes(torchs))
+    monkeypatch.setattr(module, "choose", ours)
+    with FakeTensorMode():
+        q, v = (torch.empty(2, 3, 5, D, device="cuda", dtype=torch.float16) for D in (64, 32))
+        with torch.autocast("cuda", torch.bfloat16):
+            out = attention(q, q, q, scale=2)
+        assert asked == [(2.0, False)] and out.dtype == torch.float16 and out.transpose(1, 2).is_contiguous()
+        mask, bias = torch.empty(3, 64, device="cuda"), torch.empty(1, 1, 1, 5, device="cuda")
+        lengths = torch.empty(2, dtype=torch.int64, device="cuda")
+        for options in (
+            {"scores": "class"}, {"return_lse": True}, {"return_key_mean": True}, {"qk_mask": mask},
+            {"v_mask": mask}, {"key_bias": bias}, {"key_lengths": lengths}, {"v": v}, {"q": q[:, :, :0]}, {"k": q[:0]},
+        ):  # fmt: skip
+            given = {"q": q, "k": q, "v": q, **options}
+            given["q"] = given["q"][:0] if "k" in options else given["q"]
+            given["v"] = given["v"][:0] if "k" in options else given["v"]
+            with pytest.raises(Kernels):
+                attention(**given)
+        for backend in ("triton", "native", "reference"):
+            with tokenops.use_backend(backend), pytest.raises(Kernels):
+                attention(q, q, q)
+    assert len(asked) == 1

@@ -1,10 +1,12 @@
 """torch.func and autograd over every operator: vmap, gradients of samples and of gradients."""
 
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenops
 from tokenops import use_backend
@@ -154,11 +156,33 @@ def test_vmap_of_triton_kernels():
             check_gradients_through_vmap(*made(name))
 
 
-def test_vmap_runs_the_kernels(ran_kernels):
-    x, w = numbers(SAMPLES, B, N, C), numbers(SAMPLES, B, N, 3)
-    with use_backend("native"), ran_kernels() as names:
-        torch.func.grad(lambda x, w: torch.vmap(tokenops.soft_aggregate)(x, w).sum())(x, w)
-    assert names == {"soft_aggregate_fwd.native", "soft_aggregate_bwd.native"}
+class Ran(TorchDispatchMode):
+    """How often each of our kernels runs in the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = Counter()
+
+    def __torch_dispatch__(self, kernel, types, arguments=(), options=None):
+        if kernel.namespace == "tokenops" and kernel._overloadname:
+            self.times[kernel._opname, kernel._overloadname] += 1
+        return kernel(*arguments, **(options or {}))
+
+
+def test_samples_are_one_call_where_they_share_nothing():
+    """And a call each where the gradient of what they share is asked for."""
+    x, w, scale = numbers(SAMPLES, B, N, C), numbers(SAMPLES, B, N, 3), numbers(1)
+
+    def of_each(x, w, scale):
+        return tokenops.soft_aggregate(x, w, scale=scale).square().sum()
+
+    forward, backward = ("soft_aggregate_fwd", "native"), ("soft_aggregate_bwd", "native")
+    with use_backend("native"), Ran() as ran:
+        torch.vmap(torch.func.grad(of_each), (0, 0, None))(x, w, None)
+    assert ran.times == {forward: 1, backward: 1}
+    with use_backend("native"), Ran() as ran:
+        torch.vmap(torch.func.grad(of_each, 2), (0, 0, None))(x, w, scale)
+    assert ran.times == {forward: 1, backward: SAMPLES}
 
 
 def test_gradients_go_through_vmap(case, engine):
