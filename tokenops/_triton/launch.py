@@ -1,8 +1,8 @@
 """How kernels are launched: what follows from the kind of a call is worked out once, and kept with its compiled kernel.
 
-At B=1 a call takes the GPU about as long as the host, and half of the host's time went into the arithmetic of launches
-and the other half into Triton's search for the compiled kernel. A launcher asks a function that is `planned` for its
-`Launch`, which depends on nothing but shapes, strides, dtypes and options, and hands it to `launch` with the tensors.
+Most of the host's time for a call went into the arithmetic of launches and Triton's search for the compiled kernel
+(benchmarks/host.py). A launcher asks a function that is `planned` for its `Launch`, which depends on nothing but
+shapes, strides, dtypes and options, and hands it to `launch` with the tensors.
 """
 
 import functools
