@@ -5,6 +5,8 @@ A kernel that reads or writes where it may not leaves its process without a GPU:
 on. Such a process ends as soon as its test is reported, and pytest-xdist puts another in its place.
 """
 
+import contextlib
+import functools
 import os
 import time
 
@@ -57,6 +59,17 @@ class Faults:
             os._exit(3)
 
 
+def heard(send):
+    """Telling a process something that it need not live to hear: pytest-xdist finds it dead, and replaces it."""
+
+    @functools.wraps(send)
+    def tell(name, **what):
+        with contextlib.suppress(OSError):  # what pytest-xdist suppresses itself for "shutdown" alone
+            send(name, **what)
+
+    return tell
+
+
 class Outcomes:
     """In the process that sees every report: a line a test."""
 
@@ -68,6 +81,7 @@ class Outcomes:
     def pytest_configure_node(self, node):
         # also that of a process that replaces another: pytest-xdist wants them all to have the same tests
         node.workerinput["tests_done"] = sorted(self.done)
+        node.sendcommand = heard(node.sendcommand)
 
     def pytest_runtest_logstart(self, nodeid):
         self.began[nodeid] = time.perf_counter()

@@ -6,8 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from gpu.outcomes import Outcomes
 
 ROOT = Path(__file__).parents[2]
 CONFTEST = """
@@ -107,6 +110,18 @@ def test_a_line_a_test_and_no_more_when_resumed(run):
 
     found, done = run(*processes)
     assert outcomes(found) == {**dict.fromkeys(failed, "failed"), "test_killed": "skipped"}, done.stdout
+
+
+def test_a_process_that_died_ends_no_session():
+    """pytest-xdist may ask it for tests back before it knows."""
+
+    def send(name, **what):
+        raise OSError("cannot send (already closed?)")
+
+    node = SimpleNamespace(workerinput={}, sendcommand=send)
+    Outcomes(SimpleNamespace(done=lambda: {"a"})).pytest_configure_node(node)
+    node.sendcommand("steal", indices=[3])
+    assert node.workerinput == {"tests_done": ["a"]}
 
 
 def test_in_one_process(run):
