@@ -191,17 +191,19 @@ def masked_channel_attention_cases(dtype):
 def select_tokens_cases(dtype):
     from tokenops._triton.select_tokens import select_tokens_bwd, select_tokens_fwd
 
-    for N, k, C, rest, best_first, norm, extras in (
-        (196, 98, 384, "none", False, False, False),
-        (196, 98, 384, "normalized", False, True, True),
-        (196, 98, 768, "weighted", True, True, False),
-        (576, 288, 193, "mean", True, False, True),
-        (6000, 500, 64, "none", False, False, False),
+    for B, N, k, C, rest, best_first, norm, extras in (
+        (256, 196, 98, 384, "none", False, False, False),
+        (1, 196, 98, 384, "none", False, False, False),
+        (256, 196, 98, 384, "normalized", False, True, True),
+        (256, 196, 98, 768, "weighted", True, True, False),
+        (256, 196, 98, 1280, "weighted", False, False, False),
+        (256, 576, 288, 193, "mean", True, False, True),
+        (256, 6000, 500, 64, "none", False, False, False),
     ):
         kind = dtype if extras else torch.float64 if N == 6000 else torch.float32
-        x, scores = _meta(256, N + 1, C, dtype=dtype), _meta(256, N, dtype=kind)
-        counts = _meta(256, dtype=torch.int64) if extras else None
-        companions = [scores, _meta(256, N, dtype=torch.int64)] if extras else []
+        x, scores = _meta(B, N + 1, C, dtype=dtype), _meta(B, N, dtype=kind)
+        counts = _meta(B, dtype=torch.int64) if extras else None
+        companions = [scores, _meta(B, N, dtype=torch.int64)] if extras else []
         channels = _meta(C, dtype=torch.float32) if norm else None
 
         def run():
@@ -210,7 +212,7 @@ def select_tokens_cases(dtype):
             given = x if rest in ("weighted", "normalized") else None
             select_tokens_bwd(tokens, made, index, scores, counts, given, fused, 1, rest)
 
-        yield f"N{N}-k{k}-C{C}-{rest}{'-norm' * norm}{'-all' * extras}", run
+        yield f"{'B1-' * (B == 1)}N{N}-k{k}-C{C}-{rest}{'-norm' * norm}{'-all' * extras}", run
 
 
 def restore_tokens_cases(dtype):

@@ -27,6 +27,7 @@ LOCALS: dict[str, dict[str, str]] = {
     "masked_channel_attention_bwd_q_kernel": {"length": "N", "whole": "N // BLOCK_N * BLOCK_N if SPLIT else 0"},
     "masked_channel_attention_bwd_kv_kernel": {"queries": "M", "rest": "(M - 1) % BLOCK_M + 1 if SPLIT else M"},
     "masked_channel_attention_received_kernel": {"heads": "H // GROUPS", "group": "0"},
+    "select_tokens_fwd_kernel": {"count": "k"},
     "match_bipartite_fwd_kernel": {"count_a": "(N + P) // 2 - P // 2", "count_b": "N - count_a"},
 }
 #: how many trips a loop has whose range is data, or differs between programs: their mean

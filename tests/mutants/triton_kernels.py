@@ -150,8 +150,8 @@ MUTANTS = [
     *of_file(
         "tokenops/_triton/select_tokens.py",
         (
-            "tl.where(value != value, -0x80000000, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))",
-            "tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)",
+            "tl.where(value != value, 0, bits)",
+            "bits",
             "NaN is the best of all",
             "test_table",
         ),
@@ -161,6 +161,12 @@ MUTANTS = [
             "",
             "equals in the tiles before are not counted",
             "equals_of_many_tiles",
+        ),
+        (
+            "greater = tl.maximum(greater, tl.max(tl.where(reached, 0, counts)))",
+            "greater = tl.max(tl.where(reached, 0, counts))",
+            "the better ones are those of the last digit",
+            "test_table",
         ),
         (
             'tl.maximum(N - count, 1).to(ACC)\n        if REST == "norm',

@@ -32,6 +32,7 @@ TABLE = [
     ([NAN, NAN, NAN, NAN], 2, "index", [0, 1]),
     ([INF, NAN, INF, 3e38], 3, "index", [0, 2, 3]),
     ([-1, -2, -1e-45, -3], 2, "score", [2, 0]),  # a subnormal number
+    ([-1, -1, 0, -1], 2, "index", [0, 2]),  # equal, and of bits that are all set where they are counted
     ([5, 6, 7, 8], 0, "score", []),
     ([5, 6, 7, 8], 4, "score", [3, 2, 1, 0]),
 ]
@@ -47,14 +48,16 @@ def test_table(backend, device, scores, k, order, expected):
         assert chosen.companions == () and chosen.normed is None and chosen.lengths is None
 
 
+@pytest.mark.parametrize("N", (100, 2500))
 @pytest.mark.parametrize("order", ("index", "score"))
-def test_equals_of_many_tiles(backend, device, order):
+def test_equals_of_many_tiles(backend, device, order, N):
     """More of them than a kernel looks at together: the first are kept."""
-    scores = torch.ones(1, 100, device=device)
-    scores[0, [3, 90]] = 2
-    chosen = select_tokens(torch.zeros(1, 100, 1, device=device), scores, 60, prefix=0, order=order).index[0].tolist()
-    kept = [n for n in range(59) if n != 3]
-    assert chosen == ([3, 90, *kept] if order == "score" else sorted([3, 90, *kept]))
+    scores = torch.ones(1, N, device=device)
+    scores[0, [3, N - 10]] = 2
+    k = N * 3 // 5
+    chosen = select_tokens(torch.zeros(1, N, 1, device=device), scores, k, prefix=0, order=order).index[0].tolist()
+    kept = [n for n in range(k - 1) if n != 3]
+    assert chosen == ([3, N - 10, *kept] if order == "score" else sorted([3, N - 10, *kept]))
 
 
 RESTS = [

@@ -181,3 +181,16 @@ def test_automatic_choice(device, ran_kernels):
         select_tokens(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in good().items()})
     reason = _backends.why_not("select_tokens", "native", device, torch.float32)
     assert names == ({"select_tokens_fwd.native"} if reason is None else set())
+
+
+def test_many_images_choose_once():
+    """On Triton a program makes its image's choice: of few images several do, each for some channels."""
+    plan = pytest.importorskip("tokenops._triton.select_tokens")._fwd_plan
+    for B, C, norm, programs in (
+        (1, 384, False, 3),
+        (256, 384, False, 256),
+        (256, 1280, False, 768),
+        (1, 384, True, 1),
+    ):
+        x, scores = (torch.empty(B, *size, device="meta") for size in ((197, C), (196,)))
+        assert plan(x, scores, None, None, None, 98, 1, "none", False, norm).grid == (programs,)

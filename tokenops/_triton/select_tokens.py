@@ -1,8 +1,8 @@
-"""select_tokens on Triton: a program makes its image's choice by bisection and moves the rows where they belong.
+"""select_tokens on Triton: a program makes its image's choice by counting and moves the rows where they belong.
 
-The k-th best score is found bit by bit, from counts of the scores that reach a candidate. A token's place in the result
-is then a prefix sum (order "index") or its rank (order "score"), so rows are read as they lie and stored where they go.
-Without a norm a program has a range of channels, with one the whole rows.
+The k-th best score is found digit by digit, from counts of the scores that reach each candidate. A token's place in the
+result is then a prefix sum (order "index") or its rank (order "score"), so rows are read as they lie and stored where
+they go. Without a norm a program has a range of channels, with one the whole rows.
 """
 
 import torch
@@ -18,60 +18,58 @@ _TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 @triton.jit
 def _keys(scores_ptr, n, N, stride_sn, BITS: tl.constexpr):
-    """Scores as signed integers in their order: NaN the least of all, -0 and 0 alike."""
-    scores = tl.load(scores_ptr + n.to(tl.int64) * stride_sn, mask=n < N, other=0.0)
+    """Scores as unsigned integers in their order: NaN the least of all, -0 and 0 alike. Beyond N there are zeros."""
+    UNSIGNED: tl.constexpr = tl.uint64 if BITS == 64 else tl.uint32
+    scores = tl.load(scores_ptr + n.to(tl.int64) * stride_sn, mask=n < N, other=float("nan"))
     if BITS == 64:
         value = scores.to(tl.float64) + 0.0
         bits = value.to(tl.int64, bitcast=True)
-        return tl.where(value != value, -0x8000000000000000, tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits))
+        bits ^= (bits >> 63) | -0x8000000000000000
     else:
         value = scores.to(tl.float32) + 0.0
         bits = value.to(tl.int32, bitcast=True)
-        return tl.where(value != value, -0x80000000, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+        bits ^= (bits >> 31) | -0x80000000
+    return tl.where(value != value, 0, bits).to(UNSIGNED, bitcast=True)
 
 
 @triton.jit
-def _count(keys, inside, bound, scores_ptr, N, stride_sn, EQUAL: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.constexpr):
-    """How many scores are at least `bound`, or equal to it. `keys` are the first ones, all if WHOLE."""
-    BLOCK: tl.constexpr = keys.shape[0]
-    found = ((keys == bound) if EQUAL else (keys >= bound)) & inside
-    counts = found.to(tl.int32)
-    if not WHOLE:
-        for start in range(BLOCK, N, BLOCK):
-            n = start + tl.arange(0, BLOCK)
-            others = _keys(scores_ptr, n, N, stride_sn, BITS)
-            counts += (((others == bound) if EQUAL else (others >= bound)) & (n < N)).to(tl.int32)
-    return tl.sum(counts)
+def _threshold(
+    scores_ptr, count, N, stride_sn,
+    BITS: tl.constexpr, DIGIT: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The count-th best score, and how many of those that equal it are kept.
 
-
-@triton.jit
-def _threshold(scores_ptr, count, N, stride_sn, BITS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """The count-th best score, and how many of those that equal it are kept."""
-    KEY: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
-    n = tl.arange(0, BLOCK)
-    keys, inside = _keys(scores_ptr, n, N, stride_sn, BITS), n < N
-    least = tl.full((), -0x8000000000000000 if BITS == 64 else -0x80000000, KEY)
-    zero = tl.full((), 0, KEY)
-    if _count(keys, inside, zero, scores_ptr, N, stride_sn, False, BITS, WHOLE) >= count:
-        least = zero
-    for i in range(1, BITS):
-        candidate = least + (tl.full((), 1, KEY) << (BITS - 1 - i))
-        if _count(keys, inside, candidate, scores_ptr, N, stride_sn, False, BITS, WHOLE) >= count:
-            least = candidate
-    reached = _count(keys, inside, least, scores_ptr, N, stride_sn, False, BITS, WHOLE)
-    return least, count - (reached - _count(keys, inside, least, scores_ptr, N, stride_sn, True, BITS, WHOLE))
+    It is found digit by digit, from how many scores reach each value of the next one.
+    """
+    digits = tl.arange(0, 1 << DIGIT)
+    keys = _keys(scores_ptr, tl.arange(0, BLOCK), N, stride_sn, BITS)  # the first ones, all if WHOLE
+    least = tl.zeros((), keys.dtype)
+    greater = tl.zeros((), tl.int32)
+    for i in range(0, BITS // DIGIT):
+        shift = BITS - DIGIT - DIGIT * i
+        bounds = least + (digits.to(keys.dtype) << shift)
+        found = (keys[:, None] >= bounds[None, :]).to(tl.int32)
+        if not WHOLE:
+            for start in range(BLOCK, N, BLOCK):
+                others = _keys(scores_ptr, start + tl.arange(0, BLOCK), N, stride_sn, BITS)
+                found += (others[:, None] >= bounds[None, :]).to(tl.int32)
+        counts = tl.sum(found, axis=0)
+        reached = counts >= count
+        least += (tl.sum(reached.to(tl.int32)) - 1).to(keys.dtype) << shift
+        greater = tl.maximum(greater, tl.max(tl.where(reached, 0, counts)))
+    return least, count - greater
 
 
 @triton.jit
 def _rank(scores_ptr, n, keys, N, stride_sn, BITS: tl.constexpr, BLOCK: tl.constexpr):
     """How many tokens are better than tokens n."""
-    rank = tl.zeros(n.shape, tl.int32)
+    found = tl.zeros((n.shape[0], BLOCK), tl.int32)
     for start in range(0, N, BLOCK):
         j = start + tl.arange(0, BLOCK)
         others = _keys(scores_ptr, j, N, stride_sn, BITS)
         better = (others[None, :] > keys[:, None]) | ((others[None, :] == keys[:, None]) & (j[None, :] < n[:, None]))
-        rank += tl.sum((better & (j < N)[None, :]).to(tl.int32), axis=1)
-    return rank
+        found += better.to(tl.int32)
+    return tl.sum(found, axis=1)
 
 
 @triton.jit
@@ -83,13 +81,14 @@ def _follow(from_ptr, to_ptr, b, n, slot, there, k, stride_b, stride_n):
 
 @for_any("N", "k", "stride_sb", "stride_b0", "stride_b1", "stride_b2", "stride_b3", "mean_ptr", "deviation_ptr")
 def select_tokens_fwd_kernel(
-    x_ptr, scores_ptr, counts_ptr, weight_ptr, bias_ptr, tokens_ptr, index_ptr, normed_ptr, mean_ptr, deviation_ptr,
-    fused_ptr, from0_ptr, from1_ptr, from2_ptr, from3_ptr, to0_ptr, to1_ptr, to2_ptr, to3_ptr,
+    x_ptr, scores_ptr, counts_ptr, weight_ptr, bias_ptr, tokens_ptr, index_ptr, others_ptr, normed_ptr, mean_ptr,
+    deviation_ptr, fused_ptr, from0_ptr, from1_ptr, from2_ptr, from3_ptr, to0_ptr, to1_ptr, to2_ptr, to3_ptr,
     eps: tl.float64, N, k, C, P, slices, stride_xb, stride_xn, stride_xc, stride_sb, stride_sn,
     stride_b0, stride_n0, stride_b1, stride_n1, stride_b2, stride_n2, stride_b3, stride_n3,
     REST: tl.constexpr, BEST_FIRST: tl.constexpr, COUNTS: tl.constexpr, COMPANIONS: tl.constexpr,
     NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BITS: tl.constexpr, ACC: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    DIGIT: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // slices).to(tl.int64)
     slice = tl.program_id(0) % slices
@@ -101,28 +100,30 @@ def select_tokens_fwd_kernel(
         count = tl.minimum(tl.maximum(tl.load(counts_ptr + b), 0), k).to(tl.int32)
     scores_ptr += b * stride_sb
     x_ptr += b * stride_xb
+    index_ptr += b * k
+    others_ptr += b * N
     added = tl.full((), eps, ACC)
-    threshold, wanted = _threshold(scores_ptr, count, N, stride_sn, BITS, WHOLE, BLOCK)
 
-    total = tl.zeros((), ACC)
-    rest = tl.zeros((BLOCK_C,), ACC)
+    # every program of an image lists its tokens, and reads its own list again: they write the same
+    threshold, wanted = _threshold(scores_ptr, count, N, stride_sn, BITS, DIGIT, WHOLE, BLOCK)
     greater_before = 0
     level_before = 0
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
+    for start in range(0, N, BLOCK):
+        n = start + tl.arange(0, BLOCK)
         keys = _keys(scores_ptr, n, N, stride_sn, BITS)
         greater = ((keys > threshold) & (n < N)).to(tl.int32)
         level = ((keys == threshold) & (n < N)).to(tl.int32)
         levels = level_before + tl.cumsum(level, axis=0) - level
         kept = (greater > 0) | ((level > 0) & (levels < wanted))
         slot = greater_before + tl.cumsum(greater, axis=0) - greater + tl.minimum(levels, wanted)
+        if FUSES:
+            tl.store(others_ptr + n - slot, n, mask=(n < N) & (kept == 0))
         if BEST_FIRST:
-            slot = _rank(scores_ptr, n, keys, N, stride_sn, BITS, BLOCK_N)
+            slot = _rank(scores_ptr, n, keys, N, stride_sn, BITS, BLOCK_J)
         greater_before += tl.sum(greater)
         level_before += tl.sum(level)
-
+        tl.store(index_ptr + slot, n.to(tl.int64), mask=kept)
         if slice == 0:
-            tl.store(index_ptr + b * k + slot, n.to(tl.int64), mask=kept)
             if COMPANIONS > 0:
                 _follow(from0_ptr, to0_ptr, b, n, slot, kept, k, stride_b0, stride_n0)
             if COMPANIONS > 1:
@@ -131,24 +132,31 @@ def select_tokens_fwd_kernel(
                 _follow(from2_ptr, to2_ptr, b, n, slot, kept, k, stride_b2, stride_n2)
             if COMPANIONS > 3:
                 _follow(from3_ptr, to3_ptr, b, n, slot, kept, k, stride_b3, stride_n3)
-        read = (n < N) if FUSES else kept
-        offsets = (P + n).to(tl.int64)[:, None] * stride_xn + c[None, :] * stride_xc
-        values = tl.load(x_ptr + offsets, mask=read[:, None] & (c < C)[None, :], other=0.0)
+    tl.debug_barrier()
+
+    for start in range(0, count, BLOCK_N):
+        j = start + tl.arange(0, BLOCK_N)
+        n = tl.load(index_ptr + j, mask=j < count, other=0)
+        offsets = (P + n)[:, None] * stride_xn + c[None, :] * stride_xc
+        values = tl.load(x_ptr + offsets, mask=(j < count)[:, None] & (c < C)[None, :], other=0.0)
         write_rows(
-            values, P + slot, kept, c, b, C, rows, added, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr, weight_ptr,
+            values, P + j, j < count, c, b, C, rows, added, tokens_ptr, normed_ptr, mean_ptr, deviation_ptr, weight_ptr,
             bias_ptr, NORM, WEIGHT, BIAS, ACC,
         )  # fmt: skip
-        if FUSES:
-            others = (n < N) & (kept == 0)
-            share = tl.where(others, 1.0, 0.0).to(ACC)
-            if REST != "mean":
-                scores = tl.load(scores_ptr + n.to(tl.int64) * stride_sn, mask=others, other=0.0)
-                share = cast(scores, ACC)
-                total += tl.sum(share)
-            rest += tl.sum(tl.where(others[:, None], values.to(ACC) * share[:, None], 0.0), axis=0)
-
-    one = tl.arange(0, 1)
     if FUSES:
+        total = tl.zeros((), ACC)
+        rest = tl.zeros((BLOCK_C,), ACC)
+        for start in range(0, N - count, BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)
+            there = j < N - count
+            n = tl.load(others_ptr + j, mask=there, other=0).to(tl.int64)
+            offsets = (P + n)[:, None] * stride_xn + c[None, :] * stride_xc
+            values = tl.load(x_ptr + offsets, mask=there[:, None] & (c < C)[None, :], other=0.0).to(ACC)
+            if REST != "mean":
+                share = cast(tl.load(scores_ptr + n * stride_sn, mask=there, other=0.0), ACC)
+                total += tl.sum(share)
+                values *= share[:, None]
+            rest += tl.sum(values, axis=0)
         if REST == "mean":
             rest = rest / tl.maximum(N - count, 1).to(ACC)
         if REST == "normalized":
@@ -156,6 +164,7 @@ def select_tokens_fwd_kernel(
             tl.store(fused_ptr + b * (1 + C) + 1 + c, rest, mask=c < C)
             if slice == 0:
                 tl.store(fused_ptr + b * (1 + C), total)
+        one = tl.arange(0, 1)
         write_rows(
             rest.to(tokens_ptr.dtype.element_ty)[None, :], P + count + one, one == 0, c, b, C, rows, added, tokens_ptr,
             normed_ptr, mean_ptr, deviation_ptr, weight_ptr, bias_ptr, NORM, WEIGHT, BIAS, ACC,
@@ -178,7 +187,7 @@ def select_tokens_fwd_kernel(
                 weight_ptr, bias_ptr, NORM, WEIGHT, BIAS, ACC,
             )  # fmt: skip
             if slice == 0:
-                tl.store(index_ptr + b * k + j, tl.full((BLOCK_N,), -1, tl.int64), mask=beyond)
+                tl.store(index_ptr + j, tl.full((BLOCK_N,), -1, tl.int64), mask=beyond)
                 nothing = tl.zeros((BLOCK_N,), tl.int8)
                 if COMPANIONS > 0:
                     tl.store(to0_ptr + b * k + j, nothing.to(to0_ptr.dtype.element_ty), mask=beyond)
@@ -291,19 +300,27 @@ def _shared_constants(x, scores, counts, companions, rest):
 @planned
 def _fwd_plan(x, scores, counts, weight, bias, k, prefix, rest, best_first, norm, *companions):
     (B, _, C), N = x.shape, scores.shape[1]
-    block_c = triton.next_power_of_2(max(C, 16)) if norm else tile(C, 16, 128)
-    block = tile(N, 32, 4096)
+    # every program makes its image's choice: many images have few programs each, few images many
+    wide = norm or B * triton.cdiv(C, 512) >= 128
+    block_c = triton.next_power_of_2(max(C, 16)) if norm else tile(C, 16, 512 if wide else 128)
     slices = 1 if norm else max(1, triton.cdiv(C, block_c))
-    constants = _shared_constants(x, scores, counts, companions, rest) | {
+    warps = 8 if wide and block_c > 128 else 4
+    shared = _shared_constants(x, scores, counts, companions, rest)
+    keys = 32768 * warps // shared["BITS"]  # a thread has 32 registers of keys, a key for each digit it may have
+    digit = 4 if N <= keys >> 4 else 2
+    block = tile(N, 32, keys >> digit)
+    constants = shared | {
         "BEST_FIRST": best_first,
         "NORM": norm,
         "WEIGHT": weight is not None,
         "BIAS": bias is not None,
+        "DIGIT": digit,
         "WHOLE": N <= block,
         "BLOCK": block,
-        "BLOCK_N": max(1, min(tile(N, 16, 32), 8192 // block_c)),
+        "BLOCK_J": max(1, 4096 // block),
+        "BLOCK_N": max(1, min(tile(N, 16, 32), 2048 * warps // block_c)),
         "BLOCK_C": block_c,
-        "num_warps": 8 if norm and C > 256 else 4,
+        "num_warps": warps,
     }
     scalars = (N, k, C, prefix, slices, *x.stride(), *scores.stride(), *companion_strides(companions))
     return Launch(B * slices, scalars, constants, bits=8)
@@ -328,13 +345,14 @@ def select_tokens_fwd(x, scores, k, counts, companions, weight, bias, prefix, re
     size = (B, prefix + k + int(rest != "none"), C)
     tokens = x.new_empty(size)
     index = scores.new_empty((B, k), dtype=torch.int64)
+    others = scores.new_empty((B, scores.shape[1]) if rest != "none" else (0,), dtype=torch.int32)
     normed = x.new_empty(size if norm else (0,))
     statistics = x.new_empty((2, *size[:2]) if norm else (0,), dtype=wide)
     fused = x.new_empty((B, 1 + C) if rest == "normalized" else (0,), dtype=wide)
     made = [c.new_empty((B, k)) for c in companions]
     mean, deviation = statistics if norm else (statistics, statistics)
     given = index if counts is None else counts, *(x if t is None else t for t in (weight, bias))
-    tensors = x, scores, *given, tokens, index, normed, mean, deviation, fused, *four(index, companions, made)
+    tensors = x, scores, *given, tokens, index, others, normed, mean, deviation, fused, *four(index, companions, made)
     plan = _fwd_plan(x, scores, counts, weight, bias, k, prefix, rest, best_first, norm, *companions)
     launch(select_tokens_fwd_kernel, plan, tensors, (eps,))
     return tokens, index, normed, statistics, fused, made
