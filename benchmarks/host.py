@@ -1,6 +1,6 @@
 """What a call costs the host, measured without a GPU: kernels are compiled for one, and launching them does nothing.
 
-`python benchmarks/host.py`: DeiT-S at B=1, a line an operator, microseconds of one core's work:
+`python benchmarks/host.py`: DeiT-S at B=1, a line an operator (of), microseconds of one core's work:
   call      tokenops.x(...) without gradients
   grad      the same where autograd is told of it
   operator  the registered operator by itself: torch's dispatcher, and all of the next
@@ -80,11 +80,12 @@ def calls(dtype: torch.dtype = torch.bfloat16) -> dict[str, tuple[Callable, tupl
     x = random(1, N + 1, C)
     q, k, v = random(1, N + 1, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
     index = torch.arange(M)[None]
-    weights = random(4 * N, M), random(4 * N), random(N, 4 * N), random(N)
+    mlp = partial(torch.randn, dtype=torch.float32)  # the products in it are torch's, and run: they are kept small
+    weights = mlp(16, 2), mlp(16), mlp(4, 16), mlp(4)
     return {
         "masked_channel_attention": (tokenops.masked_channel_attention, (q, k, v), {"scores": "class"}),
         "soft_aggregate": (tokenops.soft_aggregate, (x, random(1, N, M)), {"scale": random(1), "prefix": 1}),
-        "token_mlp": (tokenops.token_mlp, (random(1, M, C), *weights), {}),
+        "token_mlp": (tokenops.token_mlp, (mlp(1, 2, 4), *weights), {}),
         "select_tokens": (tokenops.select_tokens, (x, torch.randn(1, N)), {"k": M, "rest": "weighted"}),
         "restore_tokens": (tokenops.restore_tokens, (x, random(1, M, C), index), {}),
         "merge_neighbours": (tokenops.merge_neighbours, (x,), {"grid": (14, 14), "axis": "horizontal"}),
@@ -172,7 +173,7 @@ def main() -> None:
     with idle():
         for name in options.operators:
             numbers = {column: round(us, 1) for column, us in measured(*calls()[name]).items()}
-            print(json.dumps({"operator": name, **numbers}), flush=True)
+            print(json.dumps({"of": name, **numbers}), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 #: tensors that follow the tokens in one launch
 MOST_COMPANIONS = 4
 _OWN_DISPATCH = Tensor.__torch_dispatch__  # none
+_STRIDED = torch.strided
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def dense(op: str, name: str, value: Tensor) -> None:
     """`value` is a plain tensor that lies in memory by strides; how far apart is no matter."""
-    if value.layout is not torch.strided or value.is_nested or value.is_quantized:
+    if value.layout is not _STRIDED or value.is_nested or value.is_quantized:
         kind = "nested" if value.is_nested else "quantized" if value.is_quantized else str(value.layout)[6:]
         raise TypeError(f"{op}: {name} must be a dense tensor, but got a {kind.removeprefix('_')} one")
     if type(value) is not Tensor and type(value).__torch_dispatch__ is not _OWN_DISPATCH:
@@ -25,17 +26,22 @@ def dense(op: str, name: str, value: Tensor) -> None:
             )
 
 
-def tensor(op: str, name: str, value: Any, shape: str, like: Tensor | None = None, floating: bool = True) -> None:
-    """`value` is a tensor with the number of dimensions of `shape` ("B,N,C"), of a float dtype, on `like`'s device."""
+def tensor(op: str, name: str, value: Any, shape: str, like: Tensor | None = None, floating: bool = True) -> torch.Size:
+    """`value` is a tensor with the number of dimensions of `shape` ("B,N,C"), of a float dtype, on `like`'s device.
+
+    Returns its sizes: to ask a tensor for one costs as much as a check.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor ({shape}), but got {type(value).__name__}")
     dense(op, name, value)
-    if value.dim() != shape.count(",") + 1:
-        raise ValueError(f"{op}: {name} must have shape ({shape}), but got {tuple(value.shape)}")
+    sizes = value.shape
+    if len(sizes) != shape.count(",") + 1:
+        raise ValueError(f"{op}: {name} must have shape ({shape}), but got {tuple(sizes)}")
     if floating and value.dtype not in _FLOATS:
         raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, but got {value.dtype}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{op}: {name} is on {value.device}, but the other tensors are on {like.device}")
+    return sizes
 
 
 def number(op: str, name: str, value: Any, what: str) -> None:
@@ -73,11 +79,11 @@ def companions(op: str, given: int) -> None:
 
 def companion(op: str, name: str, value: Any, shape: str, images: int, tokens: int, like: Tensor) -> None:
     """A tensor (images, tokens) of any dtype that follows the tokens."""
-    tensor(op, name, value, shape, like=like, floating=False)
+    sizes = tensor(op, name, value, shape, like=like, floating=False)
     if value.dtype.itemsize not in (1, 2, 4, 8) or value.is_complex():
         raise TypeError(f"{op}: {name} must be real or integer, but got {value.dtype}")
-    if value.shape[0] != images or value.shape[1] != tokens:
-        raise ValueError(f"{op}: {name} must have shape ({images}, {tokens}), but got {tuple(value.shape)}")
+    if sizes[0] != images or sizes[1] != tokens:
+        raise ValueError(f"{op}: {name} must have shape ({images}, {tokens}), but got {tuple(sizes)}")
 
 
 def looked_at(values: Tensor) -> bool:

@@ -18,12 +18,17 @@ def arguments(op: str, norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | No
     for name, value in zip(("weight", "bias"), norm[:2]):
         if value is None:
             continue
-        _checks.tensor(op, f"norm's {name}", value, "C", like=x)
-        _checks.same(op, "channels", f"norm's {name}", value.shape[0], "x", x.shape[2])
+        (channels,) = _checks.tensor(op, f"norm's {name}", value, "C", like=x)
+        _checks.same(op, "channels", f"norm's {name}", channels, "x", x.shape[2])
     _checks.number(op, "norm's eps", norm[2], "a number of at least 0")
     if not norm[2] >= 0:
         raise ValueError(f"{op}: norm's eps must be a number of at least 0, but got {norm[2]!r}")
     return norm[0], norm[1], float(norm[2])
+
+
+def widened(dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Weight and bias as kernels take them: in the accumulation dtype, without gaps, unknown to autograd."""
+    return [None if t is None else t.detach().to(dtype).contiguous() for t in parameters]
 
 
 def added(

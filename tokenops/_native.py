@@ -1,6 +1,7 @@
 """Loads the compiled library (csrc/) and says why it, or a part of it, is not there."""
 
 import ctypes
+import functools
 import json
 from pathlib import Path
 
@@ -52,9 +53,14 @@ _capabilities = [tuple(map(int, name.rstrip("af+PTX").split("."))) for name in _
 _oldest_gpu = min(_capabilities, default=(0, 0))
 
 
+@functools.lru_cache
+def _capability(gpu: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(gpu)
+
+
 def gpu_capability() -> tuple[int, int]:
     """Of the current GPU; a constant to torch.compile."""
-    return torch.cuda.get_device_capability()
+    return _capability(torch.cuda.current_device())
 
 
 # what torch.compiler.assume_constant_result does, without importing all of torch._dynamo (a test compares them)

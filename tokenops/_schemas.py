@@ -105,10 +105,10 @@ def _token_mlp_bwd(dy, z, w1, b1, w2):
     )
 
 
-def heads_inside(like, N, D, dtype=None):
+def heads_inside(like, N, D):
     """A new (B,H,N,D) tensor that lies in memory as (B,N,H,D): its heads are put side by side without a copy."""
     B, H = like.shape[:2]
-    return like.new_empty((B, N, H, D), dtype=dtype).transpose(1, 2)
+    return like.new_empty_strided((B, H, N, D), (N * H * D, D, H * D, 1))
 
 
 def _masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean):
@@ -247,12 +247,12 @@ def _late(module: str, name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
         nonlocal implementation
         if implementation is None:
             implementation = getattr(importlib.import_module(module, __package__), name)
-        device = args[0].device
-        if torch.is_autocast_enabled(device.type):
-            with torch.autocast(device.type, enabled=False):
+        first = args[0]
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(first.device.type):
+            with torch.autocast(first.device.type, enabled=False):
                 return call(*args)
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
                 return implementation(*args)
         return implementation(*args)
 

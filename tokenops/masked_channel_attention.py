@@ -1,5 +1,6 @@
 """masked_channel_attention: attention that also says how much each token got, for pruned channels and ragged tokens."""
 
+from itertools import compress
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def masked_channel_attention(
     _check(op, q, k, v, qk_mask, v_mask, key_bias, key_lengths, scale, scores, heads, return_lse, return_key_mean)
     asked = scores is not None, return_lse, return_key_mean
     given = qk_mask is not None, v_mask is not None, key_bias is not None, key_lengths is not None
-    if sdpa_serves(q, k, v) and not any(asked) and not any(given):
+    if not any(asked) and not any(given) and sdpa_serves(q, k, v):
         out = _sdpa(q, k, v, scale=None if scale is None else float(scale))
         return out.transpose(1, 2).contiguous().transpose(1, 2)
     backend = choose(op, q.device.type, q.dtype)
@@ -116,7 +117,7 @@ def masked_channel_attention(
         results = kernel("masked_channel_attention_fwd", backend)(*arguments)
     if not any(asked):
         return results[0]
-    return tuple(result for result, wanted in zip(results, (True, *asked)) if wanted)
+    return tuple(compress(results, (True, *asked)))
 
 
 def sdpa_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -131,41 +132,38 @@ def sdpa_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _check(op, q, k, v, qk_mask, v_mask, key_bias, key_lengths, scale, scores, heads, return_lse, return_key_mean):
-    _checks.tensor(op, "q", q, "B,H,Nq,Dk")
-    _checks.tensor(op, "k", k, "B,H,Nk,Dk", like=q)
-    _checks.tensor(op, "v", v, "B,H,Nk,Dv", like=q)
-    if q.shape[1] == 0:
+    B, H, Nq, Dk = _checks.tensor(op, "q", q, "B,H,Nq,Dk")
+    of_k = _checks.tensor(op, "k", k, "B,H,Nk,Dk", like=q)
+    of_v = _checks.tensor(op, "v", v, "B,H,Nk,Dv", like=q)
+    if H == 0:
         raise ValueError(f"{op}: q has no heads")
-    for name, value in (("k", k), ("v", v)):
+    for name, value, sizes in (("k", k, of_k), ("v", v, of_v)):
         if value.dtype != q.dtype:
             raise TypeError(f"{op}: {name} must have q's dtype {q.dtype}, but got {value.dtype}")
-        _checks.same(op, "images", name, value.shape[0], "q", q.shape[0])
-        _checks.same(op, "heads", name, value.shape[1], "q", q.shape[1])
-    _checks.same(op, "channels", "k", k.shape[3], "q", q.shape[3])
-    _checks.same(op, "keys", "v", v.shape[2], "k", k.shape[2])
-    for name, value in (("q", q), ("v", v)):
-        if not 1 <= value.shape[3] <= WIDEST_HEAD:
-            raise ValueError(
-                f"{op}: {name} has heads of {value.shape[3]} channels, but 1 to {WIDEST_HEAD} are possible"
-            )
-    for name, mask, other, like in (("qk_mask", qk_mask, "q", q), ("v_mask", v_mask, "v", v)):
+        _checks.same(op, "images", name, sizes[0], "q", B)
+        _checks.same(op, "heads", name, sizes[1], "q", H)
+    Nk, Dv = of_k[2], of_v[3]
+    _checks.same(op, "channels", "k", of_k[3], "q", Dk)
+    _checks.same(op, "keys", "v", of_v[2], "k", Nk)
+    for name, channels in (("q", Dk), ("v", Dv)):
+        if not 1 <= channels <= WIDEST_HEAD:
+            raise ValueError(f"{op}: {name} has heads of {channels} channels, but 1 to {WIDEST_HEAD} are possible")
+    for name, mask, other, channels in (("qk_mask", qk_mask, "q", Dk), ("v_mask", v_mask, "v", Dv)):
         if mask is not None:
-            _checks.tensor(op, name, mask, "H,D", like=q)
-            _checks.same(op, "heads", name, mask.shape[0], other, like.shape[1])
-            _checks.same(op, "channels", name, mask.shape[1], other, like.shape[3])
+            sizes = _checks.tensor(op, name, mask, "H,D", like=q)
+            _checks.same(op, "heads", name, sizes[0], other, H)
+            _checks.same(op, "channels", name, sizes[1], other, channels)
     if key_bias is not None:
-        _checks.tensor(op, "key_bias", key_bias, "B,1|H,1,Nk", like=q)
-        full = (q.shape[0], q.shape[1], 1, k.shape[2])
-        if any(got not in (1, size) for got, size in zip(key_bias.shape, full)) or key_bias.shape[3] != k.shape[2]:
+        sizes, full = _checks.tensor(op, "key_bias", key_bias, "B,1|H,1,Nk", like=q), (B, H, 1, Nk)
+        if any(got not in (1, size) for got, size in zip(sizes, full)) or sizes[3] != Nk:
             raise ValueError(
-                f"{op}: key_bias must have shape ({full[0]} or 1, {full[1]} or 1, 1, {full[3]}), but got"
-                f" {tuple(key_bias.shape)}"
+                f"{op}: key_bias must have shape ({full[0]} or 1, {full[1]} or 1, 1, {full[3]}), but got {tuple(sizes)}"
             )
     if key_lengths is not None:
-        _checks.tensor(op, "key_lengths", key_lengths, "B", like=q, floating=False)
+        (images,) = _checks.tensor(op, "key_lengths", key_lengths, "B", like=q, floating=False)
         if key_lengths.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{op}: key_lengths must be int64 or int32, but got {key_lengths.dtype}")
-        _checks.same(op, "images", "key_lengths", key_lengths.shape[0], "q", q.shape[0])
+        _checks.same(op, "images", "key_lengths", images, "q", B)
     if scale is not None:
         _checks.number(op, "scale", scale, "a number or None")
     if scores is not None and scores not in SCORES:
@@ -174,7 +172,7 @@ def _check(op, q, k, v, qk_mask, v_mask, key_bias, key_lengths, scale, scores, h
     _checks.flag(op, "return_key_mean", return_key_mean)
     if heads not in ("each", "mean"):
         raise ValueError(f"{op}: heads={heads!r}, but it must be 'each' or 'mean'")
-    if scores is not None and q.shape[2] == 0:
+    if scores is not None and Nq == 0:
         raise ValueError(f"{op}: scores={scores!r} needs a query, but q has none")
 
 

@@ -62,9 +62,14 @@ def match_bipartite(metric: Tensor, r: int, *, prefix: int = 1) -> Tensor:
     [[1, 0, 2, 2]]
     """
     op = "match_bipartite"
-    _checks.tensor(op, "metric", metric, "B,P+N,D")
-    _checks.prefix(op, "prefix", prefix, metric.shape[1])
-    _check_r(op, r, metric.shape[1], prefix)
+    _, rows, _ = _checks.tensor(op, "metric", metric, "B,P+N,D")
+    _checks.prefix(op, "prefix", prefix, rows)
+    _check_r(op, r, rows, prefix)
+    return _matched(metric, r, prefix)
+
+
+def _matched(metric: Tensor, r: int, prefix: int) -> Tensor:
+    op = "match_bipartite"
     backend = choose(op, metric.device.type, metric.dtype)
     if backend == "reference":
         with torch.no_grad():
@@ -116,14 +121,14 @@ def merge_bipartite(
     ([[[9.0, 9.0], [1.0, 0.10000000149011612], [1.0, 0.0], [0.0, 2.0]]], [[1.0, 1.0, 1.0, 2.0]])
     """
     op = "merge_bipartite"
-    _checks.tensor(op, "x", x, "B,P+N,C")
-    _checks.tensor(op, "metric", metric, "B,P+N,D", like=x)
-    _checks.prefix(op, "prefix", prefix, x.shape[1])
-    _checks.same(op, "images", "metric", metric.shape[0], "x", x.shape[0])
-    _checks.same(op, "tokens", "metric", metric.shape[1], "x", x.shape[1])
-    _check_r(op, r, x.shape[1], prefix)
-    index = match_bipartite(metric, r, prefix=prefix)
-    y, totals, logs, normed = merge_by_index(op, x, index, x.shape[1] - prefix - r, prefix, sizes, norm)
+    B, rows, _ = _checks.tensor(op, "x", x, "B,P+N,C")
+    of_metric = _checks.tensor(op, "metric", metric, "B,P+N,D", like=x)
+    _checks.prefix(op, "prefix", prefix, rows)
+    _checks.same(op, "images", "metric", of_metric[0], "x", B)
+    _checks.same(op, "tokens", "metric", of_metric[1], "x", rows)
+    _check_r(op, r, rows, prefix)
+    index = _matched(metric, r, prefix)
+    y, totals, logs, normed = merge_by_index(op, x, index, rows - prefix - r, prefix, sizes, norm)
     return Merged(y, index, totals, logs, normed)
 
 
@@ -138,9 +143,9 @@ def merge_by_index(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The mean of the tokens that go into each of `tokens`, the sizes, their logarithms, and the norm if asked for."""
     if sizes is not None:
-        _checks.tensor(op, "sizes", sizes, "B,P+N", like=x)
-        _checks.same(op, "images", "sizes", sizes.shape[0], "x", x.shape[0])
-        _checks.same(op, "tokens", "sizes", sizes.shape[1], "x", x.shape[1])
+        images, rows = _checks.tensor(op, "sizes", sizes, "B,P+N", like=x)
+        _checks.same(op, "images", "sizes", images, "x", x.shape[0])
+        _checks.same(op, "tokens", "sizes", rows, "x", x.shape[1])
         sizes = sizes.detach()
     weight, bias, eps = _layer_norm.arguments(op, norm, x)
     backend = choose("merge_bipartite", x.device.type, x.dtype)
@@ -179,12 +184,15 @@ def unmerge_bipartite(y: Tensor, index: Tensor, *, prefix: int = 1) -> Tensor:
     Hoffman, Token Merging for Fast Stable Diffusion (2023).
     """
     op = "unmerge_bipartite"
-    _checks.tensor(op, "y", y, "B,P+M,C")
-    _checks.prefix(op, "prefix", prefix, y.shape[1])
-    _check_index(op, index, y)
+    B, rows, _ = _checks.tensor(op, "y", y, "B,P+M,C")
+    _checks.prefix(op, "prefix", prefix, rows)
+    images, _ = _checks.tensor(op, "index", index, "B,N", like=y, floating=False)
+    if index.dtype != torch.int64:
+        raise TypeError(f"{op}: index must be int64, but got {index.dtype}")
+    _checks.same(op, "images", "index", images, "y", B)
     backend = choose(op, y.device.type, y.dtype)
     if backend == "reference":
-        _check_places(op, index, y.shape[1] - prefix)
+        _check_places(op, index, rows - prefix)
         return reference.unmerge_bipartite(y, index, prefix=prefix)
     return _unmerged(y, index, prefix, backend)
 
@@ -213,13 +221,6 @@ def _check_r(op: str, r: Any, rows: int, prefix: int) -> None:
             f"{op}: r={r}, but of {rows - prefix} tokens after a prefix of {prefix} at most {most} can be merged:"
             f" 0 to {most} is allowed"
         )
-
-
-def _check_index(op: str, index: Any, y: Tensor) -> None:
-    _checks.tensor(op, "index", index, "B,N", like=y, floating=False)
-    if index.dtype != torch.int64:
-        raise TypeError(f"{op}: index must be int64, but got {index.dtype}")
-    _checks.same(op, "images", "index", index.shape[0], "y", y.shape[0])
 
 
 def _check_places(op: str, index: Tensor, tokens: int) -> None:
@@ -307,7 +308,6 @@ class _Sum(Operator):
 
 
 def _run(x, index, tokens, sizes, weight, bias, options, backend):
-    wide = reference.accumulation_dtype(x.dtype)
-    weight, bias = (None if t is None else t.detach().to(wide).contiguous() for t in (weight, bias))
+    weight, bias = _layer_norm.widened(reference.accumulation_dtype(x.dtype), weight, bias)
     prefix, norm, eps = options
     return kernel("merge_bipartite_fwd", backend)(x, index, tokens, sizes, weight, bias, prefix, norm, eps)

@@ -67,28 +67,30 @@ def merge_neighbours(
     [0.0, 1.5, 3.0, 4.5, 6.0]
     """
     op = "merge_neighbours"
-    _checks.tensor(op, "x", x, "B,P+H*W,C")
-    _checks.prefix(op, "prefix", prefix, x.shape[1])
+    B, rows, _ = _checks.tensor(op, "x", x, "B,P+H*W,C")
+    _checks.prefix(op, "prefix", prefix, rows)
     height, width = _grid(op, grid)
-    if x.shape[1] != prefix + height * width:
+    if rows != prefix + height * width:
         raise ValueError(
-            f"{op}: grid={tuple(grid)} has {height * width} tokens, but x has {x.shape[1]} tokens,"
-            f" {x.shape[1] - prefix} after a prefix of {prefix}"
+            f"{op}: grid={tuple(grid)} has {height * width} tokens, but x has {rows} tokens,"
+            f" {rows - prefix} after a prefix of {prefix}"
         )
     _option(op, "axis", axis, AXES)
     _weights(op, weights, x, height * width)
     if sizes is not None:
         _checks.tensor(op, "sizes", sizes, "B,H*W", like=x)
-        _shape(op, "sizes", sizes, (x.shape[0], height * width))
+        _shape(op, "sizes", sizes, (B, height * width))
     weight, bias, eps = _layer_norm.arguments(op, norm, x)
     backend = choose(op, x.device.type, x.dtype)
     if backend == "reference":
         return reference.merge_neighbours(x, grid, axis, weights, prefix=prefix, sizes=sizes, norm=norm)
-    logits = weights if isinstance(weights, Tensor) else None
-    first, second = (0.5, 0.5) if weights is None or logits is not None else weights
-    numbers = tuple(1.0 if isinstance(w, Tensor) else float(w) for w in (first, second))
-    first, second = (w.reshape(-1) if isinstance(w, Tensor) else None for w in (first, second))
-    options = (height, width, axis == "vertical", prefix, *numbers)
+    logits = first = second = None
+    alpha = beta = 0.5
+    if isinstance(weights, Tensor):
+        logits = weights
+    elif weights is not None:
+        (first, alpha), (second, beta) = map(_factor, weights)
+    options = (height, width, axis == "vertical", prefix, alpha, beta)
     if needs_grad(x, first, second, logits, weight, bias):
         y, merged, normed, _ = _MergeNeighbours.of(
             x, first, second, logits, sizes, weight, bias, options, (norm is not None, eps), backend
@@ -206,6 +208,11 @@ def _weights(op: str, weights: Any, x: Tensor, tokens: int) -> None:
     return None
 
 
+def _factor(weight: Tensor | float) -> tuple[Tensor | None, float]:
+    """As a kernel takes one of a pair of weights: a tensor, or none and a number."""
+    return (weight.reshape(-1), 1.0) if isinstance(weight, Tensor) else (None, float(weight))
+
+
 class _MergeNeighbours(Operator):
     @staticmethod
     def forward(x, first, second, logits, sizes, weight, bias, options, norm, backend):
@@ -251,7 +258,6 @@ class _MergeNeighbours(Operator):
 
 
 def _run(x, first, second, logits, sizes, weight, bias, options, norm, backend):
-    wide = reference.accumulation_dtype(x.dtype)
-    weight, bias = (None if t is None else t.detach().to(wide).contiguous() for t in (weight, bias))
+    weight, bias = _layer_norm.widened(reference.accumulation_dtype(x.dtype), weight, bias)
     sizes = None if sizes is None else sizes.detach()
     return kernel("merge_neighbours_fwd", backend)(x, first, second, logits, sizes, weight, bias, *options, *norm)

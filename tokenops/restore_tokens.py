@@ -51,36 +51,36 @@ def restore_tokens(
     tensor([0., 0., 1., 0.])
     """
     op = "restore_tokens"
-    _checks.tensor(op, "base", base, "B,P+N,C")
-    _checks.tensor(op, "tokens", tokens, "B,k,C", like=base)
-    _checks.tensor(op, "index", index, "B,k", like=base, floating=False)
-    _checks.prefix(op, "prefix", prefix, base.shape[1])
+    B, rows, C = _checks.tensor(op, "base", base, "B,P+N,C")
+    of_tokens = _checks.tensor(op, "tokens", tokens, "B,k,C", like=base)
+    images, k = _checks.tensor(op, "index", index, "B,k", like=base, floating=False)
+    _checks.prefix(op, "prefix", prefix, rows)
     if index.dtype != torch.int64:
         raise TypeError(f"{op}: index must be int64, but got {index.dtype}")
     if tokens.dtype != base.dtype:
         raise TypeError(f"{op}: tokens must have base's dtype {base.dtype}, but got {tokens.dtype}")
-    _checks.same(op, "images", "tokens", tokens.shape[0], "base", base.shape[0])
-    _checks.same(op, "images", "index", index.shape[0], "base", base.shape[0])
-    _checks.same(op, "channels", "tokens", tokens.shape[2], "base", base.shape[2])
-    if tokens.shape[1] != index.shape[1] and tokens.shape[1] != prefix + index.shape[1]:
+    _checks.same(op, "images", "tokens", of_tokens[0], "base", B)
+    _checks.same(op, "images", "index", images, "base", B)
+    _checks.same(op, "channels", "tokens", of_tokens[2], "base", C)
+    if of_tokens[1] != k and of_tokens[1] != prefix + k:
         raise ValueError(
-            f"{op}: tokens has {tokens.shape[1]} rows, but index has {index.shape[1]} an image:"
-            f" {index.shape[1]} rows are allowed, or {prefix + index.shape[1]} with the prefix"
+            f"{op}: tokens has {of_tokens[1]} rows, but index has {k} an image:"
+            f" {k} rows are allowed, or {prefix + k} with the prefix"
         )
     pairs = _pairs(op, companions, base, index, prefix)
     backend = choose(op, base.device.type, base.dtype)
     if backend == "reference":
-        N = base.shape[1] - prefix
+        N = rows - prefix
         allowed = (
             f"base has {N} tokens after a prefix of {prefix}: 0 to {N - 1} is allowed (and -1, which goes nowhere)"
         )
         _checks.places(op, "index", index, N, allowed, lowest=-1, unique=True)
         return reference.restore_tokens(base, tokens, index, prefix=prefix, companions=companions)
-    if needs_grad(base, tokens, *(t for pair in pairs for t in pair)):
-        y, *found = _RestoreTokens.of(base, tokens, index, prefix, backend, *(t for pair in pairs for t in pair))
+    flat = [t for pair in pairs for t in pair]
+    if needs_grad(base, tokens, *flat):
+        y, *found = _RestoreTokens.of(base, tokens, index, prefix, backend, *flat)
     else:
-        olds, news = [old for old, _ in pairs], [new for _, new in pairs]
-        y, found = kernel("restore_tokens_fwd", backend)(base, tokens, index, prefix, olds, news)
+        y, found = kernel("restore_tokens_fwd", backend)(base, tokens, index, prefix, flat[::2], flat[1::2])
     return y if companions is None else (y, tuple(found))
 
 

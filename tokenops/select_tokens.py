@@ -86,15 +86,13 @@ def select_tokens(
     ([0.0, 2.0, 3.0, 2.5], [[1, 2]])
     """
     op = "select_tokens"
-    _checks.tensor(op, "x", x, "B,P+N,C")
-    _checks.tensor(op, "scores", scores, "B,N", like=x)
-    _checks.prefix(op, "prefix", prefix, x.shape[1])
-    N = x.shape[1] - prefix
-    _checks.same(op, "images", "scores", scores.shape[0], "x", x.shape[0])
-    if scores.shape[1] != N:
-        raise ValueError(
-            f"{op}: scores has {scores.shape[1]} tokens, but x has {x.shape[1]} tokens, {N} after a prefix of {prefix}"
-        )
+    B, rows, _ = _checks.tensor(op, "x", x, "B,P+N,C")
+    images, tokens = _checks.tensor(op, "scores", scores, "B,N", like=x)
+    _checks.prefix(op, "prefix", prefix, rows)
+    N = rows - prefix
+    _checks.same(op, "images", "scores", images, "x", B)
+    if tokens != N:
+        raise ValueError(f"{op}: scores has {tokens} tokens, but x has {rows} tokens, {N} after a prefix of {prefix}")
     if N > MOST_TOKENS:
         raise ValueError(f"{op}: x has {N} tokens after a prefix of {prefix}, but at most {MOST_TOKENS} are allowed")
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
@@ -227,6 +225,5 @@ class _SelectTokens(Operator):
 
 
 def _run(x, scores, k, counts, companions, weight, bias, options, backend):
-    wide = reference.accumulation_dtype(x.dtype)
-    weight, bias = (None if t is None else t.detach().to(wide).contiguous() for t in (weight, bias))
+    weight, bias = _layer_norm.widened(reference.accumulation_dtype(x.dtype), weight, bias)
     return kernel("select_tokens_fwd", backend)(x, scores, k, counts, list(companions), weight, bias, *options)

@@ -48,17 +48,17 @@ def soft_aggregate(
 
 
 def _check(op, x, w, scale, mask, prefix):
-    _checks.tensor(op, "x", x, "B,P+N,C")
-    _checks.tensor(op, "w", w, "B,N,M", like=x)
-    _checks.prefix(op, "prefix", prefix, x.shape[1])
-    _checks.same(op, "images", "w", w.shape[0], "x", x.shape[0])
-    _checks.same(op, "tokens", "w", w.shape[1], f"x after a prefix of {prefix}", x.shape[1] - prefix)
+    B, rows, _ = _checks.tensor(op, "x", x, "B,P+N,C")
+    images, N, _ = _checks.tensor(op, "w", w, "B,N,M", like=x)
+    _checks.prefix(op, "prefix", prefix, rows)
+    _checks.same(op, "images", "w", images, "x", B)
+    _checks.same(op, "tokens", "w", N, f"x after a prefix of {prefix}", rows - prefix)
     if mask is not None:
-        _checks.tensor(op, "mask", mask, "B,N", like=x, floating=False)
+        images, tokens = _checks.tensor(op, "mask", mask, "B,N", like=x, floating=False)
         if mask.dtype != torch.bool:
             raise TypeError(f"{op}: mask must be bool, but got {mask.dtype}")
-        _checks.same(op, "images", "mask", mask.shape[0], "x", x.shape[0])
-        _checks.same(op, "tokens", "mask", mask.shape[1], "w", w.shape[1])
+        _checks.same(op, "images", "mask", images, "x", B)
+        _checks.same(op, "tokens", "mask", tokens, "w", N)
     _check_scale(op, scale, x)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokenops import _backends
+from tokenops import _backends, _native
 from tokenops.__main__ import main
 from tokenops.cli import columns, info
 from tokenops.cli.timing import Spread, interleaved, ratio, recorded_kernels
@@ -77,7 +77,7 @@ def test_info_on_a_machine_with_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(_native, "gpu_capability", lambda: (9, 0))
     text = info.text()
     assert "cuda:0  NVIDIA H200, compute capability 9.0, 139 GiB" in text
     row = operators(text)["soft_aggregate", "cuda"]

@@ -243,11 +243,12 @@ MUTANTS = [
             "as_good_as_plain and B3-M24 and bfloat16",
         ),
         (
-            "wide = w1.new_zeros(",
-            "wide = w1.new_empty(",
+            "F.pad(w1, (0, lacking))",
+            'F.pad(w1, (0, lacking), value=float("inf"))',
             "columns of w1 are not zeros",
             "as_good_as_plain and B2-M5 and float32",
         ),
+        ("1.0 / SPARE", "0.5 / SPARE", "half of b2 is added", "as_good_as_plain and B2-M5 and float32"),
         (
             "first + share, R)",
             "first + share, R - 1)",

@@ -183,6 +183,7 @@ TOKEN_MLP = (
     TokenMlp(1, 140, 70, 300, 24, "more tokens in and out than a tile holds"),
     TokenMlp(9, 3, 8, 5, 6, "more images than the CPU path takes together"),
     TokenMlp(0, 3, 4, 5, 6, "no image"),
+    TokenMlp(2, 3, 0, 5, 6, "no hidden row, which leaves b2"),
 )
 
 

@@ -6,6 +6,7 @@ shapes, strides, dtypes and options, and hands it to `launch` with the tensors.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -56,6 +57,7 @@ class Launch:
 
 
 _caches: list[Any] = []
+_OPTIONS = frozenset((int, bool, str, type(None)))  # whose types these are; all else is a tensor
 
 
 def planned(make: Callable[P, R]) -> Callable[P, R]:
@@ -70,7 +72,7 @@ def planned(make: Callable[P, R]) -> Callable[P, R]:
         return make(*(Layout(*a) if type(a) is tuple else a for a in described))  # type: ignore[arg-type, call-arg]
 
     def plan(*arguments: Any) -> R:
-        described = [(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in arguments]
+        described = [a if type(a) in _OPTIONS else (a.shape, a.stride(), a.dtype) for a in arguments]
         precision = torch.backends.cuda.matmul.fp32_precision if arguments[0].dtype is torch.float32 else None
         if INTERPRETED:
             return kept((precision,), *described)
@@ -109,7 +111,7 @@ def launch(kernel: Any, plan: Launch, tensors: Sequence[Tensor], floats: tuple[f
         _plainly(kernel, plan, tensors, floats, warmup=True)
         return
     pointers = [t.data_ptr() for t in tensors]
-    odd = functools.reduce(int.__or__, pointers) & 15
+    odd = functools.reduce(operator.or_, pointers) & 15
     key = (
         odd and tuple([pointer & 15 == 0 for pointer in pointers]),
         knobs.runtime.debug,

@@ -6,7 +6,6 @@ scores need every query's log-sum-exp first, so they are a second launch over q 
 (dq, and D for the other), one owns keys (dk, dv, dbias). Logits are kept times log2(e), for exp2.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -317,18 +316,17 @@ def _fwd_plan(q, k, v, qk_mask, v_mask, bias, lengths, scores, mean, key_mean):
 
 
 def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean):
-    (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
+    (B, H, M, DK), N = q.shape, k.shape[2]
     if scale < 0:  # the kernels take the maximum before they scale
         q, scale = -q, -scale
-    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = heads_inside(q, M, DV)
-    lse = q.new_empty((B, H, M), dtype=accumulator)
-    score_shape = (0,) if scores == "none" else (B, N) if mean and scores == "received" else (B, H, N)
-    score = q.new_empty(score_shape, dtype=accumulator)
-    mean_k = k.new_empty((B, N, DK) if key_mean else (0,))
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out, lse = heads_inside(q, M, v.shape[3]), q.new_empty(B, H, M, dtype=wide)
+    groups = (B,) if mean and scores == "received" else (B, H)
+    score = q.new_empty(0, dtype=wide) if scores == "none" else q.new_empty(*groups, N, dtype=wide)
+    mean_k = k.new_empty(B, N, DK) if key_mean else k.new_empty(0)
     plan = _fwd_plan(q, k, v, qk_mask, v_mask, bias, lengths, scores, mean, key_mean)
     qk_mask, v_mask, bias, lengths = stand_ins(q, qk_mask, v_mask, bias, lengths)
-    factor = (float(scale) * math.log2(math.e),)
+    factor = (scale * LOG2E.value,)
     tensors = (q, k, v, qk_mask, v_mask, bias, lengths, out, score, lse, mean_k)
     launch(masked_channel_attention_fwd_kernel, plan.launch, tensors, factor)
     if scores == "class" and mean:

@@ -100,7 +100,7 @@ def _likeness(
 
 @for_any("N", "P", "r", "looking")
 def match_bipartite_fwd_kernel(
-    metric_ptr, best_ptr, powers_ptr, norms_ptr, index_ptr, N, D, P, r, looking, stride_b, stride_n, stride_d,
+    metric_ptr, scratch_ptr, index_ptr, N, D, P, r, looking, stride_b, stride_n, stride_d,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, POWERS: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -109,9 +109,9 @@ def match_bipartite_fwd_kernel(
     first_a, first_b = P % 2, 1 - P % 2
     count_a, count_b = (N + 1 - first_a) // 2, (N + 1 - first_b) // 2
     metric_ptr += b * stride_b + tl.cast(stride_n, tl.int64) * P
-    best_ptr += b * count_a
-    powers_ptr += b * N
-    norms_ptr += b * N
+    best_ptr = scratch_ptr + b * (count_a + 2 * N)
+    powers_ptr = best_ptr + count_a
+    norms_ptr = powers_ptr + N
     index_ptr += b * N
 
     scaled = 0
@@ -180,7 +180,7 @@ def _plan(metric, r, prefix):
 def match_bipartite_fwd(metric, r, prefix):
     B, given, _ = metric.shape
     N, even = given - prefix, (given + 1) // 2 - (prefix + 1) // 2
-    index, wide = metric.new_empty((B, N), dtype=torch.int64), accumulation_dtype(metric.dtype)
-    best, powers, norms = (metric.new_empty((B, n), dtype=wide) for n in (even, N, N))
-    launch(match_bipartite_fwd_kernel, _plan(metric, r, prefix), (metric, best, powers, norms, index))
+    index = metric.new_empty(B, N, dtype=torch.int64)
+    scratch = metric.new_empty(B, even + 2 * N, dtype=accumulation_dtype(metric.dtype))
+    launch(match_bipartite_fwd_kernel, _plan(metric, r, prefix), (metric, scratch, index))
     return index

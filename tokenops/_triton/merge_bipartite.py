@@ -167,7 +167,8 @@ def _gather_plan(y, index, prefix, sizes, totals):
 
 def _sum_rows(x, index, tokens, prefix, sizes=None, parameters=(None, None), made=None, norm=False, eps=0.0):
     """The rows summed up; their means, with all that `made` has room for, if that is given."""
-    y = x.new_empty((x.shape[0], prefix + tokens, x.shape[2]))
+    B, _, C = x.shape
+    y = x.new_empty(B, prefix + tokens, C)
     plan = _sum_plan(x, index, tokens, prefix, sizes, *parameters, made is not None, norm)
     given = [x if t is None else t for t in (sizes, *parameters)]
     launch(sum_rows_kernel, plan, (x, index, *given, y, *(made or (y,) * 5)), (eps,))
@@ -176,7 +177,8 @@ def _sum_rows(x, index, tokens, prefix, sizes=None, parameters=(None, None), mad
 
 def _gather_rows(y, index, prefix, sizes=None, totals=None):
     """Every row gets the one it went into, its share by sizes if there are `totals`."""
-    x = y.new_empty((y.shape[0], prefix + index.shape[1], y.shape[2]))
+    B, _, C = y.shape
+    x = y.new_empty(B, prefix + index.shape[1], C)
     given = [y if t is None else t for t in (sizes, totals)]
     launch(gather_rows_kernel, _gather_plan(y, index, prefix, sizes, totals), (y, index, *given, x))
     return x
@@ -184,9 +186,9 @@ def _gather_rows(y, index, prefix, sizes=None, totals=None):
 
 def merge_bipartite_fwd(x, index, tokens, sizes, weight, bias, prefix, norm, eps):
     (B, _, C), rows, wide = x.shape, prefix + tokens, accumulation_dtype(x.dtype)
-    totals, logs = (x.new_empty((B, rows), dtype=wide) for _ in range(2))
-    normed = x.new_empty((B, rows, C) if norm else (0,))
-    statistics = x.new_empty((2, B, rows) if norm else (0,), dtype=wide)
+    totals, logs = x.new_empty(B, rows, dtype=wide), x.new_empty(B, rows, dtype=wide)
+    normed = x.new_empty(B, rows, C) if norm else x.new_empty(0)
+    statistics = x.new_empty(2, B, rows, dtype=wide) if norm else x.new_empty(0, dtype=wide)
     made = totals, logs, normed, *(statistics if norm else (statistics, statistics))
     y = _sum_rows(x, index, tokens, prefix, sizes, (weight, bias), made, norm, eps)
     return y, totals, logs, normed, statistics

@@ -235,10 +235,10 @@ def merge_neighbours_fwd(
 ):
     (B, _, C), M = x.shape, merged_tokens(height, width, vertical)
     rows = prefix + M
-    y = x.new_empty((B, rows, C))
-    merged = x.new_empty((0,)) if sizes is None else sizes.new_empty((B, M))
-    normed = x.new_empty((B, rows, C) if norm else (0,))
-    statistics = x.new_empty((2, B, rows) if norm else (0,), dtype=accumulation_dtype(x.dtype))
+    y, wide = x.new_empty(B, rows, C), accumulation_dtype(x.dtype)
+    merged = x.new_empty(0) if sizes is None else sizes.new_empty(B, M)
+    normed = x.new_empty(B, rows, C) if norm else x.new_empty(0)
+    statistics = x.new_empty(2, B, rows, dtype=wide) if norm else x.new_empty(0, dtype=wide)
     mean, deviation = statistics if norm else (statistics, statistics)
     given = [x if t is None else t for t in (first, second, logits, sizes, weight, bias)]  # x stands in for the others
     plan = _fwd_plan(x, first, second, logits, sizes, weight, bias, height, width, vertical, prefix, norm)

@@ -171,7 +171,7 @@ def _bwd_plan(dy, index, prefix, carried, *dcompanions):
 
 
 def restore_tokens_fwd(base, tokens, index, prefix, olds, news):
-    y, made = base.new_empty(base.shape), [old.new_empty(old.shape) for old in olds]
+    y, made = base.new_empty(*base.shape), [old.new_empty(old.shape) for old in olds]
     plan = _fwd_plan(base, tokens, index, prefix, *olds, *news)
     launch(restore_tokens_fwd_kernel, plan, (base, tokens, index, y, *four(index, olds, news, made)))
     return y, made

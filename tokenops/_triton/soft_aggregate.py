@@ -344,9 +344,9 @@ def _bwd_plan(dy, x, w, scale, mask, y, dx, dw):
 
 def soft_aggregate_fwd(x, w, scale, factor, mask, prefix):
     B, _, M = w.shape
-    y = x.new_empty((B, prefix + M, x.shape[2]))
+    y = x.new_empty(B, prefix + M, x.shape[2])
     accumulator = torch.float64 if torch.float64 in (x.dtype, w.dtype) else torch.float32
-    stats = w.new_empty((3, B, M), dtype=accumulator)
+    stats = w.new_empty(3, B, M, dtype=accumulator)
     scale_, mask_ = (w if t is None else t for t in (scale, mask))  # w stands in for the others
     launch(soft_aggregate_fwd_kernel, _fwd_plan(x, w, scale, mask, y), (x, w, scale_, y, stats, mask_), (factor,))
     return y, stats

@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -60,11 +61,11 @@ def token_mlp_kernel(
     M, K, R, C, share,
     stride_zb, stride_zm, stride_zc, stride_w1r, stride_w1m, stride_b1, stride_hidden,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    HAS_B1: tl.constexpr, BACKWARD: tl.constexpr, SHORT: tl.constexpr, ONE_M: tl.constexpr,
+    HAS_B1: tl.constexpr, SPARE: tl.constexpr, BACKWARD: tl.constexpr, SHORT: tl.constexpr, ONE_M: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A share of the hidden rows of an image, at a tile of its channels. w1 has K columns, zeros behind the M."""
-    tiles_c, shares = tl.cdiv(C, BLOCK_C), tl.cdiv(R, share)
+    tiles_c, shares = tl.cdiv(C, BLOCK_C), tl.maximum(tl.cdiv(R, share), 1)
     program = tl.program_id(0)
     c = (program % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = (program // tiles_c) % shares * share
@@ -74,6 +75,9 @@ def token_mlp_kernel(
     gradient_ptr += b * R * C
     db1_ptr += (b * tiles_c + program % tiles_c) * R
 
+    if SPARE:
+        behind = hidden_ptr + (R + tl.arange(0, SPARE)).to(INDEX)[:, None] * C + c[None, :]
+        tl.store(behind, 1.0 / SPARE, mask=(first == 0) & (c < C)[None, :])
     m = tl.arange(0, BLOCK_M)
     z = rows(z_ptr, m, c, m < M, C, stride_zm, stride_zc, DOT, INDEX)
     for start in range(first, tl.minimum(first + share, R), BLOCK_R):
@@ -120,20 +124,15 @@ def _config(dtype, M, R, C, backward):
 
 def _aligned(w1):
     """w1 with columns of zeros up to a multiple of COLUMNS."""
-    R, M = w1.shape
-    columns = triton.cdiv(M, COLUMNS) * COLUMNS
-    if columns == M:
-        return w1
-    wide = w1.new_zeros((R, columns))
-    wide[:, :M] = w1
-    return wide
+    lacking = -w1.shape[1] % COLUMNS
+    return F.pad(w1, (0, lacking)) if lacking else w1
 
 
 def _together(z, R):
     """How many images' hidden activations exist together, about as many each time."""
     B, _, C = z.shape
-    times = math.ceil(B * R * C * z.itemsize / HIDDEN_BYTES)
-    return max(triton.cdiv(B, max(times, 1)), 1)
+    times = max(math.ceil(B * R * C * z.itemsize / HIDDEN_BYTES), 1)
+    return max(math.ceil(B / times), 1)
 
 
 class _Hidden(NamedTuple):
@@ -142,7 +141,7 @@ class _Hidden(NamedTuple):
 
 
 @planned
-def _plan(z, w1, b1, hidden, images, backward):
+def _plan(z, w1, b1, hidden, images, spare, backward):
     """Of some of all the images."""
     (B, M, C), (R, K) = z.shape, w1.shape
     kernel, default = "token_mlp_bwd" if backward else "token_mlp_fwd", _config(z.dtype, M, R, C, backward)
@@ -153,26 +152,27 @@ def _plan(z, w1, b1, hidden, images, backward):
         **dot_options(z.dtype),
         "INDEX": index_type(z, Layout((1, R, K), (0, *w1.stride()), w1.dtype), hidden),
         "HAS_B1": b1 is not None,
+        "SPARE": spare,
         "BACKWARD": backward,
         "SHORT": z.dtype.itemsize == 2,
         "ONE_M": M <= config["BLOCK_M"],
         **config,
     }
     strides = *z.stride(), *w1.stride(), 0 if b1 is None else b1.stride()[0], hidden.stride()[0]
-    return _Hidden(Launch(B * tiles_c * triton.cdiv(R, share), (M, K, R, C, share, *strides), constants), tiles_c)
+    programs = B * tiles_c * max(triton.cdiv(R, share), 1)
+    return _Hidden(Launch(programs, (M, K, R, C, share, *strides), constants), tiles_c)
 
 
 def token_mlp_fwd(z, w1, b1, w2, b2):
     (B, _, C), (N, R) = z.shape, w2.shape
     together, w1 = _together(z, R), _aligned(w1)
-    y, spare = z.new_empty((B, N, C)), 0 if b2 is None else SPARE
-    buffer = z.new_empty((min(B, together), R + spare, C))
+    y, spare = z.new_empty(B, N, C), 0 if b2 is None else SPARE
+    buffer = z.new_empty(min(B, together), R + spare, C)
     if spare:  # baddbmm would write b2 into y and read it again: columns of w2 instead, for hidden rows that sum to 1
-        w2 = torch.cat((w2, b2[:, None].expand(N, SPARE)), dim=1)
-        buffer[:, R:] = 1 / SPARE
+        w2 = torch.cat((w2, b2.unsqueeze(1).expand(N, SPARE)), dim=1)
     for z_g, y_g in groups(together, z, y):
         hidden = buffer[: z_g.shape[0]]
-        plan = _plan(z_g, w1, b1, hidden, B, False)
+        plan = _plan(z_g, w1, b1, hidden, B, spare, False)
         launch(token_mlp_kernel, plan.launch, (z_g, w1, w1 if b1 is None else b1, hidden, hidden, hidden))
         torch.bmm(each(w2, z_g), hidden, out=y_g)
     return y
@@ -183,7 +183,7 @@ def token_mlp_bwd(dy, z, w1, b1, w2):
     w1 = _aligned(w1)
 
     def activations(z_g, hidden, gradient):
-        plan = _plan(z_g, w1, b1, hidden, B, True)
+        plan = _plan(z_g, w1, b1, hidden, B, 0, True)
         size = (z_g.shape[0] * plan.tiles_c, R)
         db1 = z.new_empty(size, dtype=torch.promote_types(z.dtype, torch.float32))
         launch(token_mlp_kernel, plan.launch, (z_g, w1, w1 if b1 is None else b1, hidden, gradient, db1))
