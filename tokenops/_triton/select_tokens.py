@@ -342,14 +342,14 @@ def _bwd_plan(dtokens, index, scores, counts, x, prefix, rest, *dcompanions):
 def select_tokens_fwd(x, scores, k, counts, companions, weight, bias, prefix, rest, best_first, norm, eps):
     B, _, C = x.shape
     wide = accumulation_dtype(x.dtype)
-    size = (B, prefix + k + int(rest != "none"), C)
-    tokens = x.new_empty(size)
-    index = scores.new_empty((B, k), dtype=torch.int64)
-    others = scores.new_empty((B, scores.shape[1]) if rest != "none" else (0,), dtype=torch.int32)
-    normed = x.new_empty(size if norm else (0,))
-    statistics = x.new_empty((2, *size[:2]) if norm else (0,), dtype=wide)
-    fused = x.new_empty((B, 1 + C) if rest == "normalized" else (0,), dtype=wide)
-    made = [c.new_empty((B, k)) for c in companions]
+    rows = prefix + k + int(rest != "none")
+    tokens = x.new_empty(B, rows, C)
+    index = scores.new_empty(B, k, dtype=torch.int64)
+    others = index if rest == "none" else scores.new_empty(B, scores.shape[1], dtype=torch.int32)
+    normed = x.new_empty(B, rows, C) if norm else x.new_empty(0)
+    statistics = x.new_empty(2, B, rows, dtype=wide) if norm else x.new_empty(0, dtype=wide)
+    fused = x.new_empty(B, 1 + C, dtype=wide) if rest == "normalized" else x.new_empty(0, dtype=wide)
+    made = [c.new_empty(B, k) for c in companions]
     mean, deviation = statistics if norm else (statistics, statistics)
     given = index if counts is None else counts, *(x if t is None else t for t in (weight, bias))
     tensors = x, scores, *given, tokens, index, others, normed, mean, deviation, fused, *four(index, companions, made)
