@@ -129,7 +129,7 @@ PASSES = (
         {"merge_neighbours_bwd_kernel": None}, "merge_neighbours_bwd_kernel<BFloat16, 8, false>",
     ),
     Pass(
-        "match_bipartite", "forward", "N196-D64-r13", B * (N + 1) * D * 2 + B * N * 8, LOGITS // 2 * D, 17,
+        "match_bipartite", "forward", "N196-D64-r13", B * (N + 1) * D * 2 + B * N * 8, LOGITS // 2 * D, 7,
         {"match_bipartite_fwd_kernel": None}, "match_bipartite_kernel<BFloat16, 8>",
     ),
     Pass(
@@ -182,8 +182,11 @@ NATIVE = {
     # pairs, units (rows)
     "merge_neighbours_fwd_kernel<BFloat16, 8>": Native(1268, "0.1 1! >1!"),
     "merge_neighbours_bwd_kernel<BFloat16, 8, false>": Native(1268, "0.1 1! >1!"),
-    # even rows (norms, those far from 1, odd rows (both, channels)), digits (edges, search), compaction, numbers
-    "match_bipartite_kernel<BFloat16, 8>": Native(256, "2 >1! >0 >2 >>1! >>0 >>1.6! 4 >0 >0 1 0.5 0 0.5 0", 196),
+    # even rows, odd rows, of these norms, those far from 1, columns (channels (rows of both sides, those far from 1: in
+    # one of two)); digits (edges, search), compaction, numbers
+    "match_bipartite_kernel<BFloat16, 8>": Native(
+        256, "1 >1 >>1! >>0 >>2 >>>1! >>>>1! >>>>>0 >>>>1! >>>>>0 4 >0 >0 1 0.5 0 0.5 0"
+    ),
     # origins and tokens with their rests, rows (of many, of two; what lanes do not hold; sums of lanes for the norm)
     "merge_bipartite_kernel<BFloat16, 8, false>": Native(1024, "0.2 0 0.9 0 3! >0 >>0 >0 >0 >>0 >>>0 >>0"),
     "merge_bipartite_kernel<BFloat16, 8, true>": Native(

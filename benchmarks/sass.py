@@ -21,6 +21,7 @@ INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;?\s*/\* 0x[0-9a-f]{1
 UPPER = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/")
 LABEL = re.compile(r"(\.L_\w+):")
 TARGET = re.compile(r"`\((\.L_\w+)\)")
+WIDE = re.compile(r".*\.128|LDSM\..*\.4")
 LINE = re.compile(r'\s*//## File "(.*?)", line (\d+)')
 
 
@@ -161,7 +162,7 @@ class Code:
         @cache
         def best(block: int) -> tuple[int, int, tuple[int, ...]] | None:
             operations = [self.instructions[i].operation for i in self.block(block)] if block not in inner else []
-            wide = sum(operation.endswith(".128") for operation in operations)
+            wide = sum(bool(WIDE.fullmatch(operation)) for operation in operations)
             ahead = [best(after) for after in self.successors[block] if after in region.blocks - {region.header}
                      and not (after in headers and after <= block)]  # fmt: skip
             ways = [way for way in ahead if way is not None] + ([(0, 0, ())] if block in region.latches else [])

@@ -1,5 +1,5 @@
-// Rows of any length become unit vectors: those whose squares may overflow or vanish are first multiplied by a power of
-// two, which rounds nothing.
+// Rows of any length have a norm: those whose squares may overflow or vanish are first multiplied by a power of two,
+// which rounds nothing.
 #pragma once
 
 #include <type_traits>

@@ -32,7 +32,7 @@ void run(const Plan& chosen, const Tensor& like, const F& f) {
 Tensor match_bipartite_fwd(Tensor metric, int64_t r, int64_t prefix) {
   const Sides sides = checked_sides(metric, r, prefix);
   const int64_t D = metric.size(2);
-  STD_TORCH_CHECK(sides.tokens <= 16384 && D * static_cast<int64_t>(metric.element_size()) <= INT_MAX / 2,
+  STD_TORCH_CHECK(sides.tokens <= MOST_TOKENS && D * static_cast<int64_t>(metric.element_size()) <= INT_MAX / 2,
                   "tokens exceed 16384, or channels 2^30");
   const Tensor index = new_index(metric, sides);
   if (index.numel() == 0) return index;
@@ -48,9 +48,9 @@ Tensor match_bipartite_fwd(Tensor metric, int64_t r, int64_t prefix) {
   run(chosen, metric, [&](auto type) {
     using T = decltype(type);
     const dim3 grid(static_cast<unsigned>(chosen.blocks)), images(static_cast<unsigned>(p.B));
+    if (chosen.width == 16) match_bipartite_kernel<T, MOST_IN_PACK<T>><<<grid, THREADS, 0, on.stream>>>(p);
+    else match_bipartite_kernel<T, 1><<<grid, THREADS, 0, on.stream>>>(p);
     const size_t list = p.N * sizeof(uint16_t);
-    if (chosen.width == 16) match_bipartite_kernel<T, MOST_IN_PACK<T>><<<grid, THREADS, list, on.stream>>>(p);
-    else match_bipartite_kernel<T, 1><<<grid, THREADS, list, on.stream>>>(p);
     if (p.slices > 1) match_bipartite_choice_kernel<<<images, THREADS, list, on.stream>>>(p);
   });
   return index;

@@ -89,6 +89,32 @@ inline float inverse_root(float x) { return 1 / std::sqrt(x); }
 inline double inverse_root(double x) { return 1 / std::sqrt(x); }
 #endif
 
+// Chosen as words: of elements of 16 bits the compiler would choose each by itself.
+template <typename T, int V>
+__device__ inline Pack<T, V> pack_or_zeros(const Pack<T, V>* from, bool there) {
+  using Words = std::conditional_t<sizeof(Pack<T, V>) == 16, uint4, Pack<T, V>>;
+  Words words{};
+  if (there) words = *reinterpret_cast<const Words*>(from);
+  Pack<T, V> pack;
+  memcpy(&pack, &words, sizeof(pack));
+  return pack;
+}
+
+// Element i; of bfloat16 by one instruction on its word, where the compiler takes three
+template <typename T, int V>
+__device__ inline typename Wide<T>::type widened(const Pack<T, V>& pack, int i) {
+  if constexpr (std::is_same_v<T, BFloat16> && V % 2 == 0) {
+    uint32_t word;
+    memcpy(&word, &pack.of[i / 2 * 2], 4);
+    const uint32_t bits = i % 2 ? word & 0xffff0000u : word << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+  } else {
+    return widen(pack.of[i]);
+  }
+}
+
 template <typename T, typename W>
 __device__ inline T narrow(W x) {
   if constexpr (std::is_same_v<T, BFloat16>) return {bfloat16_bits(static_cast<float>(x))};

@@ -98,10 +98,11 @@ def test_what_leads_to_a_loop_runs_if_the_loop_does(trips, times):
 
 
 def test_the_fullest_way():
-    lines = ("loop:", "@P0 BRA `(short)", "LDG.E.128 R4", "STG.E.128 R4", "BRA `(next)", "short:", "STG.E.128 R4")
-    one = code(*lines, "next:", "@P1 BRA `(loop)", "EXIT")
-    assert issued(one, [2])[0] == {"BRA": 4, "EXIT": 1}
-    assert issued(one, [2], {0})[0] == {"BRA": 6, "LDG.E.128": 2, "STG.E.128": 2, "EXIT": 1}
+    for wide in ("LDG.E.128", "LDSM.16.M88.4"):
+        lines = ("loop:", "@P0 BRA `(short)", f"{wide} R4", "STG.E.128 R4", "BRA `(next)", "short:", "STG.E.128 R4")
+        one = code(*lines, "next:", "@P1 BRA `(loop)", "EXIT")
+        assert issued(one, [2])[0] == {"BRA": 4, "EXIT": 1}
+        assert issued(one, [2], {0})[0] == {"BRA": 6, wide: 2, "STG.E.128": 2, "EXIT": 1}
 
 
 def test_branches_of_other_kinds():

@@ -213,6 +213,15 @@ def merge_bipartite(source, target):
     np.savez(target, **results)
 
 
+def mma(source, target):
+    data, results = np.load(source), {}
+    for number, (half, seed) in runs_of(data):
+        arrays = {name: data[f"{name}{number}"] for name in ("rows", "places", "words", "a", "b", "sums")}
+        emulated(arrays, half=half, seed=seed)
+        results |= {f"{name}{number}": arrays[name] for name in ("words", "sums")}
+    np.savez(target, **results)
+
+
 def planted(bug, *seeds, barriers=False):
     """What each run leaves in 64 numbers."""
     for seed in seeds:

@@ -9,6 +9,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -38,6 +39,7 @@ namespace emulation {
 
 constexpr size_t STACK = 1 << 16;
 constexpr unsigned WARP = 32;
+constexpr size_t SHARED_MEMORY = 48 * 1024;  // that a block may have unasked
 
 struct Fiber {
   ucontext_t context;
@@ -49,6 +51,7 @@ struct Fiber {
   unsigned thread;
   uint64_t offered = 0, received = 0;  // what this lane offers the others, and what it got of lane `source`
   unsigned mask, source, votes;        // votes: the lowest bit of what each lane offered
+  const void* shown;                   // to all lanes
 };
 
 struct Warp {
@@ -60,6 +63,7 @@ struct Warp {
 
 struct Block {
   unsigned alive = 0, arrived = 0;
+  size_t taken = 0;  // bytes of shared memory
   std::vector<Warp> warps;
   std::map<const void*, std::unique_ptr<char[]>> shared;
 };
@@ -195,6 +199,8 @@ void launch(dim3 grid, dim3 threads, uint64_t seed, Kernel* function, const Args
 inline void* shared(const void* key, size_t bytes) {
   auto& memory = block.shared[key];
   if (!memory) {
+    block.taken += bytes;
+    if (block.taken > SHARED_MEMORY) throw std::runtime_error("a block takes more than 48 KB of shared memory");
     memory.reset(new char[bytes]);
     std::memset(memory.get(), 0xCD, bytes);
   }
@@ -238,6 +244,17 @@ T exchange(unsigned mask, T value, unsigned source) {
   sync_warp(mask);
   std::memcpy(&value, &self->received, sizeof(T));
   return value;
+}
+
+// What each lane of a whole warp gives
+template <typename T>
+std::array<T, WARP> of_all_lanes(const T& value) {
+  std::array<T, WARP> all;
+  self->shown = &value, self->source = lane();
+  sync_warp(~0u);
+  for (unsigned i = 0; i < WARP; ++i) all[i] = *static_cast<const T*>(fibers[self->thread - lane() + i]->shown);
+  sync_warp(~0u);  // all have read
+  return all;
 }
 
 // The lane that `lane` reads within its group of `width`, itself (no lane: WARP) where that leaves the group

@@ -3,8 +3,9 @@
 
 namespace {
 
-enum Bug { NONE, GLOBAL_WRITE, SHARED_WRITE, MISALIGNED, OVERFLOW, BARRIER, MASKS, STACK_WRITE };
+enum Bug { NONE, GLOBAL_WRITE, SHARED_WRITE, MISALIGNED, OVERFLOW, BARRIER, MASKS, STACK_WRITE, MUCH_SHARED };
 using Sums = int[64];
+using Much = int[12 * 1024 - 63];  // with these
 
 // Each in the last thread of a block, but for the masks
 void planted_kernel(int* out, int n, int bug) {
@@ -17,6 +18,10 @@ void planted_kernel(int* out, int n, int bug) {
   if (last && bug == MISALIGNED) sums[0] = reinterpret_cast<uint4*>(out + 1)->x;
   if (last && bug == OVERFLOW) sums[0] = INT32_MAX, sums[0] += thread;
   if (last && bug == BARRIER) __syncwarp(1u << thread % 32 | 1u);
+  if (last && bug == MUCH_SHARED) {
+    SHARED(Much, much);
+    much[0] = 1;
+  }
   if (bug == MASKS && thread < 3) __syncwarp(thread ? 7u : 3u);
   __syncthreads();
   int* volatile place = own;

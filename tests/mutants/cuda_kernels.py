@@ -31,11 +31,20 @@ MUTANTS = [
             "(likeness == other && place > other_place)",
             "of equal goals the last is taken",
         ),
-        ("scale = 1 / (norm < smallest ? smallest : norm);", "scale = 1 / norm;", "a vector of no length gives NaN"),
+        ("1 / (norm < smallest ? smallest : norm)", "1 / norm", "a vector of no length gives NaN"),
+        ("  if (far) {\n", "  if (false) {\n", "the norm of a row far from 1 overflows or vanishes"),
+        ("      if (!far) continue;\n", "      continue;\n", "a row far from 1 is multiplied as it is"),
+        (": W(NAN);", ": W(0);", "rows that are not there are odd ones"),
+        ("number ? target[i] : 0;", "target[i];", "a row with an infinity has a goal"),
         (
-            "    if (__ballot_sync(~0u, there && power != 1)) squares = sum_of_squares();\n",
-            "",
-            "the norm of a row far from 1 overflows or vanishes",
+            "[upper + lane % 16][k + 2 * i + lane / 16]",
+            "[upper + lane / 16 * 8 + lane % 8][k + 2 * i + lane / 8 % 2]",
+            "two matrices of a left operand change places",
+        ),
+        (
+            "threadIdx.x % 4 * 2 + j / 2 * 8 + j % 2",
+            "threadIdx.x % 4 + j / 2 * 8 + j % 2 * 4",
+            "columns of other lanes",
         ),
     ),
     *of_file(
@@ -46,6 +55,11 @@ MUTANTS = [
     *of_file(
         "csrc/cuda/merge_neighbours.cuh",
         ("s.b - p.prefix, -slope)", "s.b - p.prefix, slope)", "a logit's gradient has the wrong sign"),
+    ),
+    *of_file(
+        "csrc/cuda/mma.cuh",
+        ("row / 8 + k / 8 * 2]", "row / 8 * 2 + k / 8]", "the emulated product takes two words for each other"),
+        ("rows[8 * i + lane / 4]", "rows[i + lane / 4 * 4]", "the emulated load takes rows of other matrices"),
     ),
     *of_file(
         "csrc/cuda/numbers.cuh",

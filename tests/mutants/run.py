@@ -60,6 +60,7 @@ EMULATED = {
     "match_bipartite.cuh": "bipartite and match",
     "merge_bipartite.cuh": "bipartite and not match",
     "merge_neighbours.cuh": "merge_neighbours",
+    "mma.cuh": "tensor_cores or match",
     "numbers.cuh": "merge_neighbours",
     "pairs.cuh": "merge_neighbours",
     "restore_tokens.cuh": "restore_tokens",

@@ -38,9 +38,9 @@ def test_match_exactly(emulate):
     for case, dtype in itertools.product(BIPARTITE, DTYPES):
         metric = bipartite.exact_metric(case.B, case.prefix + case.N, case.D, case.prefix, "cpu").to(dtype)
         metrics.append((metric, case.r, case.prefix))
-    for case in BIPARTITE_LARGE:
+    for case, dtype in itertools.product(BIPARTITE_LARGE, DTYPES):
         metric = bipartite.exact_metric(case.B, case.prefix + case.N, case.D, case.prefix, "cpu")
-        metrics.append((metric.to(torch.bfloat16), case.r, case.prefix))
+        metrics.append((metric.to(dtype), case.r, case.prefix))
     widths, blocks = match(emulate, metrics)
     assert set(widths) >= {2, 4, 8, 16} and max(blocks) > 1 and blocks.count(1) > 4
 
@@ -58,8 +58,8 @@ def test_match_rows_of_any_length(emulate):
     """Subnormal ones, and those whose squares overflow."""
     torch.manual_seed(5)
     metrics = []
-    for dtype, r in itertools.product(DTYPES, (1, 9)):
-        metric = bipartite.exact_metric(2, 41, 24, 1, "cpu").double()
+    for dtype, (r, D) in itertools.product(DTYPES, ((1, 24), (9, 96))):
+        metric = bipartite.exact_metric(2, 41, D, 1, "cpu").double()
         lowest, highest = {torch.float16: (-12, 12), torch.float64: (-1000, 1000)}.get(dtype, (-130, 120))
         metrics.append(((metric * 2.0 ** torch.randint(lowest, highest, (2, 41, 1)).double()).to(dtype), r, 1))
     match(emulate, metrics)
