@@ -167,7 +167,11 @@ def masked_channel_attention_cases(dtype):
         (50, 197, 6, 64, 64, "none", False, True),
         (1, 197, 6, 64, 64, "class", False, False),  # a class token's attention
         (197, 197, 6, 64, 64, "class", True, "bias"),  # ToMe
-        (197, 197, 12, 80, 80, "received", False, False),  # ViT-H
+        (197, 197, 12, 80, 80, "received", False, False),
+        (257, 257, 16, 80, 80, "class", False, False),  # ViT-H
+        (729, 729, 16, 72, 72, "none", False, False),  # SigLIP So400m
+        (197, 197, 6, 72, 96, "class", True, True),
+        (197, 197, 6, 80, 80, "class", True, "bias"),
         (4096, 4096, 4, 128, 128, "class", True, True),  # the widest and the longest
         (13, 9, 2, 8, 16, "class", True, True),
     ):

@@ -16,9 +16,10 @@ from tokenops import reference
 
 pytest.importorskip("triton")
 
+import triton
 from triton.runtime import driver
 
-from tokenops._triton import launches
+from tokenops._triton import common, launch, launches
 
 BF16 = torch.bfloat16
 CALL = ("soft_aggregate_fwd", BF16, 256, (196, 98, 384))
@@ -34,6 +35,7 @@ def gpu(monkeypatch):
         pretended = SimpleNamespace(get_current_device=lambda: capability, get_current_target=lambda: target)
         monkeypatch.setattr(driver, "_active", pretended)
         monkeypatch.setattr(launches, "INTERPRETED", False)
+        monkeypatch.setattr(common, "INTERPRETED", False)
         launches._found.cache_clear()
 
     yield pretend
@@ -267,6 +269,37 @@ def test_attention_says_what_it_was_given(there, monkeypatch):
                 expected = {there, "received" if scores == "received" else None} & {*names}
                 assert {name for name, is_there in zip(names, given, strict=True) if is_there} == expected, kernel
     assert {*said} == {kernel for kernel in launches.KERNELS if kernel.startswith("masked_channel")}
+
+
+def attention_launches(dtype, DK, DV):
+    """The constants of the launches of both passes, of tensors without memory."""
+    forward = importlib.import_module("tokenops._triton.masked_channel_attention")
+    backward = importlib.import_module("tokenops._triton.masked_channel_attention_bwd")
+    q, v = (torch.empty(2, 3, 40, D, dtype=dtype, device="meta") for D in (DK, DV))
+    nothing, scores = (None,) * 4, ("received", False)
+    asked = {name: Asked() for module in (forward, backward) for name in vars(module) if name.endswith("_kernel")}
+    with patch_all((forward, backward), asked):
+        out, score, lse, _ = forward.masked_channel_attention_fwd(q, q, v, *nothing, 1.0, *scores, False)
+        backward.masked_channel_attention_bwd(out, score, None, q, q, v, *nothing, out, lse, 1.0, *scores)
+    return [constants for stand_in in asked.values() for constants in stand_in.launches]
+
+
+def test_heads_of_65_to_96_are_two_chunks(gpu):
+    for capability in (80, 90, 100):
+        gpu(capability)
+        launch.forget()
+        for dtype in (BF16, torch.float32):
+            for D in range(1, 129):
+                chunked = dtype == BF16 and 64 < D <= (80 if capability == 80 else 96)
+                expected = (64, 16 if D <= 80 else 32) if chunked else (max(16, triton.next_power_of_2(D)), 0)
+                constants = attention_launches(dtype, D, D)
+                assert len(constants) == 4
+                for given in constants:
+                    for name in "DK", "DV":
+                        if name in given:
+                            assert (given[f"BLOCK_{name}"], given[f"TAIL_{name}"]) == expected
+        given = attention_launches(BF16, 40, 72)[0]
+        assert [given[f"{part}_{name}"] for name in ("DK", "DV") for part in ("BLOCK", "TAIL")] == [64, 0, 64, 16]
 
 
 # Whatever the tiles, the results are right.

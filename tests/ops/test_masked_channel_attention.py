@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from support.attention import EVERYTHING, INF, SCORES, attention, check, double, inputs, run
-from support.cases import ATTEND, DTYPES, Attend
+from support.cases import ATTEND, CHUNKED, DTYPES, Attend
 from support.tolerance import assert_as_good_as_plain
 from tokenops import reference
 
@@ -102,6 +102,8 @@ def test_as_good_as_plain(case, dtype, backend, device):
 FEW = [("class", "mean"), ("received", "each")]
 EVERY = [(ATTEND[i], torch.float32, *kind) for i in (0, 2, 3, 4, 7, 10) for kind in SCORES]
 EVERY += [(ATTEND[i], dtype, *kind) for i in (3, 4) for dtype in DTYPES[1:] for kind in FEW]
+EVERY += [(CHUNKED[0], torch.bfloat16, *kind) for kind in SCORES] + [(case, torch.float16, *FEW[0]) for case in CHUNKED]
+EVERY += [(CHUNKED[1], torch.bfloat16, *kind) for kind in FEW]
 
 
 @pytest.mark.usefixtures("poisoned")

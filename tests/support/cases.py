@@ -161,7 +161,11 @@ ATTEND = (
     Attend(0, 2, 3, 4, 8, 8, "no image"),
     Attend(2, 2, 0, 4, 8, 8, "no query"),
     Attend(2, 2, 3, 0, 8, 8, "no key: zeros"),
+    Attend(2, 2, 5, 7, 72, 80, "two chunks of channels: 64 and, behind them, 8 or 16"),
+    Attend(1, 2, 20, 70, 65, 96, "the narrowest and the widest second chunk, several tiles of keys"),
+    Attend(1, 1, 3, 9, 88, 40, "two chunks of the keys' channels, one of the values'"),
 )
+CHUNKED = ATTEND[-3:]
 
 
 class TokenMlp(NamedTuple):

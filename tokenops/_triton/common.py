@@ -66,6 +66,10 @@ def before_hopper() -> bool:
     return not INTERPRETED and triton.runtime.driver.active.get_current_target().arch < 90
 
 
+def on_hopper() -> bool:
+    return not INTERPRETED and triton.runtime.driver.active.get_current_target().arch == 90
+
+
 def tile(size: int, smallest: int, largest: int) -> int:
     """The power of two that covers `size`, between two limits (a dot needs at least 16)."""
     return max(smallest, min(largest, triton.next_power_of_2(max(size, 1))))

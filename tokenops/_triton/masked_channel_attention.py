@@ -4,6 +4,9 @@ Forward: a program owns BLOCK_M queries of a head and walks over the keys; the p
 scores, whose mean over the heads is torch's. The mean of k takes programs of its own in the same launch. The "received"
 scores need every query's log-sum-exp first, so they are a second launch over q k^T. Backward: one kernel owns queries
 (dq, and D for the other), one owns keys (dk, dv, dbias). Logits are kept times log2(e), for exp2.
+
+What has the channels of a head is a list of chunks, each loaded, multiplied and summed on its own: one, of a power of
+two, or 64 channels and a tail of 16 or 32, where padding to 128 would cost more (`columns`).
 """
 
 from typing import NamedTuple
@@ -14,7 +17,7 @@ import triton.language as tl
 
 from .._schemas import heads_inside
 from . import launches
-from .common import FUSION, before_hopper, dot_options, for_any, from_units, index_type, rows, tile, unit
+from .common import FUSION, before_hopper, dot_options, for_any, from_units, index_type, on_hopper, rows, tile, unit
 from .launch import Launch, launch, planned
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -36,15 +39,66 @@ def _length(lengths_ptr, b, N, HAS_LENGTHS: tl.constexpr):
 
 
 @triton.jit
+def _chunks(BLOCK: tl.constexpr, TAIL: tl.constexpr):
+    """The channels of a head."""
+    chunks = [tl.arange(0, BLOCK)]
+    if TAIL:
+        chunks += [BLOCK + tl.arange(0, TAIL)]
+    return chunks
+
+
+@triton.jit
+def _rows(ptr, n, cs, read, D, stride_n, stride_c, DOT: tl.constexpr, INDEX: tl.constexpr):
+    """Rows n of a head (those to be read), chunk by chunk."""
+    return [rows(ptr, n, c, read, D, stride_n, stride_c, DOT, INDEX) for c in cs]
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, cs, ACC: tl.constexpr):
+    return [tl.zeros((ROWS, c.shape[0]), ACC) for c in cs]
+
+
+@triton.jit
+def _product(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T, the sum over all channels."""
+    s = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION, out_dtype=ACC)
+    for i in tl.static_range(1, len(a)):
+        s = tl.dot(a[i], tl.trans(b[i]), s, input_precision=PRECISION, out_dtype=ACC)
+    return s
+
+
+@triton.jit
+def _plus(p, x, acc, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """p x + acc, of all channels."""
+    sums = []
+    for i in tl.static_range(len(acc)):
+        sums += [tl.dot(p, x[i], acc[i], input_precision=PRECISION, out_dtype=ACC)]
+    return sums
+
+
+@triton.jit
 def _channels(mask_ptr, h, c, D, ACC: tl.constexpr):
     return tl.load(mask_ptr + h * D + c, mask=c < D, other=0.0).to(ACC)
 
 
 @triton.jit
-def _masked(x, mask_ptr, h, c, D, ACC: tl.constexpr, DOT: tl.constexpr, HAS_MASK: tl.constexpr):
+def _masked(x, mask_ptr, h, cs, D, ACC: tl.constexpr, DOT: tl.constexpr, HAS_MASK: tl.constexpr):
     if HAS_MASK:
-        x = (x.to(ACC) * _channels(mask_ptr, h, c, D, ACC)[None, :]).to(DOT)
+        masked = []
+        for i in tl.static_range(len(cs)):
+            masked += [(x[i].to(ACC) * _channels(mask_ptr, h, cs[i], D, ACC)[None, :]).to(DOT)]
+        x = masked
     return x
+
+
+@triton.jit
+def _store(ptr, x, b, h, n, cs, N, H, D, INDEX: tl.constexpr):
+    """Rows n of head h of image b in (B,N,H,D)."""
+    for i in tl.static_range(len(cs)):
+        offsets = n.to(INDEX)[:, None] * (H * D) + cs[i][None, :]
+        inside = (n < N)[:, None] & (cs[i] < D)[None, :]
+        first = b * N * H * D + h * D
+        tl.store(ptr + first + offsets, x[i].to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -55,8 +109,8 @@ def _attend_keys(q, k_ptr, v_ptr, bias_ptr, scale, start, length, top, total, ac
     """A tile of BLOCK keys joins the softmax; a WHOLE one has no key beyond the length."""
     n = start + tl.arange(0, BLOCK)
     counts = (n >= 0) if WHOLE else n < length
-    k = rows(k_ptr, n, ck, counts, DK, stride_kn, stride_kc, DOT, INDEX)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+    k = _rows(k_ptr, n, ck, counts, DK, stride_kn, stride_kc, DOT, INDEX)
+    s = _product(q, k, ACC, PRECISION)
     if HAS_BIAS or not WHOLE:
         s = _biased(s * scale, _key_bias(bias_ptr, n, length, stride_bn, ACC, INDEX, HAS_BIAS, WHOLE)[None, :])
         higher = tl.maximum(top, tl.max(s, axis=1))
@@ -68,8 +122,8 @@ def _attend_keys(q, k_ptr, v_ptr, bias_ptr, scale, start, length, top, total, ac
         p = tl.exp2(s * scale - base[:, None])
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(p, axis=1)
-    v = rows(v_ptr, n, cv, counts, DV, stride_vn, stride_vc, DOT, INDEX)
-    acc = tl.dot(p.to(DOT), v, acc * shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
+    v = _rows(v_ptr, n, cv, counts, DV, stride_vn, stride_vc, DOT, INDEX)
+    acc = _plus(p.to(DOT), v, [a * shrink[:, None] for a in acc], ACC, PRECISION)
     return higher, total, acc
 
 
@@ -105,20 +159,26 @@ def _row_lse(lse_ptr, m, there, ACC: tl.constexpr):
 
 
 @triton.jit
+def _added(sums, x, ACC: tl.constexpr):
+    added = []
+    for i in tl.static_range(len(x)):
+        added += [sums[i] + x[i].to(ACC)]
+    return added
+
+
+@triton.jit
 def _mean_key(k_ptr, lengths_ptr, key_mean_ptr, b, tile_n, H, N, stride_b, stride_h, stride_n, stride_c,
               ACC: tl.constexpr, DOT: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-              DK: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+              DK: tl.constexpr, ck, BLOCK_N: tl.constexpr):  # fmt: skip
     """Writes the mean over the heads of a tile of keys of image b."""
     b = b.to(tl.int64)
-    n, c = tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_DK)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     length = _length(lengths_ptr, b, N, HAS_LENGTHS)
-    mean = tl.zeros((BLOCK_N, BLOCK_DK), ACC)
+    sums = _zeros(BLOCK_N, ck, ACC)
     for h in range(H):
         head = _head(k_ptr, b, h, stride_b, stride_h, UNIT)
-        mean += rows(head, n, c, n < length, DK, stride_n, stride_c, DOT, INDEX).to(ACC)
-    offsets = n.to(INDEX)[:, None] * DK + c[None, :]
-    inside = (n < N)[:, None] & (c < DK)[None, :]
-    tl.store(key_mean_ptr + b * N * DK + offsets, (mean / H).to(key_mean_ptr.dtype.element_ty), inside)
+        sums = _added(sums, _rows(head, n, ck, n < length, DK, stride_n, stride_c, DOT, INDEX), ACC)
+    _store(key_mean_ptr, [s / H for s in sums], b, 0, n, ck, N, 1, DK, INDEX)
 
 
 @for_any("B", "M", "N", "stride_bb", "stride_bh")
@@ -130,8 +190,8 @@ def masked_channel_attention_fwd_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr,
     HAS_QK_MASK: tl.constexpr, HAS_V_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     CLASS: tl.constexpr, KEY_MEAN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_TAIL: tl.constexpr,
+    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, TAIL_DK: tl.constexpr, TAIL_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     scale = tl.full((), factor, ACC)
@@ -143,7 +203,8 @@ def masked_channel_attention_fwd_kernel(
     if program < side:
         _mean_key(
             k_ptr, lengths_ptr, key_mean_ptr, program // tiles_n, program % tiles_n, H, N,
-            stride_kb, stride_kh, stride_kn, stride_kc, ACC, DOT, INDEX, UNIT, HAS_LENGTHS, DK, BLOCK_DK, BLOCK_N,
+            stride_kb, stride_kh, stride_kn, stride_kc, ACC, DOT, INDEX, UNIT, HAS_LENGTHS, DK,
+            _chunks(BLOCK_DK, TAIL_DK), BLOCK_N,
         )  # fmt: skip
     else:
         tile_m, head = (program - side) % tiles_m, (program - side) // tiles_m
@@ -153,14 +214,14 @@ def masked_channel_attention_fwd_kernel(
         v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
         bias_ptr += b * stride_bb + tl.cast(h, tl.int64) * stride_bh
         m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        ck, cv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+        ck, cv = _chunks(BLOCK_DK, TAIL_DK), _chunks(BLOCK_DV, TAIL_DV)
         length = _length(lengths_ptr, b, N, HAS_LENGTHS)
 
-        q = rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
+        q = _rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
         q = _masked(q, qk_mask_ptr, h, ck, DK, ACC, DOT, HAS_QK_MASK)
         top = tl.full((BLOCK_M,), float("-inf"), ACC)
         total = tl.zeros((BLOCK_M,), ACC)
-        acc = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
+        acc = _zeros(BLOCK_M, cv, ACC)
         whole = N // BLOCK_N * BLOCK_N  # tiles without a mask, and a smaller one for the rest
         if HAS_LENGTHS:
             whole = 0
@@ -179,23 +240,21 @@ def masked_channel_attention_fwd_kernel(
         some = tl.where(total == 0.0, 1.0, total)
         lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(some))
         tl.store(lse_ptr + (b * H + h) * M + m, lse * LN2, mask=m < M)
-        acc = _masked(acc * (1 / some)[:, None], v_mask_ptr, h, cv, DV, ACC, ACC, HAS_V_MASK)
-        offsets = m.to(INDEX)[:, None] * (H * DV) + cv[None, :]
-        inside = (m < M)[:, None] & (cv < DV)[None, :]
-        tl.store(out_ptr + b * M * H * DV + h * DV + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
+        acc = _masked([a * (1 / some)[:, None] for a in acc], v_mask_ptr, h, cv, DV, ACC, ACC, HAS_V_MASK)
+        _store(out_ptr, acc, b, h, m, cv, M, H, DV, INDEX)
 
         if CLASS:
             if tile_m == 0:
                 first = _finite(tl.sum(tl.where(m == 0, top, 0.0), axis=0))
                 divisor = tl.sum(tl.where(m == 0, some, 0.0), axis=0)
                 one = tl.arange(0, 16)  # a dot needs so many: behind query 0 there are zeros
-                q_class = rows(q_ptr, one, ck, one == 0, DK, stride_qm, stride_qc, DOT, INDEX)
+                q_class = _rows(q_ptr, one, ck, one == 0, DK, stride_qm, stride_qc, DOT, INDEX)
                 q_class = _masked(q_class, qk_mask_ptr, h, ck, DK, ACC, DOT, HAS_QK_MASK)
                 for start in tl.range(0, N, BLOCK_N, num_stages=1):
                     n = start + tl.arange(0, BLOCK_N)
                     bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, INDEX, HAS_BIAS, False)
-                    k = rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
-                    s = tl.dot(k, tl.trans(q_class), input_precision=PRECISION, out_dtype=ACC) * scale
+                    k = _rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
+                    s = _product(k, q_class, ACC, PRECISION) * scale
                     s = tl.sum(tl.where((one == 0)[None, :], s, 0.0), axis=1)
                     p = tl.where(bias == float("-inf"), 0.0, tl.exp2(s + bias - first) / divisor)
                     tl.store(scores_ptr + (b * H + h) * N + n, p, mask=n < N)
@@ -208,7 +267,7 @@ def masked_channel_attention_received_kernel(
     stride_bb, stride_bh, stride_bn,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr,
     HAS_QK_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    DK: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DK: tl.constexpr, BLOCK_DK: tl.constexpr, TAIL_DK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The mean over the queries, and over the heads of a group (one head, or all), of the probabilities of keys."""
     scale = tl.full((), factor, ACC)
@@ -217,7 +276,7 @@ def masked_channel_attention_received_kernel(
     n = (program % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     group = (program // tiles_n) % GROUPS
     b = (program // (tiles_n * GROUPS)).to(tl.int64)
-    c = tl.arange(0, BLOCK_DK)
+    c = _chunks(BLOCK_DK, TAIL_DK)
     length = _length(lengths_ptr, b, N, HAS_LENGTHS)
     stride_qm, stride_kn = from_units(stride_qm, UNIT, INDEX), from_units(stride_kn, UNIT, INDEX)
     heads = H // GROUPS
@@ -225,39 +284,54 @@ def masked_channel_attention_received_kernel(
     for h in range(group * heads, group * heads + heads):
         head_q = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
         head_k = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
-        k = rows(head_k, n, c, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
+        k = _rows(head_k, n, c, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
         bias_row = bias_ptr + b * stride_bb + tl.cast(h, tl.int64) * stride_bh
         bias = _key_bias(bias_row, n, length, stride_bn, ACC, INDEX, HAS_BIAS, False)
         for start in range(0, M, BLOCK_M):
             m = start + tl.arange(0, BLOCK_M)
-            q = rows(head_q, m, c, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
+            q = _rows(head_q, m, c, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
             q = _masked(q, qk_mask_ptr, h, c, DK, ACC, DOT, HAS_QK_MASK)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
+            s = _product(q, k, ACC, PRECISION) * scale
             lse = _row_lse(lse_ptr + (b * H + h) * M, m, m < M, ACC)[:, None]
             sums += tl.where(bias[None, :] == float("-inf"), 0.0, tl.exp2(s + bias[None, :] - lse))
     received = tl.sum(sums, axis=0) / (M * heads)
     tl.store(scores_ptr + (b * GROUPS + group) * N + n, received, mask=n < N)
 
 
-def config(DK, DV, warps, stages):
-    return {
-        "BLOCK_DK": tile(DK, 16, 128),
-        "BLOCK_DV": tile(DV, 16, 128),
-        "num_warps": warps,
-        "num_stages": stages,
-        **FUSION,
-    }
+def columns(dtype, *widths):
+    """(BLOCK, TAIL) of the columns that hold the channels of heads of these widths, of which the others are padding.
+
+    With tf32x3 chunks lose more than the padding they save: three times the operands, a tail too narrow for the warps.
+    Before Hopper a tail of 32 spills.
+    """
+    chunked = dtype.itemsize == 2 and 64 < max(widths) <= (80 if before_hopper() else 96)
+    return [(64, tile(D - 64, 16, 32)) if chunked and D > 64 else (tile(D, 16, 128), 0) for D in widths]
+
+
+def layout(dtype, DK, DV):
+    """Whether heads are padded to 128 channels, and whether they are in chunks."""
+    blocks, tails = zip(*columns(dtype, DK, DV))
+    return 128 in blocks, any(tails)
+
+
+def config(dtype, DK, DV, warps, stages):
+    (BLOCK_DK, TAIL_DK), (BLOCK_DV, TAIL_DV) = columns(dtype, DK, DV)
+    options = {"num_warps": warps, "num_stages": stages, **FUSION}
+    padded, chunked = layout(dtype, DK, DV)
+    if dtype.itemsize == 2 and (chunked and not on_hopper() or padded and before_hopper()):
+        options["maxnreg"] = 255  # without a limit ptxas spills to get to the next step of occupancy
+    return {"BLOCK_DK": BLOCK_DK, "BLOCK_DV": BLOCK_DV, "TAIL_DK": TAIL_DK, "TAIL_DV": TAIL_DV, **options}
 
 
 def _fwd_config(dtype, M, N, DK, DV):
-    single, wide = dtype.itemsize > 2, max(DK, DV) > 64
+    single, (wide, chunked) = dtype.itemsize > 2, layout(dtype, DK, DV)
     # operands of a tf32x3 dot are held three times
     if single:
         queries, keys, stages = 16 if wide else 32 if before_hopper() else 64, 32, 2
     else:
-        queries, keys, stages = 64, 64, 3
+        queries, keys, stages = 64, 32 if chunked and before_hopper() else 64, 3
     sizes = {"BLOCK_M": tile(M, 16, queries), "BLOCK_N": tile(N, 16, keys)}
-    return sizes | config(DK, DV, warps=8 if (single or wide) and M > 16 else 4, stages=stages)
+    return sizes | config(dtype, DK, DV, warps=8 if (single or wide) and M > 16 else 4, stages=stages)
 
 
 def shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, *others):
@@ -311,7 +385,7 @@ def _fwd_plan(q, k, v, qk_mask, v_mask, bias, lengths, scores, mean, key_mean):
     groups = 1 if mean else H
     sizes = launches.overlaid("masked_channel_attention_received", *call)
     scalars = (H, groups, M, N, *strides[0], *strides[1], *bias_strides)
-    constants = _only(constants, "HAS_V_MASK", "DV") | _only(sizes, "BLOCK_DV")
+    constants = _only(constants, "HAS_V_MASK", "DV") | _only(sizes, "BLOCK_DV", "TAIL_DV")
     return _Forward(first, Launch(B * groups * triton.cdiv(N, sizes["BLOCK_N"]), scalars, constants))
 
 

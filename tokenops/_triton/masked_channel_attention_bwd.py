@@ -12,17 +12,23 @@ import triton.language as tl
 
 from .._schemas import heads_inside
 from . import launches
-from .common import before_hopper, for_any, from_units, rows, tile
+from .common import before_hopper, for_any, from_units, tile
 from .launch import Launch, launch, planned
 from .masked_channel_attention import (
     _biased,
-    _channels,
+    _chunks,
     _head,
     _key_bias,
     _length,
     _masked,
+    _plus,
+    _product,
     _row_lse,
+    _rows,
+    _store,
+    _zeros,
     config,
+    layout,
     shared_arguments,
     stand_ins,
     tail,
@@ -42,6 +48,22 @@ def _of_queries(gradient, m, RECEIVED: tl.constexpr):
 
 
 @triton.jit
+def _sum_over_channels(a, b, ACC: tl.constexpr):
+    """Of the products of rows."""
+    total = tl.sum(a[0].to(ACC) * b[0], axis=1)
+    for i in tl.static_range(1, len(a)):
+        total += tl.sum(a[i].to(ACC) * b[i], axis=1)
+    return total
+
+
+@triton.jit
+def _store_mask_gradient(ptr, x, dx, cs, D):
+    """A program's share of it: the sum over the rows."""
+    for i in tl.static_range(len(cs)):
+        tl.store(ptr + cs[i], tl.sum(x[i] * dx[i], axis=0), mask=cs[i] < D)
+
+
+@triton.jit
 def _query_gradient(acc, q, dout, lse, delta, k_ptr, v_ptr, bias_ptr, dscores_ptr, scale, share, m, tile_m, start,
                     length, ck, cv, stride_kn, stride_kc, stride_vn, stride_vc, stride_bn, stride_sn,
                     DK: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -53,19 +75,19 @@ def _query_gradient(acc, q, dout, lse, delta, k_ptr, v_ptr, bias_ptr, dscores_pt
     if HAS_BIAS or not WHOLE:
         bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, INDEX, HAS_BIAS, WHOLE)
         counts = bias > float("-inf")
-    k = rows(k_ptr, n, ck, counts, DK, stride_kn, stride_kc, DOT, INDEX)  # 0 * NaN were NaN in dq
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
+    k = _rows(k_ptr, n, ck, counts, DK, stride_kn, stride_kc, DOT, INDEX)  # 0 * NaN were NaN in dq
+    s = _product(q, k, ACC, PRECISION) * scale
     if HAS_BIAS or not WHOLE:
         s = _biased(s, bias[None, :])
     p = tl.exp2(s - lse[:, None])
-    v = rows(v_ptr, n, cv, counts, DV, stride_vn, stride_vc, DOT, INDEX)
-    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
+    v = _rows(v_ptr, n, cv, counts, DV, stride_vn, stride_vc, DOT, INDEX)
+    dp = _product(dout, v, ACC, PRECISION)
     if HAS_DSCORES:
         if RECEIVED or tile_m == 0:
             gradient = _score_gradient(dscores_ptr, n, counts, stride_sn, share, ACC)
             dp += _of_queries(gradient[None, :], m[:, None], RECEIVED)
     ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(DOT), k, acc, input_precision=PRECISION, out_dtype=ACC)
+    return _plus(ds.to(DOT), k, acc, ACC, PRECISION)
 
 
 @for_any("M", "N", "stride_bb", "stride_bh", "stride_sb", "stride_sh")
@@ -78,8 +100,8 @@ def masked_channel_attention_bwd_q_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr,
     HAS_QK_MASK: tl.constexpr, HAS_V_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_DLSE: tl.constexpr, HAS_DSCORES: tl.constexpr, RECEIVED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_TAIL: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, TAIL_DK: tl.constexpr, TAIL_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries, its share of the channel mask's gradient, and what the other kernel takes of a query."""
     scale, share = tl.full((), factor, ACC), tl.full((), share, ACC)
@@ -97,16 +119,16 @@ def masked_channel_attention_bwd_q_kernel(
     dscores_ptr += b * stride_sb + tl.cast(h, tl.int64) * stride_sh
     row = (b * H + h) * M
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    ck, cv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    ck, cv = _chunks(BLOCK_DK, TAIL_DK), _chunks(BLOCK_DV, TAIL_DV)
     length = _length(lengths_ptr, b, N, HAS_LENGTHS)
 
-    dout = rows(dout_ptr, m, cv, m < M, DV, stride_om, stride_oc, DOT, INDEX)
-    out = rows(out_ptr + b * M * H * DV + h * DV, m, cv, m < M, DV, H * DV, 1, ACC, INDEX)
-    delta = tl.sum(dout.to(ACC) * out, axis=1)
+    dout = _rows(dout_ptr, m, cv, m < M, DV, stride_om, stride_oc, DOT, INDEX)
+    out = _rows(out_ptr + b * M * H * DV + h * DV, m, cv, m < M, DV, H * DV, 1, ACC, INDEX)
+    delta = _sum_over_channels(dout, out, ACC)
     dout = _masked(dout, v_mask_ptr, h, cv, DV, ACC, DOT, HAS_V_MASK)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + row + m, mask=m < M, other=0.0).to(ACC)
-    q = rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
+    q = _rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
     q = _masked(q, qk_mask_ptr, h, ck, DK, ACC, DOT, HAS_QK_MASK)
     lse = _row_lse(lse_ptr + row, m, m < M, ACC)
     if HAS_DSCORES:
@@ -115,8 +137,8 @@ def masked_channel_attention_bwd_q_kernel(
                 n = start + tl.arange(0, BLOCK_N)
                 bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, INDEX, HAS_BIAS, False)
                 counts = bias > float("-inf")
-                k = rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * scale
+                k = _rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)
+                s = _product(q, k, ACC, PRECISION) * scale
                 s = _biased(s, bias[None, :])
                 gradient = _score_gradient(dscores_ptr, n, counts, stride_sn, share, ACC)
                 gradient = _of_queries(gradient[None, :], m[:, None], RECEIVED)
@@ -124,7 +146,7 @@ def masked_channel_attention_bwd_q_kernel(
     tl.store(row_ptr + (row + m) * 2, delta, mask=m < M)
     tl.store(row_ptr + (row + m) * 2 + 1, lse, mask=m < M)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_DK), ACC)
+    acc = _zeros(BLOCK_M, ck, ACC)
     whole = N // BLOCK_N * BLOCK_N if SPLIT else 0  # tiles without a mask, and a smaller one for the rest
     for start in range(0, whole, BLOCK_N):
         acc = _query_gradient(
@@ -138,14 +160,13 @@ def masked_channel_attention_bwd_q_kernel(
             ck, cv, stride_kn, stride_kc, stride_vn, stride_vc, stride_bn, stride_sn,
             DK, DV, ACC, DOT, PRECISION, INDEX, HAS_BIAS, HAS_DSCORES, RECEIVED, BLOCK_TAIL, False,
         )  # fmt: skip
-    acc *= tl.full((), rate, ACC)
+    rate = tl.full((), rate, ACC)
+    acc = [a * rate for a in acc]
     if HAS_QK_MASK:
-        q = rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, ACC, INDEX)
-        tl.store(dqk_mask_ptr + program.to(tl.int64) * DK + ck, tl.sum(q * acc, axis=0), mask=ck < DK)
-        acc *= _channels(qk_mask_ptr, h, ck, DK, ACC)[None, :]
-    offsets = m.to(INDEX)[:, None] * (H * DK) + ck[None, :]
-    inside = (m < M)[:, None] & (ck < DK)[None, :]
-    tl.store(dq_ptr + b * M * H * DK + h * DK + offsets, acc.to(dq_ptr.dtype.element_ty), mask=inside)
+        q = _rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, ACC, INDEX)
+        _store_mask_gradient(dqk_mask_ptr + program.to(tl.int64) * DK, q, acc, ck, DK)
+    acc = _masked(acc, qk_mask_ptr, h, ck, DK, ACC, ACC, HAS_QK_MASK)
+    _store(dq_ptr, acc, b, h, m, ck, M, H, DK, INDEX)
 
 
 @triton.jit
@@ -153,13 +174,16 @@ def _key_gradients(dk, dv, dbias, k, v, bias, gradient, q_ptr, dout_ptr, qk_mask
                    ck, cv, stride_qm, stride_qc, stride_om, stride_oc,
                    DK: tl.constexpr, DV: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
                    INDEX: tl.constexpr, HAS_QK_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DSCORES: tl.constexpr,
-                   RECEIVED: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """dk, dv and dbias with what a tile of BLOCK queries adds; a WHOLE one has all of them, and not query 0."""
+                   RECEIVED: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """dk, dv and dbias with what a tile of BLOCK queries adds; a WHOLE one has all of them, and not query 0.
+
+    dbias is a number a key if SUMS, else a tile that is summed behind the loop.
+    """
     m = start + tl.arange(0, BLOCK)
     there = (m >= 0) if WHOLE else m < M
-    q = rows(q_ptr, m, ck, there, DK, stride_qm, stride_qc, DOT, INDEX)
+    q = _rows(q_ptr, m, ck, there, DK, stride_qm, stride_qc, DOT, INDEX)
     q = _masked(q, qk_mask_ptr, h, ck, DK, ACC, DOT, HAS_QK_MASK)
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC) * scale
+    s = _product(k, q, ACC, PRECISION) * scale
     if HAS_BIAS:
         s += bias[:, None]
     both = row_ptr + m[:, None] * 2 + tl.arange(0, 2)[None, :]
@@ -167,16 +191,16 @@ def _key_gradients(dk, dv, dbias, k, v, bias, gradient, q_ptr, dout_ptr, qk_mask
     if not WHOLE:
         lse = tl.where(there, lse, float("inf"))  # its probabilities are 0
     p = tl.exp2(s - lse[None, :])
-    dout = rows(dout_ptr, m, cv, there, DV, stride_om, stride_oc, DOT, INDEX)
-    dv = tl.dot(p.to(DOT), dout, dv, input_precision=PRECISION, out_dtype=ACC)
-    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
+    dout = _rows(dout_ptr, m, cv, there, DV, stride_om, stride_oc, DOT, INDEX)
+    dv = _plus(p.to(DOT), dout, dv, ACC, PRECISION)
+    dp = _product(v, dout, ACC, PRECISION)
     if HAS_DSCORES:
         if RECEIVED or not WHOLE:
             dp += _of_queries(gradient[:, None], m[None, :], RECEIVED)
     ds = p * (dp - delta[None, :])
     if HAS_BIAS:
-        dbias += tl.sum(ds, axis=1)
-    dk = tl.dot(ds.to(DOT), q, dk, input_precision=PRECISION, out_dtype=ACC)
+        dbias += tl.sum(ds, axis=1) if SUMS else ds
+    dk = _plus(ds.to(DOT), q, dk, ACC, PRECISION)
     return dk, dv, dbias
 
 
@@ -190,8 +214,8 @@ def masked_channel_attention_bwd_kv_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr,
     HAS_QK_MASK: tl.constexpr, HAS_V_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_DSCORES: tl.constexpr, RECEIVED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_TAIL: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, TAIL_DK: tl.constexpr, TAIL_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and dbias of a tile of keys, and its share of the value mask's gradient."""
     scale, share = tl.full((), factor, ACC), tl.full((), share, ACC)
@@ -209,20 +233,21 @@ def masked_channel_attention_bwd_kv_kernel(
     dscores_ptr += b * stride_sb + tl.cast(h, tl.int64) * stride_sh
     row_ptr += (b * H + h) * M * 2
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    ck, cv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    ck, cv = _chunks(BLOCK_DK, TAIL_DK), _chunks(BLOCK_DV, TAIL_DV)
     length = _length(lengths_ptr, b, N, HAS_LENGTHS)
 
     bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, INDEX, HAS_BIAS, False)
     counts = bias > float("-inf")
-    k = rows(k_ptr, n, ck, counts, DK, stride_kn, stride_kc, DOT, INDEX)
-    v = rows(v_ptr, n, cv, n < length, DV, stride_vn, stride_vc, DOT, INDEX)
+    k = _rows(k_ptr, n, ck, counts, DK, stride_kn, stride_kc, DOT, INDEX)
+    v = _rows(v_ptr, n, cv, n < length, DV, stride_vn, stride_vc, DOT, INDEX)
     v = _masked(v, v_mask_ptr, h, cv, DV, ACC, DOT, HAS_V_MASK)
     gradient = 0.0
     if HAS_DSCORES:
         gradient = _score_gradient(dscores_ptr, n, counts, stride_sn, share, ACC)
-    dk = tl.zeros((BLOCK_N, BLOCK_DK), ACC)
-    dv = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
-    dbias = tl.zeros((BLOCK_N,), ACC)
+    dk, dv = _zeros(BLOCK_N, ck, ACC), _zeros(BLOCK_N, cv, ACC)
+    # sums in the loop took Triton 3.6 from 193 registers of fp32's tiles to 255, and spilled
+    SUMS: tl.constexpr = SPLIT or BLOCK_N * BLOCK_M > 2048
+    dbias = tl.zeros((BLOCK_N,) if SUMS else (BLOCK_N, BLOCK_M), ACC)
     queries = tl.where(tile_n * BLOCK_N < length, M, 0)  # none of a tile beyond the length
     # tiles without a mask, and before them a smaller one for the rest, which has query 0
     rest = tl.minimum(queries, (M - 1) % BLOCK_M + 1) if SPLIT else queries
@@ -230,48 +255,54 @@ def masked_channel_attention_bwd_kv_kernel(
         dk, dv, dbias = _key_gradients(
             dk, dv, dbias, k, v, bias, gradient, q_ptr, dout_ptr, qk_mask_ptr, row_ptr, scale, start, h, rest, ck, cv,
             stride_qm, stride_qc, stride_om, stride_oc,
-            DK, DV, ACC, DOT, PRECISION, INDEX, HAS_QK_MASK, HAS_BIAS, HAS_DSCORES, RECEIVED, BLOCK_TAIL, False,
+            DK, DV, ACC, DOT, PRECISION, INDEX, HAS_QK_MASK, HAS_BIAS, HAS_DSCORES, RECEIVED, SUMS, BLOCK_TAIL, False,
         )  # fmt: skip
     for start in range(rest, queries, BLOCK_M):
         dk, dv, dbias = _key_gradients(
             dk, dv, dbias, k, v, bias, gradient, q_ptr, dout_ptr, qk_mask_ptr, row_ptr, scale, start, h, M, ck, cv,
             stride_qm, stride_qc, stride_om, stride_oc,
-            DK, DV, ACC, DOT, PRECISION, INDEX, HAS_QK_MASK, HAS_BIAS, HAS_DSCORES, RECEIVED, BLOCK_M, True,
+            DK, DV, ACC, DOT, PRECISION, INDEX, HAS_QK_MASK, HAS_BIAS, HAS_DSCORES, RECEIVED, SUMS, BLOCK_M, True,
         )  # fmt: skip
     # keys without weight: what the bias or the length says, and no NaN of a query
-    dk, dv = tl.where(counts[:, None], dk, 0.0), tl.where(counts[:, None], dv, 0.0)
+    dk = [tl.where(counts[:, None], d, 0.0) for d in dk]
+    dv = [tl.where(counts[:, None], d, 0.0) for d in dv]
     if HAS_BIAS:
-        dbias = tl.where(counts, dbias, 0.0)
+        dbias = tl.where(counts, dbias if SUMS else tl.sum(dbias, axis=1), 0.0)
         tl.store(dbias_ptr + (b * H + h) * N + n, dbias.to(dbias_ptr.dtype.element_ty), mask=n < N)
-    dk *= tl.full((), rate, ACC)
-    inside = (n < N)[:, None]
-    offsets = n.to(INDEX)[:, None] * (H * DK) + ck[None, :]
-    dk_ptr += b * N * H * DK + h * DK
-    tl.store(dk_ptr + offsets, dk.to(dk_ptr.dtype.element_ty), mask=inside & (ck < DK)[None, :])
+    rate = tl.full((), rate, ACC)
+    dk = [d * rate for d in dk]
+    _store(dk_ptr, dk, b, h, n, ck, N, H, DK, INDEX)
     if HAS_V_MASK:
-        v = rows(v_ptr, n, cv, n < length, DV, stride_vn, stride_vc, ACC, INDEX)
-        tl.store(dv_mask_ptr + program.to(tl.int64) * DV + cv, tl.sum(v * dv, axis=0), mask=cv < DV)
-        dv *= _channels(v_mask_ptr, h, cv, DV, ACC)[None, :]
-    offsets = n.to(INDEX)[:, None] * (H * DV) + cv[None, :]
-    dv_ptr += b * N * H * DV + h * DV
-    tl.store(dv_ptr + offsets, dv.to(dv_ptr.dtype.element_ty), mask=inside & (cv < DV)[None, :])
+        v = _rows(v_ptr, n, cv, n < length, DV, stride_vn, stride_vc, ACC, INDEX)
+        _store_mask_gradient(dv_mask_ptr + program.to(tl.int64) * DV, v, dv, cv, DV)
+    dv = _masked(dv, v_mask_ptr, h, cv, DV, ACC, ACC, HAS_V_MASK)
+    _store(dv_ptr, dv, b, h, n, cv, N, H, DV, INDEX)
 
 
-def _bwd_configs(dtype, M, N, DK, DV):
+def _bwd_configs(dtype, M, N, DK, DV, qk_masked, biased):
     """Of the kernel that owns queries and walks over keys, and of the one that does the reverse."""
-    single, wide = dtype.itemsize > 2, max(DK, DV) > 64
+    single, (wide, chunked) = dtype.itemsize > 2, layout(dtype, DK, DV)
     if single:
         owned, walked, warps, stages = (16, 16, 8, 1) if wide else (16, 32, 8, 2)
     elif wide:
         owned, walked, warps, stages = (32, 32, 8, 2) if before_hopper() else (64, 32, 8, 2)
     else:
         owned, walked, warps, stages = (32, 32, 4, 2) if before_hopper() else (64, 64, 4, 2)
-    shared = config(DK, DV, warps, stages)
+    shared = config(dtype, DK, DV, warps, stages)
     of_queries = {"BLOCK_M": tile(M, 16, owned), "BLOCK_N": tile(N, 16, walked), **shared}
+    of_keys = {"BLOCK_M": tile(M, 16, walked), "BLOCK_N": tile(N, 16, owned), **shared}
     if single and not wide:
         # a tile of 16 x 32 leaves 8 warps nothing to share; without a limit ptxas spills to get to 128 registers
         of_queries |= {"num_warps": 4, "maxnreg": 255}
-    return of_queries, {"BLOCK_M": tile(M, 16, walked), "BLOCK_N": tile(N, 16, owned), **shared}
+        of_keys["maxnreg"] = 255
+    if chunked:  # two accumulators, of up to 96 columns: with larger tiles they spill
+        if before_hopper():
+            of_keys["BLOCK_M"] = 16
+        elif qk_masked:
+            of_keys |= {"BLOCK_M": tile(M, 16, 32), "num_stages": 1}
+        elif biased or max(DK, DV) > 80:
+            of_keys["BLOCK_M"] = tile(M, 16, 32)
+    return of_queries, of_keys
 
 
 def _mask_gradient(partial, mask, q):
@@ -289,14 +320,14 @@ class _Backward(NamedTuple):
 @planned
 def _bwd_plan(dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scores, mean):
     (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
-    of_queries, of_keys = _bwd_configs(q.dtype, M, N, DK, DV)
+    of_queries, of_keys = _bwd_configs(q.dtype, M, N, DK, DV, qk_mask is not None, bias is not None)
     received = dscores is not None and scores == "received"
     optional = (qk_mask is not None, v_mask is not None, bias is not None, lengths is not None, received)
     call = (q.dtype, B, (M, N, DK, DV))
     of_queries = launches.overlaid("masked_channel_attention_bwd_q", *call, of_queries, optional)
     of_keys = launches.overlaid("masked_channel_attention_bwd_kv", *call, of_keys, optional)
     strides, bias_strides, constants = shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, dout)
-    split = qk_mask is None and max(DK, DV) <= 64  # two loops take more registers
+    split = qk_mask is None and not layout(q.dtype, DK, DV)[0]  # two loops take more registers
     tiles_m, tiles_n = triton.cdiv(M, of_queries["BLOCK_M"]), triton.cdiv(N, of_keys["BLOCK_N"])
     score_strides = (0, 0, 0)
     if dscores is not None:

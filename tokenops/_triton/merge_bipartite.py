@@ -134,8 +134,6 @@ def _sum_plan(x, index, tokens, prefix, sizes, weight, bias, mean, norm):
     size = min(4096, 2**21 // block_c) if norm else 1024 if wide else 2048
     block_n = max(1, min(32, size // block_c))
     blocks, slices = triton.cdiv(rows, block_n), max(1, triton.cdiv(C, block_c))
-    # left alone, ptxas spills fp32 rows to get to 40 registers; with a limit it takes what they need, 55 to 80
-    limit = {"maxnreg": 128} if wide and not norm else {}
     constants = {
         "MEAN": mean,
         "SIZES": sizes is not None,
@@ -147,9 +145,10 @@ def _sum_plan(x, index, tokens, prefix, sizes, weight, bias, mean, norm):
         "BLOCK_C": block_c,
         "BLOCK_K": min(128, 1024 // block_n),  # of any N: one that shrinks compiles nothing again
         "num_warps": 8 if norm and C > 256 and block_n > 1 else 4,
+        "maxnreg": 128,  # left alone, ptxas spills to get to the next step of occupancy
     }
     strides = *x.stride(), *index.stride(), *((0, 0) if sizes is None else sizes.stride())
-    return Launch(B * blocks * slices, (N, tokens, C, prefix, blocks, slices, *strides), constants | limit | FUSION)
+    return Launch(B * blocks * slices, (N, tokens, C, prefix, blocks, slices, *strides), constants | FUSION)
 
 
 @planned
