@@ -154,6 +154,19 @@ def test_architectures_by_name(sources, architectures, words):
 
 
 @needs_sources
+@needs_nvcc
+def test_before_ampere(tmp_path):
+    """There are no tensor cores for what the matching multiplies: it compiles all the same."""
+    source = tmp_path / "matching.cu"
+    kernel = "(const void*) tokenops::match_bipartite_kernel<tokenops::BFloat16, 8>"
+    source.write_text(f'#include "{ROOT}/csrc/cuda/match_bipartite.cuh"\nconst void* kernel = {kernel};\n')
+    command = [NVCC, "-std=c++17", "-arch=sm_75", "-cubin", "-o", tmp_path / "matching.cubin", source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert b"match_bipartite_kernel" in (tmp_path / "matching.cubin").read_bytes()
+
+
+@needs_sources
 @pytest.mark.slow
 def test_without_tools_it_installs_and_says_why(sources, tmp_path):
     done = python("setup.py", "build", "--build-lib", tmp_path, cwd=sources, TOKENOPS_BUILD="auto", CXX="no-such")

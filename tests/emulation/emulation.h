@@ -9,7 +9,6 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -51,7 +50,6 @@ struct Fiber {
   unsigned thread;
   uint64_t offered = 0, received = 0;  // what this lane offers the others, and what it got of lane `source`
   unsigned mask, source, votes;        // votes: the lowest bit of what each lane offered
-  const void* shown;                   // to all lanes
 };
 
 struct Warp {
@@ -244,17 +242,6 @@ T exchange(unsigned mask, T value, unsigned source) {
   sync_warp(mask);
   std::memcpy(&value, &self->received, sizeof(T));
   return value;
-}
-
-// What each lane of a whole warp gives
-template <typename T>
-std::array<T, WARP> of_all_lanes(const T& value) {
-  std::array<T, WARP> all;
-  self->shown = &value, self->source = lane();
-  sync_warp(~0u);
-  for (unsigned i = 0; i < WARP; ++i) all[i] = *static_cast<const T*>(fibers[self->thread - lane() + i]->shown);
-  sync_warp(~0u);  // all have read
-  return all;
 }
 
 // The lane that `lane` reads within its group of `width`, itself (no lane: WARP) where that leaves the group

@@ -58,8 +58,8 @@ MUTANTS = [
     ),
     *of_file(
         "csrc/cuda/mma.cuh",
-        ("row / 8 + k / 8 * 2]", "row / 8 * 2 + k / 8]", "the emulated product takes two words for each other"),
-        ("rows[8 * i + lane / 4]", "rows[i + lane / 4 * 4]", "the emulated load takes rows of other matrices"),
+        ("a[i / 2 + k / 4 * 2]", "a[i / 2 * 2 + k / 4]", "without tensor cores two words stand for each other"),
+        ("8 * i + lane / 4)", "i + lane / 4 * 4)", "without tensor cores a load takes rows of other matrices"),
     ),
     *of_file(
         "csrc/cuda/numbers.cuh",

@@ -377,7 +377,9 @@ def everywhere(**tiles):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("tiles", (dict(M=16, N=16, R=16, C=16), dict(M=32, N=64, R=64, C=32)), ids=str)
+@pytest.mark.parametrize(
+    "tiles", (dict(M=16, N=16, R=16, C=16), dict(M=32, N=64, R=64, C=32), dict(M=128, N=16, R=16, C=16)), ids=str
+)
 @pytest.mark.parametrize(
     "operator, extras",
     (

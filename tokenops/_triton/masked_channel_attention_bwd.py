@@ -341,7 +341,7 @@ def _bwd_plan(dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out,
     }
     of_keys = of_keys | {
         "SPLIT": split,
-        "BLOCK_TAIL": tile((M - 1) % of_keys["BLOCK_M"] + 1 if split else M, 16, of_keys["BLOCK_M"]),
+        "BLOCK_TAIL": tile((M - 1) % of_keys["BLOCK_M"] + 1 if split else of_keys["BLOCK_M"], 16, of_keys["BLOCK_M"]),
     }
     return _Backward(
         Launch(B * H * tiles_m, scalars, constants | of_queries),
