@@ -49,7 +49,7 @@ OPERATORS = {
     "tokenops/_triton/ahead.py": ("host",),
     "tokenops/_triton/launch.py": ("host",),
     "tokenops/_triton/common.py": ("masked_channel_attention", "merge_neighbours", "soft_aggregate"),
-    "tokenops/_triton/masked_channel_attention_bwd.py": ("masked_channel_attention",),
+    "tokenops/_triton/masked_channel_attention*.py": ("masked_channel_attention", "launches"),
     "tokenops/_triton/match_bipartite.py": ("merge_bipartite",),
 }
 #: which tests of the emulation do, as pytest -k has it

@@ -284,7 +284,7 @@ def attention_launches(dtype, DK, DV):
     return [constants for stand_in in asked.values() for constants in stand_in.launches]
 
 
-def test_heads_of_65_to_96_are_two_chunks(gpu):
+def test_heads_of_65_to_96_are_two_chunks_on_triton(gpu):
     for capability in (80, 90, 100):
         gpu(capability)
         launch.forget()
