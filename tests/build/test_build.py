@@ -23,10 +23,12 @@ OBJECTS = os.environ.get("TOKENOPS_BUILD_CACHE", str(ROOT / "build/objects"))
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
-
-
 NVCC = shutil.which("nvcc") or shutil.which(f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+needs_setuptools = pytest.mark.skipif(not MODERN, reason=f"needs setuptools 70.1, this is {setuptools.__version__}")
+# of the library in use
+needs_library = pytest.mark.skipif(_native.info()["cpu"] is not None, reason=str(_native.info()["cpu"]))
+needs_cuda_in_it = pytest.mark.skipif(_native.info()["cuda"] is not None, reason=str(_native.info()["cuda"]))
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +49,6 @@ def python(*arguments, cwd, **environment):
 
 
 def wheel(sources, folder, mode):
-    if not MODERN:
-        pytest.skip(f"building wheels needs setuptools 70.1, this is {setuptools.__version__}")
     shutil.rmtree(sources / "build", ignore_errors=True)
     arguments = ("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--quiet", "--wheel-dir", folder, ".")
     done = python(*arguments, cwd=sources, TOKENOPS_BUILD=mode)
@@ -92,6 +92,7 @@ def use(content):
 
 @needs_sources
 @needs_compiler
+@needs_setuptools
 def test_wheel(sources, tmp_path):
     name, files, info = wheel(sources, tmp_path, "cpu")
     assert re.fullmatch(r"tokenops-[\d.]+-cp310-abi3-linux_\w+\.whl", name)
@@ -105,6 +106,7 @@ def test_wheel(sources, tmp_path):
 
 
 @needs_sources
+@needs_setuptools
 def test_pure_wheel(sources, tmp_path):
     name, files, info = wheel(sources, tmp_path, "none")
     assert name.endswith("-py3-none-any.whl") and not [file for file in files if file.endswith(".so")]
@@ -212,9 +214,8 @@ def test_source_distribution_holds_the_native_sources(sources, tmp_path):
         assert f"/{source.relative_to(ROOT)}\n" in listing
 
 
+@needs_library
 def test_this_library_is_stable():
-    if _native.why_not("cpu") is not None:
-        pytest.skip(_native.why_not("cpu"))
     assert_stable(_native.LIBRARY)
 
 
@@ -284,13 +285,13 @@ def test_objects_are_kept_by_what_they_are_made_from(sources, tmp_path):
 @needs_nvcc
 @pytest.mark.slow
 def test_one_library_holds_cuda_too_and_still_loads(sources, tmp_path):
-    """Compiled anew, for one architecture."""
+    """Compiled anew, for an architecture without tensor cores of bfloat16 and one with."""
     folders = ("--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib")
-    environment = {"TOKENOPS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0+PTX", "TOKENOPS_BUILD_CACHE": ""}
+    environment = {"TOKENOPS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "7.5;9.0+PTX", "TOKENOPS_BUILD_CACHE": ""}
     done = python("setup.py", "build", *folders, cwd=sources, **environment)
     assert done.returncode == 0, done.stderr
     info = json.loads((tmp_path / "lib/tokenops/_build_info.json").read_text())
-    assert info["cuda"] is None and info["architectures"] == ["9.0", "9.0+PTX"] and info["nvcc"]
+    assert info["cuda"] is None and info["architectures"] == ["7.5", "9.0", "9.0+PTX"] and info["nvcc"]
     library = tmp_path / "lib/tokenops/_C.abi3.so"
     assert_stable(library)
     assert b"restore_tokens_bwd_kernel" in library.read_bytes()
@@ -305,11 +306,10 @@ def cuobjdump():
     return shutil.which("cuobjdump") or shutil.which(str(Path(NVCC or "nvcc").parent / "cuobjdump")) or bundled
 
 
+@needs_cuda_in_it
 def test_cuda_kernels_do_not_spill():
     """Of the library in use, on every architecture that it was built for."""
     info = _native.info()
-    if info["cuda"] is not None:
-        pytest.skip(info["cuda"])
     command = [cuobjdump(), "--dump-resource-usage", _native.LIBRARY]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     parts = re.split(r"^arch = sm_(\d+)$", said, flags=re.M)[1:]

@@ -16,6 +16,8 @@ CUTS_OFF = tl.constexpr(INTERPRETED)
 
 #: a * b + c rounded once, said at every launch because Triton's default is about to change
 FUSION = {"enable_fp_fusion": True}
+#: for kernels that ptxas, left alone, makes spill to get to the next step of occupancy
+ALL_REGISTERS = {"maxnreg": 255}
 
 _TYPES = {
     torch.float16: tl.float16,
@@ -61,13 +63,14 @@ def dot_options(*dtypes: torch.dtype) -> dict:
     }
 
 
+def architecture() -> int:
+    """Of the GPU in use, 90 for compute capability 9.0, which the interpreter takes too."""
+    return 90 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
+
+
 def before_hopper() -> bool:
-    """Whether the GPU in use is older than compute capability 9.0: operands of a dot take registers there."""
-    return not INTERPRETED and triton.runtime.driver.active.get_current_target().arch < 90
-
-
-def on_hopper() -> bool:
-    return not INTERPRETED and triton.runtime.driver.active.get_current_target().arch == 90
+    """Whether the operands of a dot take registers."""
+    return architecture() < 90
 
 
 def tile(size: int, smallest: int, largest: int) -> int:

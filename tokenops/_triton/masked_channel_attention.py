@@ -17,7 +17,19 @@ import triton.language as tl
 
 from .._schemas import heads_inside
 from . import launches
-from .common import FUSION, before_hopper, dot_options, for_any, from_units, index_type, on_hopper, rows, tile, unit
+from .common import (
+    ALL_REGISTERS,
+    FUSION,
+    architecture,
+    before_hopper,
+    dot_options,
+    for_any,
+    from_units,
+    index_type,
+    rows,
+    tile,
+    unit,
+)
 from .launch import Launch, launch, planned
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -318,8 +330,8 @@ def config(dtype, DK, DV, warps, stages):
     (BLOCK_DK, TAIL_DK), (BLOCK_DV, TAIL_DV) = columns(dtype, DK, DV)
     options = {"num_warps": warps, "num_stages": stages, **FUSION}
     padded, chunked = layout(dtype, DK, DV)
-    if dtype.itemsize == 2 and (chunked and not on_hopper() or padded and before_hopper()):
-        options["maxnreg"] = 255  # without a limit ptxas spills to get to the next step of occupancy
+    if dtype.itemsize == 2 and (chunked and architecture() != 90 or padded and before_hopper()):
+        options |= ALL_REGISTERS
     return {"BLOCK_DK": BLOCK_DK, "BLOCK_DV": BLOCK_DV, "TAIL_DK": TAIL_DK, "TAIL_DV": TAIL_DV, **options}
 
 

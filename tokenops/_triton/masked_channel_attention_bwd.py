@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .._schemas import heads_inside
 from . import launches
-from .common import before_hopper, for_any, from_units, tile
+from .common import ALL_REGISTERS, before_hopper, for_any, from_units, tile
 from .launch import Launch, launch, planned
 from .masked_channel_attention import (
     _biased,
@@ -292,9 +292,8 @@ def _bwd_configs(dtype, M, N, DK, DV, qk_masked, biased):
     of_queries = {"BLOCK_M": tile(M, 16, owned), "BLOCK_N": tile(N, 16, walked), **shared}
     of_keys = {"BLOCK_M": tile(M, 16, walked), "BLOCK_N": tile(N, 16, owned), **shared}
     if single and not wide:
-        # a tile of 16 x 32 leaves 8 warps nothing to share; without a limit ptxas spills to get to 128 registers
-        of_queries |= {"num_warps": 4, "maxnreg": 255}
-        of_keys["maxnreg"] = 255
+        of_queries |= {"num_warps": 4, **ALL_REGISTERS}  # a tile of 16 x 32 leaves 8 warps nothing to share
+        of_keys |= ALL_REGISTERS
     if chunked:  # two accumulators, of up to 96 columns: with larger tiles they spill
         if before_hopper():
             of_keys["BLOCK_M"] = 16

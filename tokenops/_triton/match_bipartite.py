@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..reference import accumulation_dtype
-from .common import FUSION, before_hopper, dot_options, for_any, index_type, rows, tile
+from .common import ALL_REGISTERS, FUSION, before_hopper, dot_options, for_any, index_type, rows, tile
 from .launch import Launch, launch, planned
 
 
@@ -170,7 +170,7 @@ def _plan(metric, r, prefix):
     block = tile((N + 1) // 2, 32, 64)
     # operands are in registers before Hopper, those of an fp32 dot three times
     block_d = tile(D, 16, (1 if before_hopper() else 2) * (32 if metric.dtype.itemsize == 2 else 16))
-    limit = {"maxnreg": 255} if before_hopper() else {}  # else ptxas spills to run two blocks at a time
+    limit = ALL_REGISTERS if before_hopper() else {}
     constants = {"INDEX": index_type(metric), "POWERS": metric.dtype != torch.float16, "BLOCK": block}
     constants |= {"BLOCK_D": block_d, "BLOCK_R": tile(even, 16, 64), "num_warps": block // 8, "num_stages": 1}
     scalars = (N, D, prefix, r, even if r else 0, *metric.stride())

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import launches
-from .common import FUSION, before_hopper, dot_options, for_any, from_units, index_type, rows, tile, unit
+from .common import ALL_REGISTERS, FUSION, before_hopper, dot_options, for_any, from_units, index_type, rows, tile, unit
 from .launch import Launch, launch, planned
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -253,14 +253,13 @@ PROGRAMS = 264
 def _fwd_config(dtype, B, N, M, C):
     wide, few = dtype.itemsize > 2, B <= launches.FEW
     one_tile = not wide and N <= 256
-    limit = {"maxnreg": 255} if wide else {}  # without one ptxas spills to get to the next step of occupancy
     return {
         "BLOCK_N": tile(N, 16, (16 if before_hopper() else 32) if wide else 256 if one_tile else 64),
         "BLOCK_M": tile(M, 16, 16 if few else 64),
         "BLOCK_C": tile(C, 16, 32 if few else 64 if wide or one_tile else 128),
         "num_warps": 8 if one_tile and not few and 64 < N <= 128 else 4,  # 4 spill 120 bytes there (Triton 3.8)
         "num_stages": 2 if one_tile else 3,
-        **limit,
+        **(ALL_REGISTERS if wide else {}),
         **FUSION,
     }
 
