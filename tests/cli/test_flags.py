@@ -51,7 +51,8 @@ def test_every_option_is_one_of_its_method():
     """What `apply_patch` calls them."""
     from inspect import signature
 
-    from tokenops.patching.apply import METHODS
+    import tokenops.methods  # noqa: F401
+    from tokenops.patching.engine import METHODS
 
     assert set(patched.METHODS) == {"none", *METHODS}
     aside = {"inflect", "counts"}  # parts of r and of schedule

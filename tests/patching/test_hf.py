@@ -64,7 +64,7 @@ def test_tokens_become_fewer_and_a_patched_model_is_a_model(kind, method, tmp_pa
     lost = [name for name, p in model.named_parameters() if p.grad is None and "layer" in name.lower()]
     assert not [name for name in lost if "post_layernorm" not in name]
     twin = copy.deepcopy(model)
-    assert torch.equal(pooled(twin, x), y) and twin.tokenops_patch.model is twin
+    assert torch.equal(pooled(twin, x), y) and twin.tokenops_patch is not model.tokenops_patch
     assert [name for name in model.state_dict() if "slimming" not in name] == names
     model.save_pretrained(tmp_path)
     remove_patch(model)
@@ -171,25 +171,17 @@ def test_an_image_of_all_patches():
 def test_what_is_refused():
     x = images()
     model = apply_patch(model_of("vit", attn_implementation="eager"), "tome", r=2)
-    for option in ("output_hidden_states", "output_attentions"):
-        with pytest.raises(ValueError, match=f"{option} was given"):
-            model(x, **{option: True})
-        setattr(model.config, option, True)
-        with pytest.raises(ValueError, match=f"config.{option} is on"):
-            model(x)
-        setattr(model.config, option, False)
+    with pytest.raises(ValueError, match="output_attentions was given"):
+        model(x, output_attentions=True)
+    model.config.output_attentions = True
+    with pytest.raises(ValueError, match="config.output_attentions is on"):
+        model(x)
+    model.config.output_attentions = False
     with pytest.raises(ValueError, match="attention_mask was given"):
         model(x, attention_mask=torch.tensor([[1] * 16 + [0]] * 2))
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="checkpointing is on"):
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant=False"):
         model.train()(x)
-    other = model_of("vit")
-    other.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="checkpoints its blocks"):
-        apply_patch(other, "tome")
-    dropping = apply_patch(model_of("vit", attention_probs_dropout_prob=0.1), "tome", r=2).train()
-    with pytest.raises(ValueError, match="dropped with probability 0.1"):
-        dropping(x)
     with pytest.raises(TypeError, match="no vision transformer .* blocks must be"):
         apply_patch(transformers.Dinov2Model(transformers.Dinov2Config(**SIZES)), "tome")
 
@@ -199,10 +191,10 @@ def test_images_of_another_size():
     model = apply_patch(model_of("vit"), "tome", r=5)
     assert tokens_behind(model, x, interpolate_pos_encoding=True) == [32, 27, 22]
     model = apply_patch(remove_patch(model), "patch_slimming", schedule=[17, 9, 5])
-    with pytest.raises(ValueError, match="the images give 36 patches, but the schedule is for 16"):
+    with pytest.raises(ValueError, match="images give 6 x 6 patches, but the method was fitted to a grid of 4 x 4"):
         model(x, interpolate_pos_encoding=True)
     model = apply_patch(remove_patch(model), "cait", points={0: "vertical"})
-    with pytest.raises(ValueError, match="36|37"):
+    with pytest.raises(ValueError, match="6 x 6 patches"):
         model(x, interpolate_pos_encoding=True)
 
 

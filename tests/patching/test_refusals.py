@@ -15,6 +15,7 @@ from tokenops.patching import apply_patch, remove_patch, trace
 
 
 def refused(model, error, words, method="tome", **options):
+    options = options or (dict(r=1) if method == "tome" else {})
     before = {name: id(module) for name, module in model.named_modules()}
     attributes = set(vars(model))
     with pytest.raises(error, match=words):
@@ -58,7 +59,7 @@ def test_other_models():
 def test_a_model_within_another():
     model, x = nn.Sequential(nn.Identity(), model_of("plain"), nn.Softmax(-1)), images()
     expected = model(x)
-    apply_patch(model, "tome")
+    apply_patch(model, "tome", r=0)
     torch.testing.assert_close(model(x), expected)
     model.r = 8
     model(x)
@@ -81,7 +82,7 @@ def test_a_model_within_another():
         ("sit", dict(keeping_ratio=0.1), "leaves none of 16 tokens"),
         ("cait", dict(points={0: "up"}), "axis='up'"),
         ("cait", dict(points={5: "vertical"}), "block 5"),
-        ("dropping", {}, "method='dropping', but it must be one of 'tome', 'evit'"),
+        ("dropping", {}, "method='dropping', but it must be one of .*'tome'"),
     ],
 )
 def test_options_out_of_range(method, options, words):
@@ -119,33 +120,18 @@ def test_wide_heads():
     assert apply_patch(model, "patch_slimming", schedule=[9, 5, 1])(x).isfinite().all()
 
 
-def test_checkpointing():
-    model = model_of("plain")
-    model.set_grad_checkpointing()
-    refused(model, ValueError, "checkpoints its blocks")
-    model.set_grad_checkpointing(False)
-    apply_patch(model, "tome", r=2)
-    model.set_grad_checkpointing()
-    with pytest.raises(ValueError, match="grad_checkpointing is on"):
-        model.train()(images())
-
-
-def test_masks_and_dropout_at_the_call():
-    model, x = apply_patch(model_of("plain", attn_drop_rate=0.2), "tome", r=2), images()
+def test_masks_at_the_call():
+    model, x = apply_patch(model_of("plain"), "tome", r=2), images()
     with pytest.raises(ValueError, match="attn_mask was given"):
         model(x, attn_mask=torch.ones(17, 17, dtype=torch.bool))
     with pytest.raises(ValueError, match="is_causal was given"):
         model(x, is_causal=True)
-    model(x)
-    with pytest.raises(ValueError, match="dropped with probability 0.2"):
-        model.train()(x)
     model.r = 0
-    model(x)
-    assert apply_patch(remove_patch(model), "patch_slimming", schedule=[9, 5, 1])(x).isfinite().all()
+    model(x, is_causal=True)
 
 
 def test_twice_and_never():
-    model = apply_patch(model_of("plain"), "tome")
+    model = apply_patch(model_of("plain"), "tome", r=0)
     with pytest.raises(ValueError, match="patched already: remove_patch comes first"):
         apply_patch(model, "evit")
     remove_patch(model)
@@ -154,20 +140,16 @@ def test_twice_and_never():
     with pytest.raises(ValueError, match="is not patched"):
         trace(model, images())
     model.r = 3
-    refused(model, ValueError, "an attribute 'r' of its own")
+    refused(model, ValueError, "an attribute 'r' of its own", r=1)
 
 
 def test_blocks_out_of_turn():
+    """A block by itself begins a forward: nothing of another one is in it."""
     model = apply_patch(model_of("plain"), "tome", r=2)
-    with pytest.raises(RuntimeError, match="block 1 of a patched model needs the blocks before it"):
-        model.blocks[1](torch.randn(1, 17, 32))
-
-
-def test_two_forwards_at_once():
-    model = apply_patch(model_of("plain"), "tome", r=2)
-    replica = model.blocks[0]._replicate_for_data_parallel()
-    with pytest.raises(ValueError, match="no two forwards at once: use DistributedDataParallel"):
-        replica(torch.randn(1, 17, 32))
+    x = torch.randn(1, 17, 32)
+    assert model.blocks[1](x).tokens.shape == (1, 15, 32)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        model.blocks[1](tuple(model.blocks[0](x)))
 
 
 def test_a_forward_that_failed_leaves_no_trace():
@@ -178,14 +160,3 @@ def test_a_forward_that_failed_leaves_no_trace():
         model(x)
     handle.remove()
     assert torch.equal(copy.deepcopy(model)(x), expected) and torch.equal(model(x), expected)
-
-
-def test_a_block_that_failed_holds_nothing():
-    model, x = apply_patch(model_of("plain"), "evo_vit"), images()
-    expected = model(x)
-    handle = model.blocks[2].mlp.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        model(x)
-    assert model.tokenops_patch.state is None
-    handle.remove()
-    assert torch.equal(model(x), expected)

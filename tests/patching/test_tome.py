@@ -5,8 +5,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from support.patched_models import SIZES, embedded, images, model_of, softmax_attention, tokens_behind
-from tokenops.patching import apply_patch, remove_patch
-from tokenops.patching.reducing import merged_per_block
+from tokenops.methods.tome import merged_per_block
+from tokenops.patching import apply_patch, remove_patch, trace
 
 
 def merged_image(x, keys, sizes, r, prefix):
@@ -90,7 +90,7 @@ def test_unmerge_can_be_decided():
 
 
 def test_r_may_be_set_at_any_time():
-    model, x = apply_patch(model_of("plain"), "tome"), images()
+    model, x = apply_patch(model_of("plain"), "tome", r=0), images()
     assert model.r == 0
     for r, counts in [
         (2, [15, 13, 11]),
@@ -102,9 +102,10 @@ def test_r_may_be_set_at_any_time():
         model.r = r
         assert tokens_behind(model, x) == counts
     for r in (-1, [1, 2], (3, 2), "many", True, [1, 2, -3]):
-        model.r = r
         with pytest.raises(ValueError, match="r="):
-            model(x)
+            model.r = r
+    with pytest.raises(TypeError, match=r"needs r, .*apply_patch\(model, 'tome', r=8\)"):
+        apply_patch(model_of("plain"), "tome")
 
 
 def test_schedules_keep_their_sum():
@@ -130,6 +131,5 @@ def test_layer_scale_is_not_lost():
 
 def test_a_prefix_token_never_merges():
     model = VisionTransformer(reg_tokens=3, **SIZES).eval()
-    apply_patch(model, "tome", r=8, trace_source=True)
-    model(images())
-    assert [step.tokens for step in model.tokenops_patch.trace.steps] == [12, 8, 6]
+    apply_patch(model, "tome", r=8)
+    assert [step.tokens for step in trace(model, images()).steps] == [12, 8, 6]

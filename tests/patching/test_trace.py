@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.models._features import FeatureGetterNet
 
-from support.patched_models import METHODS, ROTARY, images, model_of
+from support.patched_models import METHODS, ROTARY, images, model_of, tokens_of
 from tokenops.patching import apply_patch, remove_patch, trace
 
 HARD = [method for method in METHODS if method != "sit"]
@@ -26,12 +26,14 @@ def marked(model, x):
         return (tokens,)
 
     handles = [model.blocks[0].register_forward_pre_hook(label)]
-    handles += [block.register_forward_hook(lambda m, a, y: seen.append(y[:, prefix:, :16])) for block in model.blocks]
-    with torch.no_grad():
-        model(x)
+    handles += [
+        block.register_forward_hook(lambda m, a, y: seen.append(tokens_of(y)[:, prefix:, :16]))
+        for block in model.blocks
+    ]
+    steps = trace(model, x).steps
     for handle in handles:
         handle.remove()
-    return seen
+    return seen, steps
 
 
 @pytest.mark.parametrize("method", ["tome", "evit", "patch_slimming", "cait"])
@@ -42,9 +44,8 @@ def test_sources_say_where_each_patch_is(family, method):
     options = dict(METHODS[method][1])
     if method == "evit":
         options["fuse_token"] = False
-    apply_patch(model, method, trace_source=True, **options)
-    seen = marked(model, x)
-    steps = model.tokenops_patch.trace.steps
+    apply_patch(model, method, **options)
+    seen, steps = marked(model, x)
     assert steps and len({step.block for step in steps}) == len(steps)
     for step in steps:
         tokens = seen[step.block]
@@ -58,12 +59,11 @@ def test_sources_say_where_each_patch_is(family, method):
 
 def test_weights_of_sit():
     model, x = model_of("layer_scale"), images()
-    apply_patch(model, "sit", trace_source=True, **METHODS["sit"][1])
+    apply_patch(model, "sit", **METHODS["sit"][1])
     with torch.no_grad():
         for i in (1, 2):
             model.blocks[i].slimming.weight[3].weight.normal_()
-    seen = marked(model, x)
-    first, second = model.tokenops_patch.trace.steps
+    seen, (first, second) = marked(model, x)
     assert (first.block, second.block, first.tokens, second.tokens) == (1, 2, 9, 5)
     assert first.sources is None and not first.weights.requires_grad
     for step in (first, second):
@@ -86,20 +86,13 @@ def test_trace_leaves_the_model_as_it_is(method):
     found = trace(model, x)
     assert found.method == method and found.grid == (4, 4) and found.steps
     assert model.training and model.blocks[0].mlp.training and not model.blocks[1].mlp.training
-    patch = model.tokenops_patch
-    assert patch.trace is None and patch.state is None and patch.steps == [] and not patch.tracing
     for step in found.steps:
         assert (step.sources is None) != (step.weights is None)
         assert step.sources is None or (step.sources.shape == (2, 16) and step.sources.dtype == torch.int64)
     assert trace(apply_patch(remove_patch(model), method, **METHODS[method][0]), x).steps == []
 
 
-def test_traced_models_forget_when_copied():
-    model, x = apply_patch(model_of("plain"), "tome", r=4, trace_source=True), images()
-    model(x)
-    patch = model.tokenops_patch
-    assert patch.trace.grid == (4, 4) and len(patch.trace.steps) == 3
-    assert pickle.loads(pickle.dumps(model)).tokenops_patch.trace is None
+def test_the_grid_is_that_of_the_images():
     wide = apply_patch(model_of("dynamic"), "tome", r=4)
     assert trace(wide, torch.randn(1, 3, 32, 64)).grid == (4, 8)
 
@@ -129,7 +122,7 @@ def test_maps_in_timms_other_forms():
     assert torch.equal(features, model.forward_features(x))
     assert [tuple(y.shape) for y, _ in some] == [(2, 32, 4, 4)] * 2 and some[0][1].shape == (2, 5, 32)
     (first,) = model.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
-    assert torch.equal(first, everything[0]) and model.tokenops_patch.state is None
+    assert torch.equal(first, everything[0])
     found = model.forward_intermediates(x, indices=1, output_dict=True)
     assert torch.equal(found["image_intermediates"][0], everything[2])
     assert torch.equal(model.get_intermediate_layers(x, n=1, reshape=True)[0], everything[2])
@@ -138,21 +131,19 @@ def test_maps_in_timms_other_forms():
     with pytest.raises(ValueError, match="output_fmt='NHWC'"):
         model.forward_intermediates(x, output_fmt="NHWC")
     unpickled = pickle.loads(pickle.dumps(model))
-    assert unpickled.forward_intermediates.patch is unpickled.tokenops_patch
     assert torch.equal(unpickled.forward_intermediates(x)[1][1], everything[1])
     remove_patch(model)
     assert "forward_intermediates" not in vars(model)
     assert model.forward_intermediates(x)[1][0].shape == (2, 32, 4, 4)
 
 
-@pytest.mark.parametrize("method", ["evit", "evo_vit", "patch_slimming", "sit"])
+@pytest.mark.parametrize("method", ["evit", "patch_slimming", "sit"])
 def test_maps_of_chosen_tokens_are_refused(method):
     model, x = apply_patch(model_of("plain"), method, **METHODS[method][1]), images()
     with pytest.raises(ValueError, match=f"not the grid's 4 x 4 patches \\({method}\\): use output_fmt='NLC'"):
         model.forward_intermediates(x)
-    assert model.tokenops_patch.state is None
     assert len(model.forward_intermediates(x, output_fmt="NLC")[1]) == 3
-    if method in ("evo_vit", "sit"):
+    if method == "sit":
         assert model.forward_intermediates(x, indices=[0])[1][0].shape == (2, 32, 4, 4)
     apply_patch(remove_patch(model), method, **METHODS[method][0])
     assert len(model.forward_intermediates(x)[1]) == 3
@@ -175,7 +166,7 @@ def test_a_pruned_model_ends_earlier(method):
     if method == "tome":
         model.r = 3
     (found,) = model.forward_intermediates(x, indices=[1], output_fmt="NLC", intermediates_only=True)
-    assert model(x).isfinite().all() and model.tokenops_patch.state is None
+    assert model(x).isfinite().all()
     if method != "evo_vit":  # whose stage ends with the model now
         assert torch.equal(found, expected)
     remove_patch(model)(x)

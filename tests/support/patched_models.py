@@ -8,6 +8,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from support.weights import redrawn
+from tokenops.patching.engine import tokens_of
+from tokenops.patching.site import Site
 
 SIZES = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=5)
 EVA = dict(SIZES, use_rot_pos_emb=True, mlp_ratio=2.0)
@@ -62,7 +64,9 @@ def images(size=2, side=32):
 def tokens_behind(model, x, **kwargs):
     """How many tokens come out of every block."""
     counts = []
-    hooks = [block.register_forward_hook(lambda m, a, y: counts.append(y.shape[1])) for block in blocks_of(model)]
+    hooks = [
+        block.register_forward_hook(lambda m, a, y: counts.append(tokens_of(y).shape[1])) for block in blocks_of(model)
+    ]
     with torch.no_grad():
         model(x, **kwargs)
     for hook in hooks:
@@ -71,8 +75,12 @@ def tokens_behind(model, x, **kwargs):
 
 
 def blocks_of(model):
-    patch = getattr(model, "tokenops_patch", None)
-    return model.blocks if patch is None else patch.blocks
+    return Site(model).blocks
+
+
+def plain(block):
+    """The block as it is without its method."""
+    return lambda *args, **kwargs: type(block).tokenops_made[0].forward(block, *args, **kwargs)
 
 
 def softmax_attention(attention, x, log_sizes=None):

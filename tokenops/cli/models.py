@@ -20,6 +20,7 @@ try:
     from timm.data import create_transform, resolve_data_config
 
     from .. import methods  # registers the models with timm, and our FLOP formulas with torch
+    from ..patching.engine import tokens_of
 except ImportError as missing:
     raise CommandError(f"it needs more packages ({missing}): pip install 'tokenops[demo]'") from missing
 
@@ -116,7 +117,7 @@ def counted(model: nn.Module, x: Tensor) -> tuple[float, int, list[int]]:
     """Multiply-adds of an image, parameters, and the tokens that enter each block."""
     tokens: list[int] = []
     hooks = [
-        block.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+        block.register_forward_pre_hook(lambda _, inputs: tokens.append(tokens_of(inputs[0]).shape[1]))
         for block in getattr(model, "blocks", ())
     ]
     with FlopCounterMode(display=False) as counter:

@@ -11,12 +11,14 @@ try:
 except ImportError as error:
     raise ImportError("tokenops.methods needs timm: pip install 'tokenops[models]'") from error
 
-from . import cait, patch_slimming
+from . import cait, new_evit, new_evo, new_sit, patch_slimming, tome  # noqa: E402,F401
+from .cait import merging  # noqa: F401
 from .checkpoint import init_from_teacher, load_checkpoint
 from .evit import EViT
 from .evo_levit import EvoLeViT, evo_levit_loss
 from .evo_vit import EvoViT, evo_vit_loss
 from .lvvit import LVViT
+from .patch_slimming import method  # noqa: F401
 from .sit import SiT
 
 __all__ = [

@@ -135,6 +135,16 @@ class NeighbourMerging(nn.Module):
                 self.score.weight.zero_()
 
     @property
+    def source(self) -> Tensor:
+        """Which of the M tokens each of the H*W goes into, ``(H*W,)`` int64."""
+        (height, width), columns = self.grid, self.merged_grid[1]
+        place = torch.arange(height * width)
+        if self.layout == "block":
+            return place // 2
+        row, column = place // width, place % width
+        return row * columns + column // 2 if self.axis == "horizontal" else row // 2 * columns + column
+
+    @property
     def commutes(self) -> bool:
         return self.kind in ("average", "scalar")
 

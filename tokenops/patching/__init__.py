@@ -1,6 +1,10 @@
-"""Token reduction in models people have: `apply_patch`, `remove_patch`, and `trace`, which says where patches went."""
+"""Token reduction in models people have: `apply_patch`, `remove_patch`, and `trace`, which says where patches went.
+
+A method of your own derives from `Method` and gives every block a `Role`.
+"""
 
 from .apply import apply_patch, remove_patch
-from .trace import Step, Trace, trace
+from .engine import Flow, Method, Record, Role, Step
+from .views import Trace, trace
 
-__all__ = ["Step", "Trace", "apply_patch", "remove_patch", "trace"]
+__all__ = ["Flow", "Method", "Record", "Role", "Step", "Trace", "apply_patch", "remove_patch", "trace"]

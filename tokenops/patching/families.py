@@ -1,4 +1,4 @@
-"""What apply_patch knows of blocks: where each kind keeps its parts, and how its attention is computed."""
+"""What the engine knows of blocks: where each kind keeps its parts, and how its attention is computed."""
 
 from typing import Any
 
@@ -8,6 +8,54 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..masked_channel_attention import WIDEST_HEAD, masked_channel_attention
+
+
+class Ask:
+    """What a block asks of its attention, and is told. No container of tensors: wrappers pass it on as it is.
+
+    Attributes:
+        rows: how many rows are computed, from keys and values of all; None for all.
+        key_bias: ``(B, N)``, added to the logits.
+        scores: "class" or "received", as in :func:`tokenops.masked_channel_attention`: their mean over the heads.
+        key_mean: whether the keys' mean over the heads is wanted.
+        looked_at: told: the scores ``(B, N)``.
+        keys: told: the mean keys ``(B, N, D)``.
+    """
+
+    def __init__(
+        self,
+        rows: int | None = None,
+        key_bias: Tensor | None = None,
+        scores: str | None = None,
+        key_mean: bool = False,
+    ) -> None:
+        self.rows, self.key_bias, self.scores, self.key_mean = rows, key_bias, scores, key_mean
+        self.looked_at: Tensor | None = None
+        self.keys: Tensor | None = None
+
+    @property
+    def more(self) -> bool:
+        """Whether it is more than a result of fewer rows."""
+        return self.key_bias is not None or self.scores is not None or self.key_mean
+
+
+def exact(module: nn.Module, *kinds: type) -> bool:
+    """Whether a module computes what its class does from its parameters, unseen: no hook, no forward of its own, not
+    compiled by itself, weights where they belong. Only then may an operator compute it instead.
+    """
+    if type(module) not in kinds or "forward" in vars(module) or module._compiled_call_impl is not None:
+        return False
+    seen = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not seen and all(
+        p is None or (type(p) is nn.Parameter and not p.is_meta) for p in module._parameters.values()
+    )
+
+
+def fusable(norm: nn.Module) -> tuple[Any, Any, float] | None:
+    """A norm as operators take it, to apply it in their launch; None where it must be called."""
+    from timm.layers import LayerNorm
+
+    return (norm.weight, norm.bias, norm.eps) if exact(norm, nn.LayerNorm, LayerNorm) else None  # type: ignore
 
 
 class Family:
@@ -39,20 +87,26 @@ class Family:
         missing = [name for name in (cls.norm1, cls.norm2, *cls.parts) if not hasattr(block, name)] + of_attention
         if missing:
             raise TypeError(f"it has no {', '.join(missing)}: it is that of another version")
-        if "forward" in vars(block) or "forward" in vars(attention):
-            raise TypeError("its forward was replaced (by hooks of accelerate, say), which a patch would undo")
+        for module in (block, attention):
+            if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+                raise TypeError("its forward was replaced, by one that a patch would undo")
 
     @staticmethod
-    def call(attention: Any, x: Tensor, rope: Tensor | None) -> Tensor:
+    def call(attention: Any, x: Tensor, rope: Tensor | None, **ask: Any) -> Tensor:
         """The block's own attention."""
-        return attention(x)
+        return attention(x, **ask)
+
+    @classmethod
+    def asked(cls, attention: Any, ask: Ask, x: Tensor, rope: Tensor | None = None, **kwargs: Any) -> Any:
+        """The attention's result as its own forward returns it, computed so that what is asked for is told."""
+        return attended(cls, attention, ask, x, rope)
 
     @staticmethod
     def heads(attention: Any, x: Tensor, rows: int | None, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q ``(B, H, rows, D)`` of the first rows (all for None), k and v ``(B, H, N, D)`` of all."""
         H, wide = attention.num_heads, attention.num_heads * attention.head_dim
         deep = H * getattr(attention, "v_head_dim", attention.head_dim)
-        if rows is None or type(attention.qkv) is not nn.Linear:
+        if rows is None or not exact(attention.qkv, nn.Linear):
             q, k, v = attention.qkv(x).split((wide, wide, deep), dim=-1)
         else:
             weight, bias = attention.qkv.weight, attention.qkv.bias
@@ -91,8 +145,8 @@ class Eva(Family):
     projections = ("qkv", "q_proj", "k_proj", "v_proj", "proj", "num_prefix_tokens")
 
     @staticmethod
-    def call(attention: Any, x: Tensor, rope: Tensor | None) -> Tensor:
-        return attention(x, rope=rope)
+    def call(attention: Any, x: Tensor, rope: Tensor | None, **ask: Any) -> Tensor:
+        return attention(x, rope=rope, **ask)
 
     @staticmethod
     def heads(attention: Any, x: Tensor, rows: int | None, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,8 +189,12 @@ class Clip(Family):
     projections = ("q_proj", "k_proj", "v_proj", "out_proj", "head_dim")
 
     @staticmethod
-    def call(attention: Any, x: Tensor, rope: Tensor | None) -> Tensor:
-        return attention(x, attention_mask=None)[0]
+    def call(attention: Any, x: Tensor, rope: Tensor | None, **ask: Any) -> Tensor:
+        return attention(x, attention_mask=None, **ask)[0]
+
+    @classmethod
+    def asked(cls, attention: Any, ask: Ask, x: Tensor, rope: Tensor | None = None, **kwargs: Any) -> Any:
+        return attended(cls, attention, ask, x, rope), None
 
     @staticmethod
     def heads(attention: Any, x: Tensor, rows: int | None, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,88 +248,133 @@ FAMILIES: dict[str, type[Family]] = {
 
 
 def name_of(thing: Any) -> str:
-    """The full name of an object's class."""
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+    """The full name of an object's class: behind fully_shard that of what was sharded."""
+    kinds = (kind for kind in type(thing).__mro__ if not any(base.__name__ == "FSDPModule" for base in kind.__mro__))
+    kind = next(kinds)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def family_of(block: Any) -> type[Family]:
+    """The kind of a block, patched or not."""
+    return getattr(type(block), "tokenops_family", None) or FAMILIES[name_of(block)]
 
 
 def attend(
-    family: type[Family],
-    block: Any,
-    x: Tensor,
-    normed: Tensor | None = None,
-    *,
-    rows: int | None = None,
-    key_bias: Tensor | None = None,
-    scores: str | None = None,
-    key_mean: bool = False,
-    rope: Tensor | None = None,
+    block: Any, x: Tensor, normed: Tensor | None = None, *, rope: Tensor | None = None, **asked: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x plus a block's attention: of its first rows only, if so asked, from keys and values of all.
 
     Args:
-        family: the kind of the block.
-        block: it.
+        block: the block, patched or not.
         x: tokens ``(B, N, C)``.
         normed: what the block's first norm makes of x, where that is known.
-        rows: how many rows are computed; None for all.
-        key_bias: ``(B, N)``, added to the logits.
-        scores: "class" or "received", as in :func:`tokenops.masked_channel_attention`: their mean over the heads.
-        key_mean: whether the keys' mean over the heads is wanted.
         rope: rotary positions of the patch tokens.
+        **asked: those of `Ask`.
 
     Returns:
         The tokens, the scores ``(B, N)`` and the mean keys ``(B, N, D)``, None where not asked for.
-
-    Raises:
-        ValueError: attention weights are dropped, but scores, bias or mean keys are asked for.
     """
+    family = family_of(block)
     attention = getattr(block, family.attention)
     normed = getattr(block, family.norm1)(x) if normed is None else normed
-    asked = key_bias is not None or scores is not None or key_mean
-    if rows is None and not asked:
-        return x + family.after_attention(block, family.call(attention, normed, rope)), None, None
+    ask = Ask(**asked)
+    if ask.rows is None and not ask.more:
+        y = family.call(attention, normed, rope)
+    elif hasattr(type(attention), "tokenops_made"):
+        y = family.call(attention, normed, rope, ask=ask)
+    else:
+        y = attended(family, attention, ask, normed, rope)
+    return x[:, : ask.rows] + family.after_attention(block, y), ask.looked_at, ask.keys
+
+
+def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, rope: Tensor | None) -> Tensor:
+    """The attention's result, of the rows that are asked for."""
     dropout: Any = getattr(attention, family.dropout)  # a module, or a number
     dropped: float = getattr(dropout, "p", dropout) if attention.training else 0.0
-    q, k, v = family.heads(attention, normed, rows, rope)
+    q, k, v = family.heads(attention, x, ask.rows, rope)
     scale = getattr(attention, family.scale)
-    looked_at = keys = None
-    if not asked and (dropped or max(q.shape[3], v.shape[3]) > WIDEST_HEAD):
+    if not ask.more and (dropped or max(q.shape[3], v.shape[3]) > WIDEST_HEAD):
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, scale=scale)
-    elif dropped:
-        raise ValueError(
-            f"attention weights are dropped with probability {dropped}, but attention with dropout gives no scores and"
-            " takes no bias: it must be 0 in training"
-        )
     else:
-        operator = masked_channel_attention if getattr(attention, "fused_attn", True) else _in_torch
-        found: Any = operator(
-            q,
-            k,
-            v,
-            qk_mask=getattr(attention, "qk_mask", None),
-            v_mask=getattr(attention, "v_mask", None),
-            key_bias=None if key_bias is None else key_bias[:, None, None],
-            scale=scale,
-            scores=scores,
-            heads="mean",
-            return_key_mean=key_mean,
-        )
-        out = found[0] if isinstance(found, tuple) else found
-        looked_at = found[1] if scores is not None else None
-        keys = found[-1] if key_mean else None
-    y = family.project(attention, normed[:, :rows], out.transpose(1, 2).flatten(2))
-    return x[:, :rows] + family.after_attention(block, y), looked_at, keys
+        masks: Any = {name: getattr(attention, name, None) for name in ("qk_mask", "v_mask")}
+        bias = None if ask.key_bias is None else ask.key_bias[:, None, None]
+        if dropped:
+            out, ask.looked_at, ask.keys = _dropping(q, k, v, dropped, bias, scale, ask.scores, **masks)
+        else:
+            operator = masked_channel_attention if getattr(attention, "fused_attn", True) else _in_torch
+            found: Any = operator(
+                q,
+                k,
+                v,
+                **masks,
+                key_bias=bias,
+                scale=scale,
+                scores=ask.scores,
+                heads="mean",
+                return_key_mean=ask.key_mean,
+            )
+            out = found[0] if isinstance(found, tuple) else found
+            ask.looked_at = found[1] if ask.scores is not None else None
+            ask.keys = found[-1] if ask.key_mean else None
+    return family.project(attention, x[:, : ask.rows], out.transpose(1, 2).flatten(2))
 
 
-def feed(family: type[Family], block: Any, x: Tensor, normed: Tensor | None = None) -> Tensor:
+def _dropping(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: float,
+    bias: Tensor | None,
+    scale: float,
+    scores: str | None,
+    qk_mask: Tensor | None,
+    v_mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Attention whose weights are dropped, as in training: the whole matrix is written. Scores are of before that."""
+    q = q if qk_mask is None else q * qk_mask.unsqueeze(1).to(q.dtype)
+    logits = scale * (q @ k.transpose(-2, -1)).to(reference.accumulation_dtype(q.dtype))
+    weights = (logits if bias is None else logits + bias).softmax(dim=-1)
+    looked_at = None
+    if scores is not None:
+        looked_at = (weights[:, :, 0] if scores == "class" else weights.mean(dim=2)).mean(dim=1)
+    out = F.dropout(weights, p).to(v.dtype) @ v
+    return out if v_mask is None else out * v_mask.unsqueeze(1).to(v.dtype), looked_at, k.mean(dim=1)
+
+
+def feed(block: Any, x: Tensor, normed: Tensor | None = None) -> Tensor:
     """x plus the MLP of a block; ``normed`` is what its second norm makes of x, where that is known."""
+    family = family_of(block)
     normed = getattr(block, family.norm2)(x) if normed is None else normed
     return x + family.after_mlp(block, block.mlp(normed))
 
 
-def head_width(family: type[Family], block: Any) -> int:
+def whole(
+    block: Any, x: Tensor, rope: Tensor | None, places: Tensor | None = None, normed: Tensor | None = None
+) -> Tensor:
+    """What a block gives by itself, of patches at some places."""
+    return feed(block, attend(block, x, normed, rope=rope_rows(rope, places))[0])
+
+
+def positions(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The rotary positions among a block's arguments behind the tokens.
+
+    Raises:
+        ValueError: there is a mask among them, or attention weights are asked for.
+    """
+    family = family_of(block)
+    given = {**dict(zip(family.arguments, args)), **kwargs}
+    config = getattr(getattr(block, family.attention), "config", None)
+    if getattr(config, "output_attentions", False):
+        raise ValueError("config.output_attentions is on, but a patched model has no attention weights of all tokens")
+    for name in ("attn_mask", "attention_mask", "is_causal", "output_attentions"):
+        if given.get(name) is not None and given[name] is not False:
+            raise ValueError(f"{name} was given to a patched model, whose tokens change between blocks: leave it out")
+    return given.get("rope")
+
+
+def head_width(block: Any) -> int:
     """Channels of the widest head."""
-    attention = getattr(block, family.attention)
+    attention = getattr(block, family_of(block).attention)
     return max(attention.head_dim, getattr(attention, "v_head_dim", 0))
 
 
@@ -285,7 +388,8 @@ def rope_rows(rope: Tensor | None, places: Tensor | None) -> Tensor | None:
         return rope
     if places.dim() == 1:
         return rope.index_select(-2, places)
-    full = rope.expand(len(places), *rope.shape[-3:]) if rope.dim() > 2 else rope.expand(len(places), 1, *rope.shape)
+    B = places.shape[0]
+    full = rope.expand(B, *rope.shape[-3:]) if rope.dim() > 2 else rope.expand(B, 1, *rope.shape)
     index = places[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[3])
     return full.gather(2, index)
 

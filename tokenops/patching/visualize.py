@@ -11,7 +11,8 @@ except ImportError as error:
     raise ImportError("tokenops.visualize needs Pillow: pip install 'tokenops[plot]'") from error
 
 if TYPE_CHECKING:
-    from .trace import Step, Trace
+    from .engine import Step
+    from .views import Trace
 
 CELL = (8, 24)  # pixels of a patch's side, least and most
 COLUMNS = 7  # panels in a row, at most

@@ -1,0 +1,169 @@
+"""CAIT's merging: neighbours of the grid become one behind a few blocks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import Mlp as TimmMlp
+from torch import Tensor
+
+from ...merge_bipartite import unmerge_bipartite
+from ...nn import NeighbourMerging, grid_order
+from ...patching.engine import Flow, Method, Record, Role
+from ...patching.families import attend, exact, feed, whole
+
+
+class Merged(NamedTuple):
+    """What follows merged tokens, where somebody asks.
+
+    Attributes:
+        source: ``(B, N0)`` int64, the token each patch is in.
+    """
+
+    source: Tensor
+
+
+@dataclass(frozen=True)
+class Merging(Role):
+    r"""A block with a merge behind it, or without one.
+
+    Where the merge's weights are scalars it commutes with the second linear layer: the hidden channels are merged
+    instead of its result, :math:`\mathrm{merge}(x) + \mathrm{fc2}(\mathrm{merge}(h))`, and fc2 sees half as many
+    tokens. The result is the same; dropout behind fc2, while training, and whatever looks at the MLP ask for the plain
+    form.
+
+    Attributes:
+        merges: whether there is a merge.
+        constant: the rows of all tokens in the order of the block layout, where the block puts them in this order.
+    """
+
+    merges: bool = False
+    constant: tuple[int, ...] | None = None
+
+    @property
+    def idle(self) -> bool:
+        return not self.merges and self.constant is None
+
+    def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
+        x, state = flow
+        source = None if state is None else state.source
+        if self.constant is not None:
+            x = x.index_select(1, block.tokenops_constant)
+            if record is not None:
+                places = block.tokenops_constant[self.prefix :] - self.prefix
+                source = places.argsort().expand(x.shape[0], -1)
+        if not self.merges:
+            return Flow(whole(block, x, rope), None if source is None else Merged(source))
+        merge = block.merge
+        x = attend(block, x)[0]
+        if merge.commutes and commutes(block.mlp):
+            x = self._fed(block, x)
+        else:
+            x = merge(feed(block, x))
+        if record is not None:
+            into = merge.source.to(x.device)
+            source = into.expand(x.shape[0], -1) if source is None else into[source]
+            record.note(x, source)
+        return Flow(x, None if source is None else Merged(source))
+
+    def _fed(self, block: Any, x: Tensor) -> Tensor:
+        """x plus the MLP, merged before fc2."""
+        merge, mlp, family = block.merge, block.mlp, block.tokenops_family
+        y = project(mlp, merge(hidden(mlp, getattr(block, family.norm2)(x))))
+        bias = mlp.fc2.bias
+        if bias is not None and merge.kind == "scalar":  # behind the merge, bias counts by the sum of the weights
+            y = y + (merge(torch.ones_like(x[:1, :, :1])) - 1) * bias
+        return merge(x) + family.after_mlp(block, y)
+
+    def spread(self, tokens: Tensor, state: Merged, finish: Any) -> Tensor | None:
+        return unmerge_bipartite(tokens, state.source, prefix=0)
+
+
+class CAIT(Method):
+    """Neighbouring patch tokens merged behind a few blocks; the prefix bypasses the merges.
+
+    A pretrained model starts as the same one with average pooling of its tokens, whatever the kind.
+
+    Args:
+        points: block numbers, from 0, to the axis merged behind each: "horizontal" or "vertical". None merges
+            horizontally after a third of the depth and vertically after two thirds: of 12 blocks, behind 3 and 7.
+        kind: what `tokenops.nn.NeighbourMerging` takes, for all or one a point.
+        layout: "raster" keeps the patches row by row; "block" puts them in the order of `tokenops.nn.grid_order` before
+            the first block: there the first two merges, horizontal and then vertical, take rows side by side.
+
+    Source: asymmetric token merging of CAIT (Wang et al., arXiv 2309.15755), reconstructed from the published
+    description: the places, the weights and the layout are ours.
+    """
+
+    name, scores, shape = "cait", False, True
+
+    def __init__(
+        self,
+        points: Mapping[int, str] | None = None,
+        kind: str | Sequence[str] = "average",
+        layout: str = "raster",
+    ) -> None:
+        if layout not in ("raster", "block"):
+            raise ValueError(f"cait: layout={layout!r}, but it must be 'raster' or 'block'")
+        self.points, self.kind, self.layout = points, kind, layout
+
+    def roles(self, site: Any) -> list[Role]:
+        points, grid = self._fitted(site)
+        order = None
+        if self.layout == "block":
+            order = (*range(site.prefix), *(site.prefix + i for i in grid_order(grid).tolist()))
+        return [Merging(site.prefix, False, i in points, None if i else order) for i in range(site.depth)]
+
+    def parts(self, site: Any) -> dict[int, tuple[str, Any]]:
+        points, grid = self._fitted(site)
+        kinds = [self.kind] * len(points) if isinstance(self.kind, str) else list(self.kind)
+        parts: dict[int, tuple[str, Any]] = {}
+        for j, ((i, axis), kind) in enumerate(zip(points.items(), kinds)):
+            layout = self.layout if j < 2 else "raster"  # behind the second merge the block layout is the raster's
+            merge = NeighbourMerging(site.dim, axis, grid, kind, prefix=site.prefix, layout=layout)
+            parts[i] = "merge", merge
+            grid = merge.merged_grid
+        return parts
+
+    def _fitted(self, site: Any) -> tuple[dict[int, str], tuple[int, int]]:
+        site.refuse_rope("cait", "a merged token has no position")
+        site.needs_no_map("cait")
+        grid = site.needs_grid("cait")[1]
+        points = merge_points(self.points, site.depth)
+        if not isinstance(self.kind, str) and len(self.kind) != len(points):
+            raise ValueError(
+                f"cait: kind={self.kind!r} has {len(self.kind)} values, but there are {len(points)} points"
+            )
+        axes = tuple(points.values())
+        if self.layout == "block" and axes[:2] != ("horizontal", "vertical")[: len(axes)]:
+            raise ValueError(f"cait: layout='block' merges horizontally, then vertically, but points={points}")
+        return points, grid
+
+
+def merge_points(points: Mapping[int, str] | None, depth: int) -> dict[int, str]:
+    """The merge points in the order of the blocks, checked."""
+    if points is None:
+        if depth < 3:
+            raise ValueError(f"cait: points must be given for a model of {depth} blocks")
+        return {round(depth / 3) - 1: "horizontal", round(2 * depth / 3) - 1: "vertical"}
+    for block in points:
+        if type(block) is not int or not 0 <= block < depth:
+            raise ValueError(f"cait: points has block {block!r}, but blocks are numbered 0 to {depth - 1}")
+    return dict(sorted(points.items()))
+
+
+def commutes(mlp: Any) -> bool:
+    """Whether tokens may be merged before an MLP's second layer."""
+    return exact(mlp, TimmMlp) and not (mlp.training and mlp.drop2.p)
+
+
+def hidden(mlp: Any, x: Tensor) -> Tensor:
+    """Tokens ``(B, N, C)`` to the hidden channels ``(B, N, F)`` of timm's MLP."""
+    return mlp.norm(mlp.drop1(mlp.act(mlp.fc1(x))))
+
+
+def project(mlp: Any, h: Tensor) -> Tensor:
+    """Hidden channels ``(B, N, F)``, masked where the MLP has a mask, to its result ``(B, N, C)``."""
+    mask = getattr(mlp, "mask", None)
+    return mlp.drop2(mlp.fc2(h if mask is None else h * mask.to(h.dtype)))

@@ -1,0 +1,142 @@
+"""evit"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..patching.engine import Flow, Method, Record, Role, sources_of
+from ..patching.families import attend, feed, fusable, rope_rows, whole
+from ..select_tokens import select_tokens
+from .options import block_indices, per_block, quarters
+
+
+class Kept(NamedTuple):
+    """What follows chosen tokens, where they have positions or somebody asks.
+
+    Attributes:
+        places: ``(B, N)`` int64, the patch of each token, -1 for a fused one.
+    """
+
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class Choosing(Role):
+    """Attention, the choice by its scores, and the MLP.
+
+    Attributes:
+        rate: the part of the patch tokens that stays.
+        fuse_token: whether those that do not become one.
+        has_class: whether there is a class token, whose attention is the score.
+    """
+
+    rate: float = 1.0
+    fuse_token: bool = True
+    has_class: bool = True
+
+    @property
+    def idle(self) -> bool:
+        return self.rate >= 1
+
+    def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
+        x, state = flow
+        places = None if state is None else state.places
+        N = x.shape[1] - self.prefix
+        k = math.ceil(self.rate * N)
+        if k >= N:
+            return Flow(whole(block, x, rope, places), state)
+        kind = "class" if self.has_class else "received"
+        x, looked_at, _ = attend(block, x, scores=kind, rope=rope_rows(rope, places))
+        assert looked_at is not None
+        if places is None and (record is not None or rope is not None):
+            places = torch.arange(N, device=x.device).repeat(x.shape[0], 1)
+        chosen = select_tokens(
+            x,
+            looked_at[:, self.prefix :],
+            k,
+            prefix=self.prefix,
+            rest="weighted" if self.fuse_token else "none",
+            normalize=False,
+            order="index",  # the set alone matters: no sort
+            companions=() if places is None else (places,),
+            norm=fusable(getattr(block, block.tokenops_family.norm2)),
+        )
+        if places is not None:
+            places = F.pad(chosen.companions[0], (0, int(self.fuse_token)), value=-1)
+            if record is not None:
+                record.note(chosen.tokens, sources_of(places, record.patches))
+        return Flow(feed(block, chosen.tokens, chosen.normed), None if places is None else Kept(places))
+
+
+class EViT(Method):
+    r"""Drops, in a few blocks, the patch tokens the class token attends to least, or fuses them into one.
+
+    In such a block, with :math:`a` the class token's attention to the N patch tokens, its mean over the heads, and
+    :math:`k = \lceil r N \rceil` of them kept:
+
+    .. math:: x \leftarrow x + \mathrm{Attention}(x), \qquad
+        x \leftarrow [x_{cls},\; x_i\, (i \in \mathrm{top}_k(a)),\;
+        \textstyle\sum_{j \notin \mathrm{top}_k(a)} a_j x_j], \qquad
+        x \leftarrow x + \mathrm{MLP}(x)
+
+    The fused token is one more patch token for the blocks that follow. Choice, gather, fusion and the MLP's norm are
+    one launch. Without a class token the mean attention that tokens receive is the score, which is ours.
+
+    Args:
+        keep_rate: r, above 0 and at most 1: a number for the blocks of ``reduction_loc``, or one number a block.
+        reduction_loc: the blocks that drop tokens, from 0; a quarter, half and three quarters of the depth if None.
+        fuse_token: whether the dropped tokens are fused into one; without, they are gone.
+
+    Source: Liang et al., EViT: Expediting Vision Transformers via Token Reorganizations (ICLR 2022), section 3.
+    """
+
+    name, setting = "evit", "keep_rate"
+
+    def __init__(
+        self,
+        keep_rate: float | Sequence[float] = 0.7,
+        reduction_loc: Sequence[int] | None = None,
+        fuse_token: bool = True,
+    ) -> None:
+        self.value, self.reduction_loc, self.fuse_token = keep_rate, reduction_loc, fuse_token
+
+    def roles(self, site: Any) -> list[Role]:
+        if self.fuse_token:
+            site.refuse_rope("evit", "a fused token has no position: pass fuse_token=False")
+        site.needs_no_map("evit")
+        where = block_indices("reduction_loc", quarters(site.depth, self.reduction_loc), 0, site.depth)
+        rates = per_block("keep_rate", self.value, where, site.depth)
+        return [Choosing(site.prefix, False, rate, self.fuse_token, site.has_class) for rate in rates]
+
+
+def keep_rate_at(epoch: float, base: float, start: float, end: float) -> float:
+    r"""The rate of EViT's published training at an epoch: 1 until ``start``, down a cosine to ``base`` at ``end``.
+
+    .. math:: r = base + (1 - base) (1 + \cos(\pi t)) / 2, \qquad t = (epoch - start) / (end - start)
+
+    Args:
+        epoch: which, counted from 0; fractions for steps within it.
+        base: the rate in the end, above 0 and at most 1.
+        start: the epoch at which the rate begins to shrink.
+        end: the epoch at which it has shrunk, not before ``start``.
+
+    Raises:
+        ValueError: ``base`` or ``end`` is out of range.
+
+    >>> [round(keep_rate_at(epoch, 0.7, start=10, end=110), 3) for epoch in (0, 10, 60, 110, 300)]
+    [1.0, 1.0, 0.85, 0.7, 0.7]
+    """
+    if not 0 < base <= 1:
+        raise ValueError(f"base={base}, but it must be above 0 and at most 1")
+    if not start <= end:
+        raise ValueError(f"end={end}, but it must not be before start={start}")
+    if epoch < start:
+        return 1.0
+    if epoch >= end:
+        return float(base)
+    return base + (1 - base) * (1 + math.cos(math.pi * (epoch - start) / (end - start))) / 2

@@ -1,0 +1,107 @@
+"""PS-ViT's execution: tokens are put in the order of their lifespan once, so every layer keeps a prefix slice."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ...patching.engine import Flow, Method, Record, Role, sources_of
+from ...patching.families import attend, feed, rope_rows, whole
+from .schedule import Schedule
+
+
+class Alive(NamedTuple):
+    """What follows slim tokens, where they have positions or somebody asks.
+
+    Attributes:
+        places: ``(n,)`` or ``(B, n)`` int64, the patch of each token.
+    """
+
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class Slim(Role):
+    r"""A block that computes only the rows it keeps, from keys and values of all that came in.
+
+    .. math:: Z' = \mathrm{diag}(m)\,(\mathrm{MSA}(Z) + Z), \qquad Z_{out} = \mathrm{MLP}(Z') + Z'
+
+    Attributes:
+        rows: patch tokens that it keeps; None for all.
+        constant: the rows of all tokens by lifespan, prefix first, where the block puts them in this order.
+    """
+
+    rows: int | None = None
+    constant: tuple[int, ...] | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self.rows is None
+
+    def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
+        x, state = flow
+        places = None if state is None else state.places
+        if self.constant is not None:
+            order = block.tokenops_constant
+            x = x.index_select(1, order)
+            if rope is not None or record is not None:
+                places = order[self.prefix :] - self.prefix
+        if self.rows is None:
+            return Flow(whole(block, x, rope, places), state)
+        kept = None if places is None else places[: self.rows]
+        x = feed(block, attend(block, x, rows=self.prefix + self.rows, rope=rope_rows(rope, places))[0])
+        if kept is None:
+            return Flow(x, None)
+        if record is not None:
+            record.note(x, sources_of(kept.expand(x.shape[0], -1), record.patches))
+        return Flow(x, Alive(kept))
+
+
+class PatchSlimming(Method):
+    """The patches a schedule keeps, the same for every image.
+
+    Args:
+        schedule: a `Schedule`, or its counts: tokens behind each block, one for the class token included.
+
+    Source: Tang et al., Patch Slimming for Efficient Vision Transformers (CVPR 2022, arXiv 2106.02852), section 3; that
+    keys come from all alive rows is the reading [D] consistent with the paper's diag(m) P. The permutation is ours. The
+    name PS-ViT is also Progressive Sampling's, another method.
+    """
+
+    name, scores, shape = "patch_slimming", False, True
+
+    def __init__(self, schedule: Schedule | Sequence[int] | None = None) -> None:
+        if schedule is None:
+            raise TypeError(
+                "patch_slimming needs a schedule, which tokenops.methods.patch_slimming.search finds, or the numbers of"
+                " tokens behind each block: apply_patch(model, 'patch_slimming', schedule=[197, 197, 140, ...])"
+            )
+        self.schedule = schedule
+
+    def roles(self, site: Any) -> list[Role]:
+        site.needs_no_map("patch_slimming")
+        patches, grid = site.needs_grid("patch_slimming")
+        schedule = self.schedule
+        if not isinstance(schedule, Schedule):
+            schedule = Schedule.from_counts(schedule, grid)
+        if schedule.depth != site.depth:
+            raise ValueError(f"the schedule has {schedule.depth} layers, but the model has {site.depth} blocks")
+        if tuple(schedule.grid) != tuple(grid):
+            raise ValueError(
+                f"the schedule is for a grid of {schedule.grid[0]} x {schedule.grid[1]} patches, but the model has"
+                f" {grid[0]} x {grid[1]}: search one for this image size"
+            )
+        if not site.pools_class() and schedule.counts[-1] < 2:
+            raise ValueError(
+                "the schedule leaves no patch to the last layer, but the model does not classify by its class token"
+            )
+        roles: list[Role] = []
+        before = patches
+        for count in schedule.counts:
+            rows, constant = count - 1 if count - 1 < before else None, None
+            if rows is not None and before == patches:
+                constant = (*range(site.prefix), *(site.prefix + i for i in schedule.order))
+            roles.append(Slim(site.prefix, False, rows, constant))
+            before = count - 1
+        return roles

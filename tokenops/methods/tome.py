@@ -1,0 +1,129 @@
+"""ToMe: the tokens that are most alike become one, in every block, between attention and MLP."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..merge_bipartite import merge_bipartite, unmerge_bipartite
+from ..patching.engine import Flow, Method, Record, Role
+from ..patching.families import attend, feed, fusable
+from .options import is_number
+
+
+class Merges(NamedTuple):
+    """What follows merged tokens.
+
+    Attributes:
+        sizes: ``(B, P+M)`` int32, how many patches each token stands for.
+        log_sizes: their logarithms, in the accumulation dtype.
+        source: ``(B, N0)`` int64, the token each patch is in; None where nobody asks.
+    """
+
+    sizes: Tensor
+    log_sizes: Tensor
+    source: Tensor | None
+
+
+@dataclass(frozen=True)
+class Merging(Role):
+    """Attention by sizes, a merge of r tokens, and the MLP.
+
+    Attributes:
+        r: how many, at most half of the patch tokens that are left.
+        prop_attn: whether a token counts by its size in attention.
+        unmerge: whether every patch gets a token again behind the last block.
+    """
+
+    r: int = 0
+    prop_attn: bool = True
+    unmerge: bool = False
+
+    @property
+    def idle(self) -> bool:
+        return self.r == 0
+
+    def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
+        x, state = flow
+        r = min(self.r, (x.shape[1] - self.prefix) // 2)
+        bias = state.log_sizes if state is not None and self.prop_attn else None
+        x, _, keys = attend(block, x, key_bias=bias, key_mean=r > 0)
+        if keys is None:
+            x = feed(block, x)
+        else:
+            x, state = self._merged(block, x, keys, r, state, record)
+        if self.last and self.unmerge and state is not None:
+            x = unmerge_bipartite(x, state.source, prefix=self.prefix)
+        return Flow(x, state)
+
+    def _merged(
+        self, block: Any, x: Tensor, keys: Tensor, r: int, state: Any, record: Record | None
+    ) -> tuple[Tensor, Merges]:
+        sizes = None if state is None else state.sizes.to(torch.float32)
+        norm = fusable(getattr(block, block.tokenops_family.norm2))
+        merged = merge_bipartite(x, keys, r, prefix=self.prefix, sizes=sizes, norm=norm)
+        source = None
+        if record is not None or self.unmerge:
+            source = merged.index if state is None else merged.index.gather(1, state.source)
+        if record is not None:
+            record.note(merged.tokens, source)
+        new = Merges(merged.sizes.to(torch.int32), merged.log_sizes, source)
+        return feed(block, merged.tokens, merged.normed), new
+
+    def spread(self, tokens: Tensor, state: Merges, finish: Any) -> Tensor | None:
+        done = self.last and self.unmerge
+        return tokens if done or state.source is None else unmerge_bipartite(tokens, state.source, prefix=0)
+
+
+class ToMe(Method):
+    """Token merging: r tokens in every block.
+
+    Args:
+        r: a number, ``(r, inflect)`` (as many in all, from ``r * (1 - inflect)`` in the first block on a line to
+            ``r * (1 + inflect)`` in the last) or a list, a number a block; never more than half of the patch tokens
+            that are left.
+        prop_attn: whether attention counts a token by its size.
+        unmerge: whether every patch gets a token again behind the last block; None where the model does not classify by
+            its class token alone.
+
+    Source: Bolya et al., Token Merging: Your ViT But Faster (ICLR 2023), section 3.
+    """
+
+    name, setting = "tome", "r"
+
+    def __init__(self, r: Any = None, prop_attn: bool = True, unmerge: bool | None = None) -> None:
+        self.value, self.prop_attn, self.unmerge = r, prop_attn, unmerge
+
+    def roles(self, site: Any) -> list[Role]:
+        site.refuse_rope("tome", "a merged token has no position")
+        if site.maps_patches() and self.unmerge is False:
+            raise ValueError("tome: unmerge=False, but the model makes an image of all its patch tokens")
+        if self.value is None:
+            raise TypeError("tome needs r, how many tokens to merge in every block: apply_patch(model, 'tome', r=8)")
+        unmerge = not site.pools_class() if self.unmerge is None else self.unmerge
+        return [
+            Merging(site.prefix, False, r, self.prop_attn, unmerge) for r in merged_per_block(self.value, site.depth)
+        ]
+
+
+def merged_per_block(r: Any, depth: int) -> tuple[int, ...]:
+    """How many tokens each block merges, from a number, ``(r, inflect)`` or one number a block.
+
+    >>> merged_per_block(8, 3), merged_per_block((8, -1), 3), merged_per_block((8, 0.5), 3)
+    ((8, 8, 8), (16, 8, 0), (4, 8, 12))
+    """
+    if isinstance(r, tuple) and len(r) == 2:
+        mean, inflect = r
+        if not is_number(mean) or not is_number(inflect) or not -1 <= inflect <= 1 or mean < 0:
+            raise ValueError(f"r={r!r}, but of (r, inflect) r must be at least 0 and inflect between -1 and 1")
+        first = int(mean * (1 - inflect))
+        slope = 2 * (mean - first) / max(depth - 1, 1)
+        return tuple(int(first + slope * i) for i in range(depth)) if depth > 1 else (int(mean),)
+    given = (r,) * depth if is_number(r) else tuple(r) if isinstance(r, (list, tuple)) else ()
+    if len(given) != depth or not all(is_number(value) and value >= 0 for value in given):
+        raise ValueError(
+            f"r={r!r}, but it must be a number of at least 0, (r, inflect), or a list of one number for each of"
+            f" {depth} blocks"
+        )
+    return tuple(int(value) for value in given)

@@ -1,0 +1,319 @@
+"""The engine: what a forward knows beside its tokens is a value, and a patched block is a block of a class of its own.
+
+A block takes a tensor, or a `Flow` from the block before, and hands on one of the two. Nothing is kept on a module: so
+threads, recomputation in checkpointing, hooks and wrappers see what they see in any model.
+"""
+
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from . import families
+from .families import Ask, Family
+
+
+class Flow(NamedTuple):
+    """What a block hands to the next one where tokens alone do not say enough.
+
+    Attributes:
+        tokens: ``(B, P+N, C)``; hooks that look at ``output[0]`` find them.
+        state: the method's, a NamedTuple of tensors, some of them None. Those that count are integers: wrappers that
+            cast floats leave these alone.
+    """
+
+    tokens: Tensor
+    state: Any
+
+
+def tokens_of(given: Any) -> Tensor:
+    """The tokens in what a block takes or gives: a tensor, a `Flow`, or a tuple that begins with them."""
+    return given if isinstance(given, Tensor) else given[0]
+
+
+class Step(NamedTuple):
+    """What a block did to the tokens. Either the sources or the weights are None.
+
+    Attributes:
+        block: which, from 0.
+        tokens: how many are left behind it, prefix included.
+        sources: ``(B, N0)`` int64: the token behind the prefix that each of the N0 patches of the image is in, -1 for a
+            patch that was dropped, fused away or passed by.
+        weights: ``(B, M, N0)``: how much token m draws on each patch, 1 in sum.
+    """
+
+    block: int
+    tokens: int
+    sources: Tensor | None
+    weights: Tensor | None = None
+
+
+class Record:
+    """Given to a block that is to say what it does, beside what it returns.
+
+    Attributes:
+        block: its number.
+        patches: N0, how many patch tokens came into the first block.
+        step: what it did; None for nothing.
+        flow: what came out of it, the state with it even of the last block; None where the block ran by itself.
+    """
+
+    def __init__(self, block: int, patches: int) -> None:
+        self.block, self.patches = block, patches
+        self.step: Step | None = None
+        self.flow: Flow | None = None
+
+    def note(self, x: Tensor, sources: Tensor | None, weights: Tensor | None = None) -> None:
+        self.step = Step(self.block, x.shape[1], sources, None if weights is None else weights.detach())
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a method does in one block: constants, and the function that does it. No number of the block is in it, which
+    a compiler would guard on: blocks that do the same have equal roles.
+
+    Attributes:
+        prefix: how many tokens before the patches' are never touched.
+        last: whether a tensor must come out.
+    """
+
+    prefix: int
+    last: bool
+
+    @property
+    def idle(self) -> bool:
+        """Whether the block does nothing of its own to tokens without a state."""
+        return False
+
+    def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
+        """The block with the method in it."""
+        raise NotImplementedError
+
+    def spread(self, tokens: Tensor, state: Any, finish: Any) -> Tensor | None:
+        """Patch tokens ``(B, n, C)`` behind the block, which went through `finish`, as one for every patch; or None."""
+        return None
+
+
+class Method:
+    """What is done to the tokens of a model: a plug-in of the engine. Its constructor takes its options.
+
+    Attributes:
+        name: as `apply_patch` takes it; a class with a name is known by it from then on.
+        scores: whether attention gives more than its result, which heads wider than the operator's cannot.
+        shape: whether it is for one grid of patches, which images are then checked for.
+        setting: the option that becomes an attribute of the model, to be set at any time; None without one.
+        value: what that is.
+    """
+
+    name: ClassVar[str]
+    scores: ClassVar[bool] = True
+    shape: ClassVar[bool] = False
+    setting: ClassVar[str | None] = None
+    value: Any = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):
+            METHODS[cls.name] = cls
+
+    def roles(self, site: Any) -> Sequence[Role]:
+        """One role a block of the model.
+
+        Raises:
+            ValueError: an option does not fit, or the method is not defined for the model.
+        """
+        raise NotImplementedError
+
+    def parts(self, site: Any) -> dict[int, tuple[str, Any]]:
+        """Modules to be added to blocks, by number: a name, and the module."""
+        return {}
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+class Patched:
+    """What every class made by `dressed` has; it copies and pickles as the plain class and what made it another."""
+
+    tokenops_made: ClassVar[tuple[Any, ...]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = super().__reduce_ex__(protocol)
+        return (_remade, type(self).tokenops_made, *made[2:]) if made[1][:1] == (type(self),) else made
+
+
+@lru_cache(maxsize=4096)
+def dressed(
+    plain: type, mixins: tuple[type, ...], family: Any = None, setting: str | None = None, number: int = 0
+) -> Any:
+    """The class of a patched module: the plain one with mixins before it, under the same name.
+
+    Classes of other numbers have a forward with code of its own: a compiler keeps only so many variants of one code.
+    """
+    made = (plain, mixins, family, setting, number)
+    space: dict[str, Any] = {
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,
+        "tokenops_made": made,
+        "tokenops_family": family,
+    }
+    if setting is not None:
+        space[setting] = property(lambda self: self.tokenops_patch.method.value, lambda self, value: _set(self, value))
+    forward = mixins[0].__dict__.get("forward") if mixins else None
+    if forward is not None:
+        code = types.FunctionType(
+            forward.__code__.replace(), forward.__globals__, "forward", forward.__defaults__, forward.__closure__
+        )
+        code.__kwdefaults__ = forward.__kwdefaults__
+        space["forward"] = code
+    return type(plain.__name__, (*mixins, Patched, plain), space)
+
+
+def _remade(*made: Any) -> Any:
+    cls = dressed(*made)
+    return cls.__new__(cls)
+
+
+def _set(model: Any, value: Any) -> None:
+    model.tokenops_patch.set(model, value)
+
+
+def dress(module: Any, *made: Any) -> None:
+    """Give a module the class that `dressed` makes of its own."""
+    module.__class__ = dressed(plain_of(module), *made)
+    _rebind(module)
+
+
+def undress(module: Any) -> None:
+    """Give a module its own class back."""
+    if not isinstance(module, Patched):
+        return
+    if "tokenops_made" not in vars(type(module)):
+        raise ValueError(
+            f"remove_patch: {type(module).__name__} was wrapped after the patch (by fully_shard, say): take that off"
+            " first, or make the model anew"
+        )
+    module.__class__ = type(module).tokenops_made[0]
+    _rebind(module)
+
+
+def plain_of(module: Any) -> type:
+    """The class of a module without what `dressed` put before it."""
+    cls = type(module)
+    return cls.tokenops_made[0] if "tokenops_made" in vars(cls) else cls
+
+
+def _rebind(module: Any) -> None:
+    """Accelerate's hooks call the forward they found, a method of the class that was."""
+    if "_old_forward" in vars(module):
+        module._old_forward = types.MethodType(type(module).forward, module)
+
+
+class PatchedBlock:
+    """A block with a role. Its parameters, submodules, hooks and names are its own, and its forward where it is idle.
+
+    Attributes:
+        tokenops_role: what the method does in it; rows of a constant length that it names are a buffer.
+    """
+
+    tokenops_role: Role
+
+    def tokenops_take(self, role: Role) -> None:
+        """Have a role from now on."""
+        self.tokenops_role = role
+        constant = getattr(role, "constant", None)
+        if constant is not None:
+            device = next(self.parameters()).device  # type: ignore[attr-defined]
+            rows = torch.tensor(constant, device=device)
+            self.register_buffer("tokenops_constant", rows, persistent=False)  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As every module's; rows that are constants are as they were, whatever `to_empty` did to them."""
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        constant = getattr(self.tokenops_role, "constant", None)
+        if constant is not None and not self.tokenops_constant.is_meta:  # type: ignore[has-type]
+            self.tokenops_constant = torch.tensor(constant, device=self.tokenops_constant.device)  # type: ignore
+        return self
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Tokens ``(B, P+N, C)``, or a `Flow`, to as many tokens or fewer.
+
+        Raises:
+            ValueError: a mask or attention weights are asked for; or the state of the block before was lost.
+        """
+        role, record = self.tokenops_role, kwargs.pop("record", None)
+        if not isinstance(x, Flow):
+            if not isinstance(x, Tensor):
+                raise ValueError(_lost(x))
+            if role.idle:
+                return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            x = Flow(x, None)
+        rope = families.positions(self, args, kwargs)
+        flow = role.run(self, x, rope, record)
+        if record is not None:
+            record.flow = flow
+        return flow.tokens if flow.state is None or role.last else flow
+
+
+def _lost(x: Any) -> str:
+    if isinstance(x, fx.Proxy):
+        return (
+            "a patched model cannot be traced symbolically (torch.fx, create_feature_extractor), as it looks at numbers"
+            " of tokens: use its forward_intermediates, timm's features_only, torch.export or torch.jit.trace"
+        )
+    return (
+        f"a block of a patched model takes tokens or what the block before gave, but got {type(x).__name__}:"
+        " checkpointing with use_reentrant=True takes it apart, so pass use_reentrant=False"
+    )
+
+
+class PatchedAttention:
+    """An attention that can be asked for more than its result."""
+
+    def forward(self, *args: Any, ask: Ask | None = None, **kwargs: Any) -> Any:
+        """The attention's own result; with `ask` computed so that what is asked for is told."""
+        if ask is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        family: type[Family] = type(self).tokenops_family  # type: ignore[attr-defined]
+        return family.asked(self, ask, *args, **kwargs)
+
+
+class PatchedGrid:
+    """A patch embedding whose images must have the grid the method was fitted to.
+
+    Attributes:
+        tokenops_grid: rows and columns.
+    """
+
+    tokenops_grid: tuple[int, int]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        grid = grid_of(self, x.shape[-2], x.shape[-1])
+        if grid != self.tokenops_grid:
+            rows, columns = self.tokenops_grid
+            raise ValueError(
+                f"the images give {grid[0]} x {grid[1]} patches, but the method was fitted to a grid of {rows} x"
+                f" {columns}: remove_patch, and apply_patch for the new size"
+            )
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+
+def grid_of(embedding: Any, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of the patches that timm's patch embedding or transformers' embeddings make of an image."""
+    if hasattr(embedding, "dynamic_feat_size"):
+        return tuple(embedding.dynamic_feat_size((height, width)))
+    size = getattr(embedding, "patch_embeddings", embedding).patch_size
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return height // rows, width // columns
+
+
+def sources_of(places: Tensor, patches: int) -> Tensor:
+    """Places ``(B, k)`` of tokens among the patches, -1 for none, to the token ``(B, patches)`` of every patch."""
+    tokens = torch.arange(places.shape[1], device=places.device).expand_as(places)
+    empty = tokens.new_full((places.shape[0], 1 + patches), -1)
+    return empty.scatter(1, places + 1, tokens)[:, 1:]
