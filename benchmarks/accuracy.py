@@ -33,7 +33,7 @@ import tokenops
 from tokenops import training
 from tokenops.cli import machine
 from tokenops.cli.timing import Spread, clock, interleaved, ratio
-from tokenops.methods import EvoViT, cait, patch_slimming
+from tokenops.methods import cait, patch_slimming
 from tokenops.nn import convert_attention
 
 ROOT = Path(__file__).parents[1]
@@ -171,11 +171,13 @@ def evit(run: Run, fuse: bool) -> Any:
 
 def evo_vit(run: Run) -> Any:
     def make(part: float) -> Any:
-        model = vit(EvoViT, prune_ratio=max(part, 1 / 64), stages=PLACES)
-        model.load_state_dict(run.dense.state_dict())
-        return model
+        model = vit(global_pool="avg", fc_norm=True)
+        names = (name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name for name in dense)
+        model.load_state_dict(dict(zip(names, dense.values())))
+        return tokenops.apply_patch(model, "evo_vit", prune_ratio=max(part, 1 / 64), stages=PLACES)
 
-    return run.fine_tuned(training.SlowFast(reached(make, run.target))).for_inference()
+    dense = run.dense.state_dict()
+    return run.fine_tuned(training.SlowFast(reached(make, run.target))).eval()
 
 
 def slim_schedule(run: Run) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 import tokenops
 from support.cait_merging import KINDS, MODELS, POINTS, SMALL, by_slices, dense, merged
 from support.models import all_close, close, gradients, images, train_a_little
-from tokenops.methods import EViT, LVViT, SiT, cait
+from tokenops.methods import LVViT, SiT, cait
 from tokenops.methods.cait import (
     Block,
     Merge,
@@ -187,7 +187,6 @@ def test_other_models_and_blocks_are_refused():
     for model in (
         timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=1),
         timm.create_model("resnet10t"),
-        EViT(depth=4, reduction_loc=(1,), **sizes),
         SiT(stage_blocks=(1, 1), **sizes),
         nn.Linear(2, 2),
     ):

@@ -6,7 +6,6 @@ import torch
 from support.patched_models import (
     METHODS,
     ROTARY,
-    SIZES,
     embedded,
     images,
     model_of,
@@ -15,7 +14,7 @@ from support.patched_models import (
     tokens_behind,
     tokens_of,
 )
-from tokenops.methods import EvoViT, patch_slimming
+from tokenops.methods import patch_slimming
 from tokenops.methods.cait.blocks import merge_tokens
 from tokenops.nn import TokenSlimming
 from tokenops.patching import apply_patch, trace
@@ -63,23 +62,6 @@ def test_keep_rates_may_be_set_at_any_time():
     with pytest.raises(ValueError, match="keep_rate=0"):
         model.keep_rate = 0
     assert model.keep_rate == (0.5, 1, 1, 0.5) and tokens_behind(model, x) == [10, 10, 10, 7]
-
-
-@pytest.mark.usefixtures("on_device")
-@pytest.mark.parametrize("options", [dict(), dict(prune_ratio=0.4, tradeoff=0.3, stages=(1, 3)), dict(stages=(2,))])
-def test_evo_vit_equals_its_model(options):
-    """The model classifies the mean of the patches, as EvoViT does, whose norm follows the mean."""
-    dense = model_of("plain", depth=5)
-    evo = EvoViT(**{**SIZES, "depth": 5}, **options)
-    evo.load_state_dict({name: value for name, value in dense.state_dict().items()}, strict=False)
-    evo, x = evo.for_inference(), images(3)
-    tokens = []
-    dense.norm.register_forward_pre_hook(lambda m, args: tokens.append(args[0]))
-    with torch.no_grad():
-        expected = evo.forward_features(x)
-        apply_patch(dense, "evo_vit", **options)(x)
-    torch.testing.assert_close(tokens[0][:, 0], expected[:, 0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(tokens[0][:, 1:].mean(dim=1), expected[:, 1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("on_device")

@@ -5,6 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import tokenops
+
 #: a DeiT that is quick
 SMALL = dict(embed_dim=48, num_heads=3, img_size=64, num_classes=5)
 
@@ -17,6 +19,17 @@ def meta(name, **kwargs):
     """The model of full size without its memory."""
     with torch.device("meta"):
         return timm.create_model(name, **kwargs)
+
+
+def kept_maps(model, x):
+    """Which patches each step of a patched model leaves: ``(B, h, w)`` bool."""
+    found = tokenops.trace(model, x)
+    return [(step.sources >= 0).unflatten(1, found.grid) for step in found.steps]
+
+
+def roles(model):
+    """What the method does in each block."""
+    return [block.tokenops_role for block in model.blocks]
 
 
 def close(a, b):

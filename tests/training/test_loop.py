@@ -210,7 +210,7 @@ def test_evo_vit_trains_in_both_modes():
     )
     data = TensorDataset(torch.randn(4, 3, 64, 64), torch.arange(4) % 3)
     modes = []
-    model.register_forward_hook(lambda module, *_: modes.append(module.stage_wise))
+    model.norm.register_forward_hook(lambda *_: modes.append(model.stage_wise))
     fit(SlowFast(model), DataLoader(data, 4), epochs=3, lr=1e-3, **QUIET)
     assert modes == [False, False, True]
 

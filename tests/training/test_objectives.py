@@ -123,10 +123,10 @@ def test_recalibration_of_any_model_whose_tokens_get_fewer(batch):
     objective = FeatureRecalibration(student, teacher, smoothing=0)
     assert [m.training for m in student.modules()] == mode
     assert [type(m) is ReverseTokenSlimming for m in objective.rtsm] == [False, True, True, True]
-    x, token = student.embed(batch[0]), 0
-    y = teacher.norm_pre(teacher._pos_embed(teacher.patch_embed(batch[0])))
+    x, y = (m.norm_pre(m._pos_embed(m.patch_embed(batch[0]))) for m in (student, teacher))
+    token = 0
     for i, other in enumerate(teacher.blocks):
-        (x, _), y = student.run_block(i, x), other(y)
+        x, y = student.blocks[i](x), other(y)
         token = token + (objective.rtsm[i](x[:, 1:]) - y[:, 1:]).square().mean() / 4
     s, t = student.head(student.norm(x)[:, 0]), teacher.head(teacher.norm(y)[:, 0])
     loss, _ = objective(*batch)
@@ -154,8 +154,11 @@ def test_a_sit_has_no_distillation_head():
 
 def test_evo_vit_halves_its_two_heads(batch):
     model = make("evo_deit_tiny_patch16_224", depth=6)
-    loss, _ = SlowFast(model, smoothing=0.1)(*batch)
-    pooled, cls = model(batch[0])
+    objective = SlowFast(model, smoothing=0.1)
+    spread(objective.norm_cls)
+    loss, _ = objective(*batch)
+    pooled, cls = model(batch[0]), objective.head_cls(objective.norm_cls(model.forward_features(batch[0])[:, 0]))
+    assert not torch.allclose(pooled, cls)
     target = smoothed(batch[1], 0.1)
     close(loss, cross_entropy(pooled, target) / 2 + cross_entropy(cls, target) / 2)
 
@@ -187,8 +190,8 @@ def test_keep_rate_shrinks():
     objective, seen = ShrinkingKeepRate(model, start=0.2, end=0.6), []
     for epoch in range(10):
         objective.begin_epoch(epoch, 10)
-        assert model.keep_rates[0] == model.keep_rates[3] == 1
-        seen.append(model.keep_rates[1])
+        assert model.blocks[0].tokenops_role.rate == model.blocks[3].tokenops_role.rate == 1
+        seen.append(model.blocks[1].tokenops_role.rate)
         assert objective.final is (epoch >= 6)
     between = [0.5 + 0.5 * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)]
     assert seen == pytest.approx([1, 1, *between, 0.5, 0.5, 0.5, 0.5])
@@ -207,10 +210,10 @@ def test_keep_rate_of_a_patched_model_shrinks(batch):
 def test_keep_rate_has_shrunk_in_the_last_epoch(epochs, start, end):
     objective = ShrinkingKeepRate(evit(), start=start, end=end)
     objective.begin_epoch(epochs - 1, epochs)
-    assert objective.model.keep_rates[1] == 0.5 and objective.final
+    assert objective.model.blocks[1].tokenops_role.rate == 0.5 and objective.final
     if epochs > 1:
         objective.begin_epoch(0, epochs)
-        assert objective.model.keep_rates[1] == 1 and not objective.final
+        assert objective.model.blocks[1].tokenops_role.rate == 1 and not objective.final
 
 
 @pytest.mark.parametrize(
@@ -293,7 +296,7 @@ def test_everything_learns_but_teachers(name, batch):
             assert all(p is not mine for mine in objective.parameters())
     teachers = sum(len(t.state_dict()) for t in objective._teachers)
     assert teachers == 0 or len(objective.state_dict()) < len(objective.model.state_dict()) + teachers
-    assert all(n.startswith(("model.", "rtsm.")) for n in objective.state_dict())
+    assert all(n.startswith(("model.", "rtsm.", "norm_cls.", "head_cls.")) for n in objective.state_dict())
 
 
 def test_teachers_follow_to_a_dtype():

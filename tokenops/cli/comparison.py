@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import tokenops
+
 from .. import use_backend
 from ..nn import convert_attention
 from . import CommandError, columns
@@ -125,7 +127,7 @@ def made(name: str, **arguments: Any) -> nn.Module:
     """A model for inference, seeded, its attention ours."""
     torch.manual_seed(0)
     model: Any = timm.create_model(name, **arguments)
-    if name.startswith(("deit_", "ps_deit_", "dps_deit_")):  # timm's own modules
+    if name.startswith(("deit_", "ps_deit_", "dps_deit_", "evit_", "evo_deit_")):  # timm's own modules
         convert_attention(model)
     return model.for_inference() if hasattr(model, "for_inference") else model.eval()
 
@@ -142,11 +144,23 @@ def kept(model: Any, x: Tensor) -> list[Tensor]:
     """Of each stage (B, h, w) bool, which patches are kept; or int64, which token each was merged into; or of slim
     tokens (B, K, h, w), what they draw on.
     """
+    if hasattr(model, "tokenops_patch"):
+        found = tokenops.trace(model, x)
+        return [_drawn(step, found.grid) for step in found.steps]
     if isinstance(model, methods.cait.UnmergedMaps):
         return [m.expand(len(x), -1, -1) for m in methods.cait.merged_maps(model, x)]
     maps: Any = model.kept_maps if hasattr(model, "kept_maps") else deepcopy(model).double().aggregation_maps
     stages = maps(x if hasattr(model, "kept_maps") else x.double())
     return [m for m in stages if m.dtype != torch.bool or not m.all()]
+
+
+def _drawn(step: Any, grid: tuple[int, int]) -> Tensor:
+    """A step of a trace as one of `kept`: tokens that are one patch each say which patches are kept."""
+    if step.weights is not None:
+        return step.weights.unflatten(2, grid)
+    sources = step.sources.unflatten(1, grid)
+    most = step.sources[0].bincount() if (step.sources[0] >= 0).all() else torch.ones(1)
+    return sources if most.max() > 1 else sources >= 0
 
 
 def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:

@@ -28,19 +28,23 @@ try:
 except ImportError as missing:
     raise CommandError(f"it needs more packages ({missing}): pip install 'tokenops[demo]'") from missing
 
-METHODS = ("none", "tome", "evit", "evo_vit", "patch_slimming", "sit", "cait")
+METHODS = ("none", "tome", "evit", "evo_vit", "patch_slimming", "sit", "cait", "random")
 #: options that a method cannot do without: one of them
 NEEDED = {"tome": ("r",), "patch_slimming": ("schedule", "counts")}
 
 
 class Option(NamedTuple):
-    """A flag that belongs to a method: its argument of `tokenops.apply_patch`, and what argparse takes."""
+    """A flag of a method, or of several: its argument of `tokenops.apply_patch`, and what argparse takes."""
 
     name: str
-    method: str
+    method: str | tuple[str, ...]
     help: str
     kwargs: dict[str, Any]
     aliases: tuple[str, ...] = ()
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return (self.method,) if isinstance(self.method, str) else self.method
 
     @property
     def flag(self) -> str:
@@ -73,9 +77,9 @@ OPTIONS = (
     Option("inflect", "tome", "how r changes over the depth, -1 to 1", NUMBER),
     Option("prop_attn", "tome", "attention counts a token as the patches it stands for", SWITCH),
     Option("unmerge", "tome", "every patch gets a token again behind the last block", SWITCH),
-    Option("keep_rate", "evit", "part of the tokens that stay, or a number for each block", NUMBERS),
-    Option("reduction_loc", "evit", "blocks that drop tokens, from 0", BLOCKS),
-    Option("fuse_token", "evit", "the dropped become one token", SWITCH),
+    Option("keep_rate", ("evit", "random"), "part of the tokens that stay, or a number for each block", NUMBERS),
+    Option("reduction_loc", ("evit", "random"), "blocks that drop tokens, from 0", BLOCKS),
+    Option("fuse_token", ("evit", "random"), "the dropped become one token", SWITCH),
     Option("prune_ratio", "evo_vit", "part of the tokens that run through a stage's blocks", NUMBER),
     Option("tradeoff", "evo_vit", "weight of a block's scores against those so far", NUMBER),
     Option("stages", "evo_vit", "blocks where stages begin, from 0", BLOCKS),
@@ -138,7 +142,9 @@ def add_method_arguments(parser: argparse.ArgumentParser, default: str = "none")
     group = parser.add_argument_group("method")
     group.add_argument("--method", choices=METHODS, default=default, help="token reduction (default: %(default)s)")
     for option in OPTIONS:
-        group.add_argument(option.flag, *option.aliases, help=f"{option.method}: {option.help}", **option.kwargs)
+        group.add_argument(
+            option.flag, *option.aliases, help=f"{', '.join(option.methods)}: {option.help}", **option.kwargs
+        )
 
 
 def add_running_arguments(parser: argparse.ArgumentParser, dtype: bool = True) -> None:
@@ -178,8 +184,8 @@ def method_options(args: argparse.Namespace, more: Mapping[str, Any] = MappingPr
     """
     given = {o.name: getattr(args, o.name) for o in OPTIONS if getattr(args, o.name) is not None}
     for option in OPTIONS:
-        if option.name in given and args.method != option.method:
-            raise CommandError(f"{option.flag} belongs to --method {option.method}, not to {args.method}")
+        if option.name in given and args.method not in option.methods:
+            raise CommandError(f"{option.flag} belongs to --method {' or '.join(option.methods)}, not to {args.method}")
     needed = NEEDED.get(args.method, ())
     if needed and not any(name in {**given, **more} for name in needed):
         raise CommandError(f"--method {args.method} needs {' or '.join(f'--{name}' for name in needed)}")

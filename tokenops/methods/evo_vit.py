@@ -1,64 +1,129 @@
-"""Evo-DeiT: Evo-ViT's slow-fast token evolution on timm's VisionTransformer, five models registered with timm.
+"""Evo-ViT: tokens the class token looks at pass through a stage, the others wait for its end."""
 
-No weights are hosted: `checkpoint_path=` (or `load_checkpoint`) takes published ones, and DeiT's.
-"""
-
-import copy
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
-from timm.models import generate_default_cfgs, register_model
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..patching.engine import Flow, Method, Record, Role, sources_of
+from ..patching.families import attend, feed, fusable, rope_rows
 from ..restore_tokens import restore_tokens
 from ..select_tokens import select_tokens
-from .evit import DEIT, ReducingViT, attend, block_indices, create, feed, fusable, per_block, refuse_masks
-from .sit import _cfg
+from .options import block_indices, per_block
 
 
-class EvoViT(ReducingViT):
-    r"""Vision transformer whose later blocks update the patch tokens the class token looks at and leave the others.
+class Waiting(NamedTuple):
+    """What follows the tokens of Evo-ViT.
+
+    Attributes:
+        scores: ``(B, N)``, what is chosen by, of the tokens that pass through; None where no choice comes.
+        base: ``(B, P+N0, C)``, all tokens as they were before the stage; None outside of one.
+        base_scores: ``(B, N0)``, their scores, where these are used again.
+        index: ``(B, k)`` int64, where the chosen ones belong.
+    """
+
+    scores: Tensor | None = None
+    base: Tensor | None = None
+    base_scores: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Evolving(Role):
+    """A block within a stage.
+
+    Attributes:
+        ratio: the part of the patch tokens that passes through the stage.
+        begins, ends: whether it is the first, or the last, of a stage of chosen tokens.
+        alpha: how much its own scores count.
+        needed: whether its scores are computed.
+        wanted: whether scores are used again behind it.
+        scores: "class", the class token's attention, or "received", the mean attention a token receives.
+    """
+
+    ratio: float = 1.0
+    begins: bool = False
+    ends: bool = False
+    alpha: float = 1.0
+    needed: bool = False
+    wanted: bool = False
+    scores: str = "class"
+
+    @property
+    def idle(self) -> bool:
+        return not (self.begins or self.needed)
+
+    def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
+        state: Any = flow.state or Waiting()
+        x, (scores, base, base_scores, index) = flow.tokens, state
+        normed = None
+        if self.begins:
+            chosen = select_tokens(
+                x,
+                scores,
+                int(self.ratio * (x.shape[1] - self.prefix)),
+                prefix=self.prefix,
+                order="index",
+                companions=(scores,) if self.wanted else (),
+                norm=fusable(getattr(block, block.tokenops_family.norm1)),
+            )
+            base, base_scores, index = x, scores if self.wanted else None, chosen.index
+            x, normed = chosen.tokens, chosen.normed
+            scores = chosen.companions[0] if self.wanted else None
+            if record is not None:
+                record.note(x, sources_of(index, record.patches))
+        kind = self.scores if self.needed else None
+        x, looked_at, _ = attend(block, x, normed, scores=kind, rope=rope_rows(rope, index))
+        if looked_at is not None:
+            new = looked_at[:, self.prefix :].detach()  # scores are only sorted
+            scores = new if self.alpha == 1 or scores is None else torch.lerp(scores, new, self.alpha)
+        x = feed(block, x)
+        if (self.ends or self.last) and base is not None:
+            if base_scores is not None and scores is not None:
+                x, (scores,) = restore_tokens(base, x, index, prefix=self.prefix, companions=((base_scores, scores),))
+            else:
+                x = restore_tokens(base, x, index, prefix=self.prefix)
+            base = base_scores = index = None
+        return Flow(x, None if scores is None and base is None else Waiting(scores, base, base_scores, index))
+
+    def spread(self, tokens: Tensor, state: Any, finish: Any) -> Tensor | None:
+        if state.base is None:
+            return tokens
+        return restore_tokens(finish(state.base)[:, self.prefix :], tokens, state.index, prefix=0)
+
+
+class EvoViT(Method):
+    r"""Later blocks update the patch tokens the class token looks at, and leave the others as they are.
 
     Block l updates a score of every patch token that passes through it, from the class token's attention :math:`a_l`,
     summed over the heads (here its mean: only the order counts):
 
     .. math:: g \leftarrow (1 - \alpha_l)\, g + \alpha_l\, a_l
 
-    Before a pruned stage the :math:`\lfloor rN \rfloor` tokens of the largest g are chosen; they and the class token
-    alone pass through the stage, and return to their places among the others afterwards. The mean of all patch tokens,
-    updated or not, is classified. Stage-wise, a stage is a run of blocks (inference, and the end of training);
-    layer-wise, it is one block (the beginning of training).
-
-    Tokens keep their order, only blocks whose scores a later choice needs compute them, and the last stage restores
-    nothing: it needs only the mean of what it left out.
-
-    A state dict may have published names (``qks``, ``vs``, ``norms``, ``projs`` beside ``blocks``), timm's (DeiT) or
-    its own, timm's and the class head's. One without a class head, as DeiT's, starts both heads and their norms from
-    the one it has. All of them load with strict=True.
+    Before a pruned stage the :math:`\lfloor rN \rfloor` tokens of the largest g are chosen; they and the prefix alone
+    pass through the stage, and return to their places among the others afterwards. Stage-wise, a stage is a run of
+    blocks (inference, and the end of training); layer-wise, it is one block (the beginning of training). Only blocks
+    whose scores a later choice needs compute them. Without a class token the mean attention that tokens receive is the
+    score, which is ours.
 
     Args:
         prune_ratio: r, above 0 and at most 1: a number for all blocks from the first pruned stage on, or one number a
             block, 1 before. Stage-wise, that of a stage's first block holds.
         tradeoff: :math:`\alpha`, 0 to 1: a number for all blocks from the first pruned stage on (1 before), or one
             number a block. Block 0 has no scores to mix with.
-        stages: the blocks at which a pruned stage begins, counted from 0, not 0 itself; blocks 4 and 8 of 12 (a third
-            and two thirds of the depth) if not given. ``()`` prunes nothing.
-        stage_wise: the initial value of the attribute.
-        **kwargs: those of timm's VisionTransformer, see `ReducingViT`; ``global_pool`` can only be "avg".
-
-    Attributes:
-        stage_wise: the mode, to be set at any time; `schedule_at` says what training sets.
-
-    Raises:
-        ValueError: a number is out of range, or a stage would keep no token; see also `ReducingViT`.
+        stages: the blocks at which a pruned stage begins, from 0, not 0 itself; blocks 4 and 8 of 12 (a third and two
+            thirds of the depth) if not given. ``()`` prunes nothing.
+        stage_wise: the mode.
 
     Source: Xu et al., Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer (AAAI 2022), section 3, in the
     form published for DeiT: without a representative token.
     """
+
+    name, setting = "evo_vit", "stage_wise"
 
     def __init__(
         self,
@@ -66,194 +131,72 @@ class EvoViT(ReducingViT):
         tradeoff: float | Sequence[float] = 0.5,
         stages: Sequence[int] | None = None,
         stage_wise: bool = True,
-        **kwargs: Any,
     ) -> None:
-        _check_pool(kwargs.pop("global_pool", None))
-        super().__init__(global_pool="avg", fc_norm=False, **kwargs)
-        depth = len(self.blocks)
-        self.stages = block_indices("stages", (depth // 3, 2 * depth // 3) if stages is None else stages, 1, depth)
-        pruned = range(self.stages[0] if self.stages else depth, depth)
-        self.prune_ratio = per_block("prune_ratio", prune_ratio, pruned, depth)
-        self.tradeoff = (1.0, *per_block("tradeoff", tradeoff, pruned, depth, zero=True)[1:])
-        if any(ratio != 1 for ratio in self.prune_ratio[: pruned.start]):
-            raise ValueError(f"prune_ratio={self.prune_ratio}, but it must be 1 before block {pruned.start}")
-        patches = self.patch_embed.num_patches
-        if int(min(self.prune_ratio) * patches) < 1:
-            raise ValueError(f"prune_ratio={prune_ratio} keeps none of {patches} tokens, but it must keep at least one")
-        self.stage_wise = stage_wise
-        self.norm_cls: nn.Module | None = copy.deepcopy(self.norm)
-        self.head_cls: nn.Module | None = None
-        self._make_class_head()
-        self.register_load_state_dict_pre_hook(_rename)
+        self.prune_ratio, self.tradeoff, self.stages, self.value = prune_ratio, tradeoff, stages, stage_wise
 
-    @staticmethod
-    def schedule_at(epoch: float, epochs: float) -> bool:
-        """What ``stage_wise`` is in training's epoch ``epoch`` (from 0) of ``epochs``: False in the first two thirds.
-
-        >>> [EvoViT.schedule_at(epoch, 300) for epoch in (0, 199, 200, 299)]
-        [False, False, True, True]
-        """
-        return 3 * epoch >= 2 * epochs
-
-    def runs(self) -> list[tuple[int, int, float]]:
-        """Blocks that share their tokens, as (first, end, part of the patch tokens that pass through them)."""
-        depth = len(self.blocks)
-        pruned = range(self.stages[0] if self.stages else depth, depth)
-        starts = [0, *(self.stages if self.stage_wise else pruned)]
-        return [(first, end, self.prune_ratio[first]) for first, end in zip(starts, [*starts[1:], depth])]
-
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Images to ``(B, 2, C)``: the class token and the mean of all patch tokens, neither normalised.
-
-        Raises:
-            ValueError: a mask is given; it would have to follow the tokens.
-        """
-        refuse_masks(attn_mask, is_causal)
-        return self._features(x, [])
-
-    def _features(self, x: Tensor, indices: list[Tensor | None]) -> Tensor:
-        """The features; and into `indices`, what each run but the first chose, None for all tokens."""
-        x, prefix = self.embed(x), self.num_prefix_tokens
-        N, runs = x.shape[1] - prefix, self.runs()
-        scores: Any = None
-        mean: Tensor | None = None
-        for j, (first, end, ratio) in enumerate(runs):
-            wanted = any(ratio < 1 for _, _, ratio in runs[j + 1 :])  # whether a later choice needs the scores
-            last = j == len(runs) - 1
-            tokens, normed, index, updated = x, None, None, scores
-            if ratio < 1:
-                chosen = select_tokens(
-                    x,
-                    scores,
-                    int(ratio * N),
-                    prefix=prefix,
-                    rest="mean" if last else "none",
-                    order="index",
-                    companions=(scores,) if wanted else (),
-                    norm=fusable(self.blocks[first].norm1),
-                )
-                tokens, normed, index = chosen.tokens, chosen.normed, chosen.index
-                updated = chosen.companions[0] if wanted else None
-                if last:
-                    tokens, mean = tokens[:, :-1], tokens[:, -1]
-                    normed = None if normed is None else normed[:, :-1]
+    def roles(self, site: Any) -> list[Role]:
+        depth = site.depth
+        thirds = tuple(sorted({depth // 3, 2 * depth // 3} - {0}))
+        stages = block_indices("stages", thirds if self.stages is None else self.stages, 1, depth)
+        pruned = range(stages[0] if stages else depth, depth)
+        ratios = per_block("prune_ratio", self.prune_ratio, pruned, depth)
+        alphas = (1.0, *per_block("tradeoff", self.tradeoff, pruned, depth, zero=True)[1:])
+        if any(ratio != 1 for ratio in ratios[: pruned.start]):
+            raise ValueError(f"prune_ratio={ratios}, but it must be 1 before block {pruned.start}")
+        if site.patches is not None and int(min(ratios) * site.patches) < 1:
+            raise ValueError(
+                f"prune_ratio={self.prune_ratio} keeps none of {site.patches} tokens, but it must keep at least one"
+            )
+        starts = (0, *(stages if self.value else pruned))
+        scores, found = "class" if site.has_class else "received", list[Role]()
+        for j, (first, end) in enumerate(zip(starts, [*starts[1:], depth])):
+            chosen = ratios[first] < 1
+            wanted = any(ratios[later] < 1 for later in starts[j + 1 :])
             for i in range(first, end):
-                overwritten = 1.0 in self.tradeoff[i + 1 : end]
-                needed = wanted and self.tradeoff[i] > 0 and not overwritten
-                tokens, looked_at = self.maybe_checkpointed(self._run_block, i, tokens, normed, needed)
-                normed = None
-                if looked_at is not None:
-                    new, alpha = looked_at[:, prefix:].detach(), self.tradeoff[i]  # scores are only sorted
-                    updated = new if alpha == 1 else torch.lerp(updated, new, alpha)
-            if index is None or last:
-                x, scores = tokens, updated
-            else:
-                pairs = ((scores, updated),) if wanted else ()
-                x, restored = restore_tokens(x, tokens, index, prefix=prefix, companions=pairs)
-                scores = restored[0] if wanted else None
-            if j:
-                indices.append(index)
-        pooled = x[:, prefix:].mean(dim=1)
-        if mean is not None:
-            k = x.shape[1] - prefix
-            pooled = pooled * (k / N) + mean * ((N - k) / N)
-        return torch.stack((x[:, 0], pooled), dim=1)
+                overwritten = 1.0 in alphas[i + 1 : end]
+                needed = wanted and alphas[i] > 0 and not overwritten
+                begins, ends = chosen and i == first, chosen and i == end - 1
+                ratio, alpha = ratios[first] if begins else 1.0, alphas[i] if needed else 1.0
+                found.append(Evolving(site.prefix, False, ratio, begins, ends, alpha, needed, wanted, scores))
+        return found
 
-    def _run_block(self, i: int, x: Tensor, normed: Tensor | None, scores: bool) -> tuple[Tensor, Tensor | None]:
-        x, looked_at = attend(self.blocks[i], x, normed, scores)
-        return feed(self.blocks[i], x), looked_at
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
-        """Features ``(B, 2, C)`` to logits ``(B, num_classes)`` of the mean patch token.
+def stage_wise_at(epoch: float, epochs: float) -> bool:
+    """What ``stage_wise`` is in training's epoch ``epoch`` (from 0) of ``epochs``: False in the first two thirds.
 
-        In training, and while there is a class head, the class token's are there too: ``(logits, class logits)``.
-        """
-        pooled = self.head_drop(self.norm(x[:, 1]))
-        if pre_logits:
-            return pooled
-        logits = self.head(pooled)
-        if not self.training or self.head_cls is None or self.norm_cls is None:
-            return logits
-        return logits, self.head_cls(self.head_drop(self.norm_cls(x[:, 0])))
-
-    @torch.no_grad()
-    def kept_maps(self, x: Tensor) -> list[Tensor]:
-        """Which image patches pass through each pruned stage (layer-wise: block): ``(B, grid_h, grid_w)`` bool each.
-
-        Use it in eval mode: dropped patches (``patch_drop_rate``) have no place.
-        """
-        indices: list[Tensor | None] = []
-        self._features(x, indices)
-        every = torch.arange(self.patch_embed.num_patches, device=x.device).repeat(len(x), 1)
-        return [self.place_map(every if index is None else index, x) for index in indices]
-
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """Not there: within a stage most tokens are at no block's state.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("EvoViT has no intermediate features: its blocks see different tokens")
-
-    def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> Any:
-        """Not there, see `forward_intermediates`."""
-        return self.forward_intermediates()
-
-    def remove_cls(self) -> "EvoViT":
-        """Drop the class head and its norm, which only training uses. Returns the model."""
-        self.norm_cls = self.head_cls = None
-        return self
-
-    def for_inference(self) -> "EvoViT":
-        """`remove_cls`, stage-wise and in eval mode. Returns the model."""
-        self.stage_wise = True
-        self.eval()
-        return self.remove_cls()
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New heads for `num_classes` (the class head if there is one); 0 for none."""
-        _check_pool(global_pool)
-        super().reset_classifier(num_classes)
-        if self.head_cls is not None:
-            self._make_class_head()
-
-    def _make_class_head(self) -> None:
-        self.head_cls = copy.deepcopy(self.head)
-        if isinstance(self.head_cls, nn.Linear):
-            trunc_normal_(self.head_cls.weight, std=0.02)
-            nn.init.zeros_(self.head_cls.bias)
+    >>> [stage_wise_at(epoch, 300) for epoch in (0, 199, 200, 299)]
+    [False, False, True, True]
+    """
+    return 3 * epoch >= 2 * epochs
 
 
 def evo_vit_loss(
-    logits: Tensor | tuple[Tensor, Tensor],
+    logits: tuple[Tensor, Tensor],
     target: Tensor,
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> Tensor:
     """The published training loss: half of it that of the mean patch token's logits, half that of the class token's.
 
     Args:
-        logits: what an `EvoViT` returns: a pair in training; of a single tensor (evaluation) the whole loss is taken.
+        logits: the two.
         target: what the criterion takes: labels, or probabilities of the classes (mixup).
         criterion: of the logits and the target.
 
     Source: Xu et al., Evo-ViT (AAAI 2022), in its published code.
     """
-    if isinstance(logits, Tensor):
-        return criterion(logits, target)
     return 0.5 * criterion(logits[0], target) + 0.5 * criterion(logits[1], target)
-
-
-def _check_pool(global_pool: str | None) -> None:
-    if global_pool not in (None, "avg"):
-        raise ValueError(f"global_pool={global_pool!r}, but Evo-ViT classifies the mean of its patch tokens ('avg')")
 
 
 #: where the published modules are that are timm's in another place
 _PLACES = {"norms": "norm1", "projs": "attn.proj"}
 
 
-def _rename(model: EvoViT, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Published names to timm's, and the class head as the model has it or not."""
+def published_names(model: Any, state: dict[str, Tensor], prefix: str = "", *_: Any) -> None:
+    """Published names (``qks``, ``vs``, ``norms``, ``projs``), and DeiT's, to those of a timm model that pools patches.
+
+    Those of the class head, which training has (`tokenops.training.SlowFast`), are left out. A hook of
+    ``load_state_dict``.
+    """
     for key in list(state):
         name = key.removeprefix(prefix)
         if found := re.fullmatch(r"(norms|projs)\.(\d+)\.(\w+)", name):
@@ -264,50 +207,7 @@ def _rename(model: EvoViT, state: dict[str, Tensor], prefix: str, *_: Any) -> No
             v = f"{prefix}vs.{i}.v.{kind}"
             if v in state:
                 state[f"{prefix}blocks.{i}.attn.qkv.{kind}"] = torch.cat((state.pop(key), state.pop(v)))
-    own = [key for key in state if key.startswith((prefix + "norm_cls.", prefix + "head_cls."))]
-    if model.head_cls is None:
-        for key in own:
+        elif name.startswith("norm."):
+            state[f"{prefix}fc_{name}"] = state.pop(key)
+        elif name.startswith(("norm_cls.", "head_cls.")):
             del state[key]
-    elif not own:
-        for name in ("norm", "head"):
-            for key in [key for key in state if key.startswith(f"{prefix}{name}.")]:
-                state[f"{prefix}{name}_cls.{key.rpartition('.')[2]}"] = state[key].clone()
-
-
-_EVO_CFG = dict(first_conv="patch_embed.proj", classifier=("head", "head_cls"))
-default_cfgs = generate_default_cfgs(
-    {
-        **{f"evo_deit_{size}_patch16_224": _cfg(**_EVO_CFG) for size in DEIT},
-        **{f"evo_deit_{size}_patch16_384": _cfg(**_EVO_CFG, input_size=(3, 384, 384)) for size in ("small", "base")},
-    }
-)
-
-
-@register_model
-def evo_deit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> EvoViT:
-    """Evo-ViT on DeiT-T: 0.818 GMAC, 98 of 196 tokens in blocks 5 to 12."""
-    return create(EvoViT, "evo_deit_tiny_patch16_224", pretrained, kwargs)
-
-
-@register_model
-def evo_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> EvoViT:
-    """Evo-ViT on DeiT-S: 3.033 GMAC, 98 of 196 tokens in blocks 5 to 12."""
-    return create(EvoViT, "evo_deit_small_patch16_224", pretrained, kwargs)
-
-
-@register_model
-def evo_deit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> EvoViT:
-    """Evo-ViT on DeiT-B: 11.66 GMAC, 98 of 196 tokens in blocks 5 to 12."""
-    return create(EvoViT, "evo_deit_base_patch16_224", pretrained, kwargs)
-
-
-@register_model
-def evo_deit_small_patch16_384(pretrained: bool = False, **kwargs: Any) -> EvoViT:
-    """Evo-ViT on DeiT-S at 384 pixels: 9.881 GMAC, 288 of 576 tokens in blocks 5 to 12."""
-    return create(EvoViT, "evo_deit_small_patch16_384", pretrained, dict(img_size=384, **kwargs))
-
-
-@register_model
-def evo_deit_base_patch16_384(pretrained: bool = False, **kwargs: Any) -> EvoViT:
-    """Evo-ViT on DeiT-B at 384 pixels: 36.11 GMAC, 288 of 576 tokens in blocks 5 to 12."""
-    return create(EvoViT, "evo_deit_base_patch16_384", pretrained, dict(img_size=384, **kwargs))

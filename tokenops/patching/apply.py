@@ -71,6 +71,9 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
       thirds of the depth), ``kind="average"`` or what else `tokenops.nn.NeighbourMerging` knows, for all or one a
       point; ``layout="raster"`` or "block", the order of the patches.
 
+    - "random": as "evit", but the tokens that stay are drawn at random, and the others are gone: what a choice is to be
+      better than.
+
     Without a class token "evit" and "evo_vit" choose by the mean attention that tokens receive, which is ours. Models
     with rotary positions take the methods that leave tokens where they are: "evit" with ``fuse_token=False``,
     "evo_vit", "patch_slimming".

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..methods.evit import EViT
 from ..methods.patch_slimming.dynamic import ranking_loss, teacher_lifespans
 from ..methods.sit import SiT
 from ..nn import ReverseTokenSlimming
@@ -164,9 +163,6 @@ def block_tokens(model: Any, images: Tensor) -> tuple[Any, list[Tensor]]:
     """
     if hasattr(model, "forward_distill"):
         return model.forward_distill(images)
-    if isinstance(model, EViT):  # it calls the parts of its blocks
-        features, tokens = model.forward_intermediates(images, output_fmt="NLC")
-        return model.forward_head(features), tokens
     blocks, prefix = blocks_of(model), prefix_of(model)
     with captured(blocks) as tokens:
         output = model(images)

@@ -1,5 +1,6 @@
 """What a training minimises: an `Objective` holds the model and makes a loss of a batch; here, those of one model."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 
 from ..methods.cait.pruning import parameters_to_train
 from ..methods.cait.training import distillation_loss
-from ..methods.evit import EViT
+from ..methods.evit import keep_rate_at
 from ..methods.evo_levit import evo_levit_loss
-from ..methods.evo_vit import EvoViT, evo_vit_loss
+from ..methods.evo_vit import evo_vit_loss, stage_wise_at
 
 Metrics = dict[str, Tensor]
 
@@ -178,12 +179,12 @@ class Plain(Objective):
 
 
 class ShrinkingKeepRate(Plain):
-    """EViT's training: the keep rate begins at 1 and shrinks to its end, see `EViT.keep_rate_at`.
+    """EViT's training: the keep rate begins at 1 and shrinks to its end, see :func:`tokenops.methods.keep_rate_at`.
 
     The last epoch always has the rate of the end, however few epochs there are.
 
     Args:
-        model: an `EViT`, or what `tokenops.apply_patch` made one.
+        model: one with the method "evit".
         keep_rate: at the end; the smallest of the model's if not given.
         start, end: epochs at which it begins and ends to shrink, as parts of all epochs.
         **kwargs: those of :class:`Plain`.
@@ -197,13 +198,13 @@ class ShrinkingKeepRate(Plain):
         self, model: nn.Module, keep_rate: float | None = None, start: float = 0.1, end: float = 0.35, **kwargs: Any
     ) -> None:
         super().__init__(model, **kwargs)
-        rates: Any = getattr(model, "keep_rate", getattr(model, "keep_rates", None))
+        rates: Any = getattr(model, "keep_rate", None)
         if rates is None:
-            raise TypeError(f"{type(model).__name__} has no keep rate: it must be an EViT, or patched with 'evit'")
+            raise TypeError(f"{type(model).__name__} has no keep rate: it must be patched with 'evit'")
         if keep_rate is None:
             keep_rate = float(rates if isinstance(rates, (int, float)) else min(rates))
         self.keep_rate, self.start, self.end = keep_rate, start, end
-        EViT.keep_rate_at(0, keep_rate, start, end)  # checks them
+        keep_rate_at(0, keep_rate, start, end)  # checks them
         self.rate: float | None = None  # of the epoch
 
     @property
@@ -213,26 +214,26 @@ class ShrinkingKeepRate(Plain):
     def begin_epoch(self, epoch: float, epochs: int) -> None:
         model: Any = self.model
         end = min(self.end * epochs, epochs - 1)
-        self.rate = EViT.keep_rate_at(epoch, self.keep_rate, min(self.start * epochs, end), end)
-        if hasattr(model, "set_keep_rate"):
-            model.set_keep_rate(self.rate)
-        else:
-            model.keep_rate = self.rate
+        self.rate = keep_rate_at(epoch, self.keep_rate, min(self.start * epochs, end), end)
+        model.keep_rate = self.rate
 
 
 class SlowFast(Objective):
     """Evo-ViT's training: two heads (Evo-LeViT: four), layer-wise for two thirds of the epochs, then stage-wise.
 
-    The last epoch is always stage-wise. Evo-LeViT's trade-off of scores is learned only in the stage-wise part.
+    The last epoch is always stage-wise. Evo-LeViT's trade-off of scores is learned only in the stage-wise part. Beside
+    the model's head on the mean patch token there is one on the class token, with a norm of its own; it begins as a
+    copy, is trained and saved with the objective, and has no part in the model.
 
     Args:
-        model: an `EvoViT` or an `EvoLeViT`.
+        model: a VisionTransformer of timm with the method "evo_vit" that pools its patches (``global_pool="avg",
+            fc_norm=True``), as ``evo_deit_*`` are, or an `EvoLeViT`.
         smoothing: as in :class:`Objective`.
         teacher: whose classes an `EvoLeViT`'s distillation heads learn, or None.
 
     Raises:
         TypeError: the model has no such modes.
-        ValueError: a teacher is given for a model without distillation heads.
+        ValueError: a teacher is given for a model without distillation heads; or the model does not pool its patches.
 
     Source: Xu et al., Evo-ViT (AAAI 2022), in its published code.
     """
@@ -240,9 +241,20 @@ class SlowFast(Objective):
     def __init__(self, model: nn.Module, smoothing: float = 0.0, teacher: nn.Module | None = None) -> None:
         super().__init__(model, smoothing, [teacher])
         if not hasattr(model, "stage_wise"):
-            raise TypeError(f"{type(model).__name__} has no stage_wise: the model must be an EvoViT or an EvoLeViT")
+            raise TypeError(
+                f"{type(model).__name__} has no stage_wise: it must be patched with 'evo_vit', or an EvoLeViT"
+            )
         if teacher is not None and not hasattr(model, "learn_tradeoff"):
             raise ValueError(f"teacher: {type(model).__name__} has no distillation heads, but an EvoLeViT has")
+        self.norm_cls: Any = None
+        if not hasattr(model, "learn_tradeoff"):
+            whole: Any = model
+            if getattr(whole, "global_pool", None) != "avg" or isinstance(whole.fc_norm, nn.Identity):
+                raise ValueError(
+                    "the model must classify the mean of its patches, for the class token has a head of its own: make"
+                    " it with global_pool='avg', fc_norm=True"
+                )
+            self.norm_cls, self.head_cls = copy.deepcopy(whole.fc_norm), copy.deepcopy(whole.head)
 
     @property
     def final(self) -> bool:
@@ -250,13 +262,19 @@ class SlowFast(Objective):
 
     def begin_epoch(self, epoch: float, epochs: int) -> None:
         model: Any = self.model
-        model.stage_wise = EvoViT.schedule_at(epoch, epochs) or epoch + 1 >= epochs
+        model.stage_wise = stage_wise_at(epoch, epochs) or epoch + 1 >= epochs
         if hasattr(model, "learn_tradeoff"):
             model.learn_tradeoff = model.stage_wise
 
     def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
+        if self.norm_cls is not None:
+            model: Any = self.model
+            tokens = model.forward_features(images)
+            of_class = self.head_cls(model.head_drop(self.norm_cls(tokens[:, 0])))
+            return evo_vit_loss((model.forward_head(tokens), of_class), target, self.criterion), {}
         logits = self.model(images)
-        if not isinstance(logits, tuple) or len(logits) != 4:
-            return evo_vit_loss(logits, target, self.criterion), {}
         expected = self.teachers_logits(images) if self._teachers else None
         return evo_levit_loss(logits, target, expected, self.criterion), {}
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        return decay_groups(self, parameters_to_train(self), lr, weight_decay)

@@ -10,8 +10,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ..evit import DEIT
 from ..lvvit import LVViT
+from ..models import DEIT
 from ..sit import _LVVIT, _cfg
 from .blocks import _points, merges_of, unmerge_tokens
 from .structure import Merge, Structure, Widths, restructure
