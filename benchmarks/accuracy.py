@@ -196,7 +196,7 @@ def slim_schedule(run: Run) -> Any:
 
 
 def patch_slim(run: Run) -> Any:
-    return run.plain(patch_slimming.apply(copy.deepcopy(run.dense), slim_schedule(run)))
+    return run.plain(tokenops.apply_patch(copy.deepcopy(run.dense), "patch_slimming", schedule=slim_schedule(run)))
 
 
 def dynamic_slim(run: Run) -> Any:
@@ -204,7 +204,7 @@ def dynamic_slim(run: Run) -> Any:
 
     def make(part: float) -> Any:
         counts = [65 if i < PLACES[0] else 1 + round(64 * part ** (1 if i < PLACES[1] else 2)) for i in range(6)]
-        return patch_slimming.apply_dynamic(copy.deepcopy(run.dense), counts, after=PLACES[0])
+        return tokenops.apply_patch(copy.deepcopy(run.dense), "dps", counts=counts, after=PLACES[0])
 
     return run.fine_tuned(training.PatchRanking(reached(make, run.target), run.dense))
 

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,10 +18,10 @@ from published.evo_vit import PublishedEvoViT
 from published.sit import PublishedSiT
 from timers import Graphed
 from tokenops.cli.comparison import dense_form, made
+from tokenops.methods import for_inference  # the package registers the models
 from tokenops.nn import convert_attention
 
 timm = pytest.importorskip("timm")
-importlib.import_module("tokenops.methods")  # registers the models
 
 LVVIT_S = dict(embed_dim=384, num_heads=6, skip_lam=2.0)
 DEIT_S = dict(embed_dim=384, num_heads=6, stem="linear", mlp_ratio=4.0, qkv_bias=True, norm_eps=1e-6, aux_head=False)
@@ -90,15 +89,11 @@ def flops_of(model, x):
     return counter.get_total_flops()
 
 
-def for_inference(model):
-    return getattr(model, "for_inference", model.eval)()
-
-
 def sit(bench, name):
     dense_name, sizes = SIT[name]
     small = QUICK if bench.quick else {}
     published = PublishedSiT(**sizes | small).eval()
-    model = timm.create_model(name, rtsm=False, **small)
+    model = timm.create_model(name, **small)
     model.load_state_dict(published.state_dict())
     dense = timm.create_model(dense_name, **small)
     peers = {}

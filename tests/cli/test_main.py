@@ -166,7 +166,7 @@ def test_demo_compares_the_methods(photographs, tmp_path, capsys):
 def test_demo_with_weights_predicts(photographs, tmp_path, capsys):
     import timm
 
-    torch.save(timm.create_model("sit_lvvit_tiny", rtsm=False).state_dict(), tmp_path / "weights.pth")
+    torch.save(timm.create_model("sit_lvvit_tiny").state_dict(), tmp_path / "weights.pth")
     arguments = [str(photographs[0]), *SMALL, "--repeats", "1", "--checkpoint", str(tmp_path / "weights.pth")]
     assert main(["demo", *arguments, "--output", str(tmp_path / "demo.png")]) == 0
     out = capsys.readouterr().out

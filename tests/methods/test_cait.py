@@ -15,7 +15,7 @@ from torch import nn
 import tokenops
 from support.cait_merging import KINDS, MODELS, POINTS, SMALL, by_slices, dense, merged
 from support.models import all_close, close, gradients, images, train_a_little
-from tokenops.methods import LVViT, SiT, cait
+from tokenops.methods import cait
 from tokenops.methods.cait import (
     Block,
     Merge,
@@ -33,7 +33,7 @@ from tokenops.methods.cait import (
 def literal(model, x):
     """Logits and every block's tokens of a merged model, row by row, in plain PyTorch."""
     P, (height, width) = model.num_prefix_tokens, model.patch_embed.grid_size
-    x = model.embed(x) if isinstance(model, LVViT) else model.norm_pre(model._pos_embed(model.patch_embed(x)))
+    x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
     layers = []
     for block in model.blocks:
         attn, y = block.attn, block.norm1(x)
@@ -183,11 +183,10 @@ def test_other_models_and_blocks_are_refused():
         assert type(model.blocks[0]) is block_fn
     with pytest.raises(TypeError, match="DiffAttention"):
         convert_blocks(MODELS["deit"](attn_layer="diff"))
-    sizes = dict(img_size=64, embed_dim=48, num_heads=3, num_classes=5)
     for model in (
         timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=1),
         timm.create_model("resnet10t"),
-        SiT(stage_blocks=(1, 1), **sizes),
+        tokenops.apply_patch(timm.create_model("deit_tiny_patch16_224", **SMALL), "sit"),
         nn.Linear(2, 2),
     ):
         for function in (convert_blocks, merge_tokens):
@@ -267,14 +266,8 @@ def test_maps_cover_the_full_grid(name, layout):
     assert len(last) == 1 and torch.equal(last[0], model.forward_intermediates(x, [3])[1][0])
     with pytest.raises(ValueError, match="output_fmt='NHWC'"):
         model.forward_intermediates(x, output_fmt="NHWC")
-    if name != "lvvit":
-        found = model.forward_intermediates(x, [2], output_dict=True)
-        close(found["image_intermediates"][0], model.forward_intermediates(x, [2])[1][0])
-    else:
-        logits, layers = model.forward_distill(x)
-        close(logits, model(x))
-        for layer, found in zip(layers, model.forward_intermediates(x)[1]):
-            close(layer, found.flatten(2).transpose(1, 2))
+    found = model.forward_intermediates(x, [2], output_dict=True)
+    close(found["image_intermediates"][0], model.forward_intermediates(x, [2])[1][0])
 
 
 def test_features_only():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from support.weights import spread
-from tokenops.methods import LVViT
+from tokenops.methods import lv_vit
 from tokenops.methods.cait.blocks import convert_blocks, merge_tokens
 from tokenops.methods.cait.compact import compact
 from tokenops.methods.cait.compactors import drop_biases, rotate_heads
@@ -23,7 +23,7 @@ KEPT = ((6, 11, 37), (16, 16, 128), (1, 3, 5))
 
 def dense(kind):
     if kind == "lvvit":
-        return LVViT(skip_lam=2.0, qkv_bias=True, mlp_ratio=4.0, **SIZES)
+        return lv_vit(skip_lam=2.0, **SIZES)
     if kind == "distilled":
         return timm.create_model("deit_tiny_distilled_patch16_224", **SIZES)
     if kind == "scaled":

@@ -24,7 +24,7 @@ from tokenops.methods.cait.pruning import ChannelPruner
 from tokenops.methods.cait.segmentation import SegmentationModel, confusion, feature_maps, mean_iou
 from tokenops.methods.cait.structure import Structure
 from tokenops.methods.cait.training import compress, distillation_loss, merge_token_labels
-from tokenops.methods.lvvit import LVViT
+from tokenops.methods.lvvit import lv_vit
 
 MULTIPLES = {"qk": 4, "v": 4, "hidden": 16}
 
@@ -36,7 +36,7 @@ def vit(size=(32, 32), **kwargs):
 
 
 def lvvit():
-    return LVViT(64, num_classes=5, embed_dim=32, depth=4, num_heads=2).eval()
+    return lv_vit(img_size=64, num_classes=5, embed_dim=32, depth=4, num_heads=2, mlp_ratio=3.0, qkv_bias=False).eval()
 
 
 def test_doctests():

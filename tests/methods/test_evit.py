@@ -32,7 +32,6 @@ PER_BLOCK = (1, 0.9, 1, 1, 0.5, 0.3, 1, 1, 1, 1, 1, 0.6)
 
 def small(name="evit_deit_tiny_patch16_224", **kwargs):
     model = spread(timm.create_model(name, **{**SMALL, **kwargs})).eval()
-    model.img_size = model.patch_embed.img_size
     return model
 
 
@@ -114,7 +113,7 @@ def test_tokens_that_are_left():
 
 def plain(model):
     """timm's own model with the same weights."""
-    kwargs = dict(SMALL, img_size=model.img_size)
+    kwargs = dict(SMALL, img_size=model.patch_embed.img_size)
     deit = timm.create_model("deit_tiny_patch16_224", **kwargs).eval()
     deit.load_state_dict(model.state_dict(), strict=True)
     return deit

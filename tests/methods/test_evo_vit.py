@@ -49,7 +49,6 @@ CONFIGURATIONS = {
 
 def small(**kwargs):
     model = spread(timm.create_model("evo_deit_tiny_patch16_224", **{**SMALL, **kwargs})).eval()
-    model.img_size = model.patch_embed.img_size
     return model
 
 

@@ -14,15 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from support.models import close
 from support.weights import spread
-from tokenops.methods import LVViT, patch_slimming
+from tokenops import apply_patch, remove_patch, trace
+from tokenops.methods import lv_vit, patch_slimming
 from tokenops.methods.patch_slimming import (
     Schedule,
-    apply,
-    apply_dynamic,
+    TokenScorer,
     blocks,
     impact_scores,
     published_counts,
     ranking_loss,
+    scored,
 )
 from tokenops.nn import Attention, convert_attention
 
@@ -34,7 +35,7 @@ KINDS = {
     "layerscale, qk_norm, gate": lambda: gated(
         timm.create_model("vit_tiny_patch16_224", init_values=0.5, no_embed_class=True, pre_norm=True, **DEIT)
     ),
-    "lvvit": lambda: LVViT(img_size=64, embed_dim=48, num_heads=3, depth=4, num_classes=5, skip_lam=2.0),
+    "lvvit": lambda: lv_vit(mlp_ratio=3.0, qkv_bias=False, skip_lam=2.0, **DEIT),
     "channel masks": lambda: masked(timm.create_model("deit_tiny_patch16_224", **DEIT)),
 }
 
@@ -56,6 +57,28 @@ def dense(kind="deit"):
     return spread(KINDS[kind]()).eval()
 
 
+def apply(model, schedule):
+    """A slim copy."""
+    return apply_patch(copy.deepcopy(model), "patch_slimming", schedule=schedule)
+
+
+def apply_dynamic(model, counts, after=2):
+    return apply_patch(copy.deepcopy(model), "dps", counts=counts, after=after)
+
+
+def scorer(model):
+    return next(module for module in model.modules() if isinstance(module, TokenScorer))
+
+
+def order_of(slim, x):
+    """The patches of every image by their scores."""
+    return scored(slim, x)[1].argsort(dim=1, descending=True, stable=True)
+
+
+def counts_of(slim):
+    return [step.tokens for step in trace(slim, images()).steps]
+
+
 def schedule(counts=COUNTS):
     return Schedule.from_counts(counts, GRID, torch.randperm(16).tolist())
 
@@ -72,12 +95,8 @@ def literal(model, x, masks):
         attention = Attention.from_timm(block.attn)
         bias = torch.zeros(x.shape[:2]).masked_fill(~alive, float("-inf"))[:, None, None]
         a = attention(block.norm1(x), key_bias=bias.expand(-1, attention.num_heads, -1, -1))
-        if isinstance(model, LVViT):
-            x = x + a / 2
-            x = x + block.mlp(block.norm2(x)) / 2
-        else:
-            x = x + block.ls1(a)
-            x = x + block.ls2(block.mlp(block.norm2(x)))
+        x = x + block.ls1(a)
+        x = x + block.ls2(block.mlp(block.norm2(x)))
         x = x * mask.unsqueeze(2)
         alive = mask
     return model.forward_head(model.norm(x))
@@ -120,8 +139,8 @@ def test_dynamic_model_is_the_literal_masked_one(kind):
     model, x = dense(kind), images(3)
     counts = (17, 17, 6, 1)
     slim = apply_dynamic(model, counts, after=2)
-    spread(slim.scorer)
-    order = slim.patch_order(x)
+    spread(scorer(slim))
+    order = order_of(slim, x)
     assert len(order.unique(dim=0)) == 3 and torch.equal(order.sort().values, torch.arange(16).expand(3, -1))
     close(slim(x), literal(model, x, masks_of(order, counts)))
 
@@ -165,12 +184,13 @@ def test_no_gather_but_the_first():
         ),
         (lambda: apply(dense(), schedule((6, 1))), ValueError, "schedule has 2 layers, but the model has 4 blocks"),
         (lambda: apply(dense(), Schedule.from_counts(COUNTS, (2, 8))), ValueError, "2 x 8 patches, .* 4 x 4"),
-        (lambda: apply(dense(), COUNTS), TypeError, "must be a patch_slimming.Schedule, but got tuple"),
-        (lambda: apply(nn.Linear(2, 2), schedule()), TypeError, "but got Linear"),
-        (lambda: apply(of("deit_tiny_distilled_patch16_224"), schedule()), TypeError, "VisionTransformerDistilled"),
-        (lambda: apply(of(reg_tokens=2), schedule()), ValueError, "model has 3 such tokens"),
-        (lambda: apply(of(class_token=False, global_pool="avg"), schedule()), ValueError, "0 such tokens"),
-        (lambda: apply(of(global_pool="avg"), schedule()), ValueError, "global_pool='avg'"),
+        (lambda: apply_patch(dense(), "patch_slimming"), TypeError, "needs a schedule"),
+        (lambda: impact_scores(nn.Linear(2, 2), images(), 2, COUNTS), TypeError, "but got Linear"),
+        (lambda: impact_scores(of(reg_tokens=2), images(), 2, COUNTS), ValueError, "model has 3 such tokens"),
+        (lambda: impact_scores(of(class_token=False, global_pool="avg"), images(), 2, COUNTS), ValueError, "0 such"),
+        (lambda: impact_scores(of(global_pool="avg"), images(), 2, COUNTS), ValueError, "global_pool='avg'"),
+        (lambda: impact_scores(apply(dense(), schedule()), images(), 2, COUNTS), TypeError, "must be a dense"),
+        (lambda: apply(of(global_pool="avg"), schedule()), ValueError, "leaves no patch to the last layer"),
         (lambda: apply(of(dynamic_img_size=True), schedule()), ValueError, "dynamic_img_size=True"),
         (lambda: apply(of(patch_drop_rate=0.5), schedule()), ValueError, "patch_drop_rate"),
         (lambda: apply(of(block_fn=ParallelThingsBlock), schedule()), TypeError, "ParallelThingsBlock"),
@@ -215,28 +235,34 @@ def test_report_is_what_the_flop_counter_counts(kind, hidden):
 def test_published_costs(name):
     with torch.device("meta"):
         model = timm.create_model(name if "lvvit" in name else name + "_patch16_224").eval()
-    assert model.counts == published_counts[name]
+    method = model.tokenops_patch.method
+    counts = method.counts if name.startswith("dps") else method.value.counts
+    assert counts == published_counts[name]
     gmacs = flops(model, torch.empty(1, 3, 224, 224, device="meta")) / 2e9
     assert gmacs == pytest.approx(patch_slimming.published_gmacs.get(name, 10.04), rel=0.02)
     doc = timm.models.model_entrypoint(name if "lvvit" in name else name + "_patch16_224").__doc__
     assert float(doc.split(" GMAC")[0].split(" ")[-1]) == pytest.approx(gmacs, abs=0.0501 if "base" in name else 0.0051)
-    report = patch_slimming.counts_report(model.counts, 196, model.embed_dim, model.blocks[0].mlp.fc1.out_features)
+    report = patch_slimming.counts_report(counts, 196, model.embed_dim, model.blocks[0].mlp.fc1.out_features)
     assert sum(line.macs for line in report) < gmacs * 1e9
 
 
+def by_name(name="ps_deit_tiny_patch16_224", **kwargs):
+    return spread(timm.create_model(name, **DEIT, **kwargs)).eval()
+
+
 def test_weights_go_in_and_out():
-    model, x = dense(), images()
-    other, plan = dense(), schedule()
-    slim = apply(model, plan)
-    assert slim.blocks[0].attn.qkv.weight is model.blocks[0].attn.qkv.weight
+    model, x, plan = dense(), images(), schedule()
+    slim = by_name(schedule=plan)
     assert set(slim.state_dict()) == {*model.state_dict(), "lifespan"}
-    slim.load_state_dict(other.state_dict(), strict=True)
-    assert slim.schedule == plan and torch.equal(slim(x), apply(other, plan)(x))
-    fresh, state = apply(dense(), schedule((17, 9, 9, 9))), slim.state_dict()
+    slim.load_state_dict(model.state_dict(), strict=True)
+    assert slim.schedule == plan and torch.equal(slim(x), apply(model, plan)(x))
+    fresh, state = by_name(schedule=schedule((17, 9, 9, 9))), slim.state_dict()
     fresh.load_state_dict(state, strict=True)  # brings its schedule
     assert fresh.schedule == plan and torch.equal(fresh(x), slim(x))
+    fresh.schedule = other = schedule((17, 9, 9, 9))
+    assert fresh.state_dict()["lifespan"].tolist() == other.lifespan and not torch.equal(fresh(x), slim(x))
     with torch.device("meta"):
-        empty = apply(KINDS["deit"](), fresh.schedule)
+        empty = timm.create_model("ps_deit_tiny_patch16_224", schedule=plan, **DEIT)
     empty.to_empty(device="cpu").load_state_dict(state)
     assert torch.equal(empty.eval()(x), slim(x))
     for wrong, message in ((torch.zeros(9).long(), "size mismatch|must be 16"), (torch.full((16,), 9), "0 to 4")):
@@ -260,43 +286,36 @@ def test_is_a_plain_module(kind):
 def test_slimming_again_and_the_other_way():
     model, x = dense(), images()
     slim, plan = apply(model, schedule()), schedule((16, 8, 8, 1))
-    assert torch.equal(apply(slim, plan)(x), apply(model, plan)(x))
-    assert slim.counts == COUNTS and "lifespan" not in model.state_dict()
-    dynamic = apply_dynamic(slim, (17, 17, 6, 1))
-    assert "lifespan" not in dynamic.state_dict() and dynamic.scorer.norm.weight.shape == (48,)
-    back = apply(dynamic, slim.schedule)
-    assert set(back.state_dict()) == set(slim.state_dict())
-    assert torch.equal(back(x), slim(x))
+    slim.schedule = plan
+    assert torch.equal(slim(x), apply(model, plan)(x)) and counts_of(slim) == [16, 8, 1]
+    dynamic = apply_dynamic(remove_patch(slim), (17, 17, 6, 1))
+    assert scorer(dynamic).norm.weight.shape == (48,)
+    assert set(remove_patch(dynamic).state_dict()) == set(model.state_dict()) and torch.equal(dynamic(x), model(x))
 
 
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("kind", ["deit", "lvvit"])
 @torch.no_grad()
-def test_kept_maps_and_layers(kind):
+def test_traces_and_layers(kind):
     x = images(3)
-    model = dense(kind)
-    plan = schedule()
-    static, dynamic = apply(model, plan), spread(apply_dynamic(copy.deepcopy(model), (17, 17, 6, 6)))
-    maps = static.kept_maps(x)
-    for m, mask in zip(maps, (plan.masks[0], plan.masks[2], plan.masks[3]), strict=True):
-        assert [i for i in range(16) if m[1].flatten()[i]] == list(mask)
-    maps = dynamic.kept_maps(x)
-    assert [m.sum((1, 2)).tolist() for m in maps] == [[16] * 3, [5] * 3]
-    output = dynamic.forward_layers(x)
-    assert torch.equal(output.logits, dynamic(x)) and output.scores.shape == (3, 16)
-    assert [layer.shape[1] for layer in output.layers] == [17, 17, 6, 6]
-    assert output.places[1].tolist() == [list(range(16))] * 3
-    found = torch.zeros(3, 16, dtype=torch.bool).scatter(1, output.places[2], True)
-    assert torch.equal(found, maps[1].flatten(1))
-    assert torch.equal(output.places[2], output.scores.topk(5).indices)
-    logits, layers = static.forward_distill(x)
-    assert torch.equal(logits, static(x)) and [layer.shape for layer in layers] == [(3, n - 1, 48) for n in COUNTS]
+    model, plan = dense(kind), schedule()
+    static, dynamic = apply(model, plan), apply_dynamic(model, (17, 17, 6, 6))
+    spread(scorer(dynamic))
+    steps = trace(static, x).steps
+    assert [(step.block, step.tokens) for step in steps] == [(0, 14), (2, 6), (3, 1)]
+    for step in steps:
+        assert (step.sources[1] >= 0).nonzero().flatten().tolist() == list(plan.masks[step.block])
+    (step,) = trace(dynamic, x).steps
+    logits, scores = scored(dynamic, x)
+    assert torch.equal(logits, dynamic(x)) and scores.shape == (3, 16) and (step.block, step.tokens) == (2, 6)
+    places = torch.stack([(sources == i).nonzero()[:, 0] for sources in step.sources for i in range(5)]).view(3, 5)
+    assert torch.equal(places, scores.topk(5).indices)
     # what the first layer keeps is what the dense model has there
+    tokens = static.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+    assert [layer.shape for layer in tokens] == [(3, n - 1, 48) for n in COUNTS]
     first = model.blocks[0](blocks.embed_tokens(model, x))[:, 1:]
-    places = static.forward_layers(x).places[0]
-    close(layers[0], first.gather(1, places.unsqueeze(2).expand(-1, -1, 48)))
-    assert static.forward_layers(x).scores is None
-    with pytest.raises(NotImplementedError, match="forward_layers"):
+    close(tokens[0], first[:, plan.order[:13]])
+    with pytest.raises(ValueError, match="that are not the grid's"):
         static.forward_intermediates(x)
 
 
@@ -369,7 +388,7 @@ def test_low_precision_stays_close(dtype, device):
 def test_images_of_another_size():
     model = apply(dense(), schedule())
     model.set_input_size((64, 80))
-    with pytest.raises(ValueError, match="20 patches, but the model is slimmed for 16"):
+    with pytest.raises(ValueError, match="4 x 5 patches, but the method was fitted to a grid of 4 x 4"):
         model(torch.randn(1, 3, 64, 80))
 
 
@@ -380,25 +399,26 @@ def test_names_for_timm(tmp_path):
     plan = schedule()
     plan.save(tmp_path / "plan.json")
     slim = timm.create_model("ps_deit_tiny_patch16_224", schedule=str(tmp_path / "plan.json"), **DEIT).eval()
-    assert slim.schedule == plan and isinstance(slim, patch_slimming.PatchSlimming)
-    model, x = dense(), images()
-    torch.save(apply(model, schedule((13, 9, 5, 1))).state_dict(), tmp_path / "slim.pth")
+    assert slim.schedule == plan and isinstance(slim, timm.models.VisionTransformer)
+    x = images()
+    other = by_name(schedule=schedule((13, 9, 5, 1)))
+    torch.save(other.state_dict(), tmp_path / "slim.pth")
     kwargs = dict(DEIT, schedule=plan, checkpoint_path=str(tmp_path / "slim.pth"))
     loaded = timm.create_model("ps_deit_tiny_patch16_224", **kwargs).eval()
-    assert loaded.counts == (13, 9, 5, 1)  # the checkpoint's
-    assert torch.equal(loaded(x), apply(model, loaded.schedule)(x))
+    assert loaded.schedule.counts == (13, 9, 5, 1)  # the checkpoint's
+    assert torch.equal(loaded(x), other(x))
     dynamic = timm.create_model("dps_deit_tiny_patch16_224", counts=(17, 6, 6, 1), after=1, **DEIT)
     groups = timm.models.group_parameters(dynamic, dynamic.group_matcher(), reverse=True)
-    assert groups["scorer.out.weight"] == groups["blocks.0.norm1.weight"]
+    assert groups["blocks.1.scorer.out.weight"] == groups["blocks.1.norm1.weight"]
     small = dict(img_size=64, embed_dim=48, num_heads=3, depth=4)
-    assert timm.create_model("ps_lvvit_small", schedule=plan, **small).blocks[0].alpha == 0.5
+    assert timm.create_model("ps_lvvit_small", schedule=plan, **small).blocks[0].ls1.factor == 0.5
     with pytest.raises(ValueError, match="schedule has 12 layers, but the model has 4"):
         timm.create_model("ps_deit_tiny_patch16_224", **DEIT)
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):
         timm.create_model("ps_deit_tiny_patch16_224", pretrained=True)
 
 
-@pytest.mark.parametrize("module", ["", ".schedule", ".slim", ".dynamic"])
+@pytest.mark.parametrize("module", ["", ".schedule", ".dynamic"])
 def test_examples_in_the_docstrings(module):
     result = doctest.testmod(importlib.import_module("tokenops.methods.patch_slimming" + module))
     assert result.attempted and not result.failed

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from support.weights import spread
-from tokenops.methods import LVViT, patch_slimming
+from tokenops import apply_patch
+from tokenops.methods import lv_vit, patch_slimming
 from tokenops.methods.patch_slimming import (
     Schedule,
-    apply,
-    apply_dynamic,
     blocks,
     impact_scores,
     ranking_loss,
+    scored,
     search,
     teacher_lifespans,
 )
@@ -27,7 +27,7 @@ SIZES = dict(img_size=64, embed_dim=32, num_heads=2, depth=4, num_classes=5)
 def dense(kind="deit", **kwargs):
     sizes = {**SIZES, **kwargs}
     if kind == "lvvit":
-        return spread(LVViT(skip_lam=2.0, **sizes)).eval()
+        return spread(lv_vit(skip_lam=2.0, mlp_ratio=3.0, qkv_bias=False, **sizes)).eval()
     model = spread(timm.create_model("deit_tiny_patch16_224", **sizes)).eval()
     with torch.no_grad():
         for block in model.blocks:
@@ -216,7 +216,7 @@ def test_images_may_be_batches():
     "kwargs, error, message",
     [
         (dict(model=nn.Linear(2, 2)), TypeError, "but got Linear"),
-        (dict(model="slim"), TypeError, "but got PSVisionTransformer"),
+        (dict(model="slim"), TypeError, "must be a dense VisionTransformer"),
         (dict(images=torch.zeros(0, 3, 64, 64)), ValueError, "there are no images"),
         (dict(images=[3]), TypeError, "must be tensors or start with one, but got int"),
         (dict(tolerance=-1.0), ValueError, "tolerance=-1.0"),
@@ -231,7 +231,7 @@ def test_images_may_be_batches():
 )
 def test_errors(kwargs, error, message):
     if kwargs.get("model") == "slim":
-        kwargs = dict(model=apply(dense(), Schedule.from_counts((9, 9, 9, 1), (4, 4))))
+        kwargs = dict(model=apply_patch(dense(), "patch_slimming", schedule=(9, 9, 9, 1)))
     with pytest.raises(error, match=message):
         search(**{"model": dense(), "images": images(1), "progress": False, **kwargs})
 
@@ -271,23 +271,23 @@ def test_ranking_loss():
 
 def test_the_scorer_learns_the_teacher_s_order():
     teacher, x, y = dense(), images(16), torch.arange(16) % 5
-    student = apply_dynamic(copy.deepcopy(teacher), (17, 17, 6, 1), after=2).train()
-    lifespan = teacher_lifespans(teacher, x, student.counts)
+    student = apply_patch(copy.deepcopy(teacher), "dps", counts=(17, 17, 6, 1), after=2).train()
+    lifespan = teacher_lifespans(teacher, x, (17, 17, 6, 1))
     assert len(lifespan.unique(dim=0)) > 4  # it does depend on the image
 
     def agreement():
-        order = student.eval().patch_order(x)
+        order = scored(student.eval(), x)[1].argsort(dim=1, descending=True)
         student.train()
         return lifespan.gather(1, order[:, :5]).ge(3).float().mean().item()
 
     first = agreement()
-    rest = [p for name, p in student.named_parameters() if not name.startswith("scorer.")]
-    groups = [dict(params=rest, lr=1e-4), dict(params=student.scorer.parameters(), lr=2e-2)]
+    rest = [p for name, p in student.named_parameters() if ".scorer." not in name]
+    groups = [dict(params=rest, lr=1e-4), dict(params=student.blocks[2].scorer.parameters(), lr=2e-2)]
     optimizer, losses = torch.optim.AdamW(groups), []
     for step in range(30):
-        output = student.forward_layers(x)
-        task = nn.functional.cross_entropy(output.logits, y)
-        ranking = ranking_loss(output.scores, lifespan)
+        logits, scores = scored(student, x)
+        task = nn.functional.cross_entropy(logits, y)
+        ranking = ranking_loss(scores, lifespan)
         optimizer.zero_grad()
         (task + ranking).backward()
         if step == 0:
@@ -300,10 +300,11 @@ def test_the_scorer_learns_the_teacher_s_order():
 
 
 def test_the_scorer_leaves_the_tokens_alone():
-    student = apply_dynamic(dense(), (17, 17, 6, 1))
-    output = student.forward_layers(images(2))
-    ranking_loss(output.scores, torch.randint(0, 4, (2, 16))).backward()
-    assert {name.split(".")[0] for name, p in student.named_parameters() if p.grad is not None} == {"scorer"}
+    student = apply_patch(dense(), "dps", counts=(17, 17, 6, 1))
+    _, scores = scored(student, images(2))
+    ranking_loss(scores, torch.randint(0, 4, (2, 16))).backward()
+    assert all(".scorer." in name for name, p in student.named_parameters() if p.grad is not None)
+    assert all(p.grad is not None for p in student.blocks[2].scorer.parameters())
 
 
 def test_progress_needs_no_rich(monkeypatch):

@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenops
 from published.sit import PublishedSiT
 from support.models import close, flops, images, meta
-from support.sit_models import loss_and_gradients, tiny
+from support.sit_models import Distilled, loss_and_gradients, slim_after, slimmings, tiny
 from support.weights import spread
-from tokenops.methods import init_from_teacher
+from tokenops.methods import for_inference, init_from_teacher
 
 LVVIT = dict(num_heads=6, embed_dim=384, skip_lam=2.0)
 #: what the published configurations are, for the oracle
@@ -55,25 +55,26 @@ def against_the_oracle(name, sizes, batch):
     published = spread(PublishedSiT(**sizes)).eval()
     kwargs = {key: sizes[key] for key in SMALL if key in sizes} if sizes.get("num_classes") else {}
     model = timm.create_model(name, **kwargs).eval()
-    model.load_state_dict(published.state_dict(), strict=True)
-    return model, published, images(model, batch)
+    distilled = Distilled(model).eval()
+    distilled.load_published(published.state_dict())
+    return distilled, published, images(model, batch)
 
 
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("name", SHRUNK)
 @torch.no_grad()
 def test_outputs_equal_the_published_computation(name, ran_kernels, chosen):
-    model, published, x = against_the_oracle(name, SHRUNK[name], 3)
+    distilled, published, x = against_the_oracle(name, SHRUNK[name], 3)
     with ran_kernels() as names:
-        logits = model(x)
-    assert names == chosen("soft_aggregate_fwd", "masked_channel_attention_fwd")
+        logits = distilled.model(x)
+    assert names == chosen("soft_aggregate_fwd")
     close(logits, published(x)[0])
-    for module in (model, published):
+    for module in (distilled, published):
         module.train()
         for part in module.modules():
             if isinstance(part, torch.nn.BatchNorm2d):
                 part.eval()
-    logits, layers = model.forward_distill(x)
+    logits, layers = distilled(x)
     expected, _, expected_layers = published(x)
     close(logits, expected)
     assert len(layers) == len(expected_layers) == 5
@@ -84,10 +85,10 @@ def test_outputs_equal_the_published_computation(name, ran_kernels, chosen):
 
 @torch.no_grad()
 def test_full_size_xsmall_equals_the_published_computation():
-    model, published, x = against_the_oracle("sit_lvvit_xsmall", PUBLISHED["sit_lvvit_xsmall"], 1)
+    distilled, published, x = against_the_oracle("sit_lvvit_xsmall", PUBLISHED["sit_lvvit_xsmall"], 1)
     expected = published(x)[0]
-    close(model(x), expected)
-    close(model.for_inference()(x), expected)
+    close(distilled.model(x), expected)
+    close(for_inference(distilled.model)(x), expected)
 
 
 @pytest.mark.usefixtures("on_device")
@@ -98,12 +99,12 @@ def test_dense_teacher_equals_the_published_computation():
     model = timm.create_model("lvvit_small", embed_dim=64, num_heads=2, depth=5, img_size=96, num_classes=10).eval()
     model.load_state_dict(published.state_dict(), strict=True)
     x = images(model)
-    logits, layers = model.forward_distill(x)
+    logits, layers = Distilled(model)(x)
     expected, expected_layers = published(x)
     close(logits, expected)
     close(model(x), expected)
     close(torch.stack(layers), torch.stack(expected_layers))
-    close(model.for_inference()(x), expected)
+    close(for_inference(model)(x), expected)
 
 
 def sized(name):
@@ -114,35 +115,40 @@ def sized(name):
 def test_official_state_dict_loads_strictly(name):
     with torch.device("meta"):
         official = PublishedSiT(**PUBLISHED[name]).state_dict()
-    meta(name).load_state_dict(official, strict=True)
-    stripped = {key: value for key, value in official.items() if not key.startswith("rtsm.")}
-    slim = meta(name).drop_rtsm()
-    slim.load_state_dict(official, strict=True)
-    slim.load_state_dict(stripped, strict=True)
-    assert {key: value.shape for key, value in slim.state_dict().items()} == {k: v.shape for k, v in stripped.items()}
-    meta(name, rtsm=False).load_state_dict(stripped, strict=True)
-    with pytest.raises(RuntimeError, match="Missing key.*rtsm"):
-        meta(name).load_state_dict(stripped, strict=True)
+    model = meta(name)
+    model.load_state_dict(official, strict=True)
+    stripped = {key: value for key, value in official.items() if not key.startswith(("rtsm.", "aux_head."))}
+    model.load_state_dict(stripped, strict=True)
+    assert sum(p.numel() for p in model.state_dict().values()) == sum(p.numel() for p in stripped.values())
+    with torch.device("meta"):
+        Distilled(model).load_published(official)
+    for key in ("tsm.1.scale", "blocks.3.norm1.weight"):
+        broken = {name: value for name, value in official.items() if name != key}
+        with pytest.raises(RuntimeError, match="Missing key"):
+            model.load_state_dict(broken, strict=True)
 
 
 @pytest.mark.parametrize("name", [*map(sized, COSTS)])
 def test_parameters_and_flops_are_the_published_ones(name):
     model = meta(name).eval()
-    size = {key: p.numel() / 1e6 for key, p in model.named_parameters()}
-    reverse = sum(value for key, value in size.items() if key.startswith("rtsm"))
+    with torch.device("meta"):
+        distilled = Distilled(model)
+    own, reverse = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, distilled.rtsm))
+    auxiliary = 1e-3 * (model.embed_dim + 1)  # token labelling's head, which training has
     parameters, expected_reverse, gmacs = COSTS[name]
-    assert sum(size.values()) - reverse == pytest.approx(parameters, abs=0.005)
+    assert own + auxiliary == pytest.approx(parameters, abs=0.005)
     assert reverse == pytest.approx(expected_reverse, abs=0.05)
-    assert flops(model, torch.empty(1, 3, *model.img_size, device="meta")) / 2e9 == pytest.approx(gmacs, rel=1e-3)
+    x = torch.empty(1, 3, *model.patch_embed.img_size, device="meta")
+    assert flops(model, x) / 2e9 == pytest.approx(gmacs, rel=1e-3)
 
 
 def test_our_kernels_are_counted_like_the_reference():
     model = tiny()
-    x = images(model)
+    distilled, x = spread(Distilled(model)), images(model)
 
     def training_step():
         with FlopCounterMode(display=False) as counter:
-            logits, layers = model.forward_distill(x)
+            logits, layers = distilled(x)
             (logits.sum() + sum(layer.sum() for layer in layers)).backward()
         return counter.get_total_flops()
 
@@ -150,18 +156,20 @@ def test_our_kernels_are_counted_like_the_reference():
     with tokenops.use_backend("reference"):
         plain = flops(model, x), training_step()
     assert ours[0] == plain[0]
-    hidden = 2 * sum(2 * 32 * m.mlp1.fc1.weight.numel() for m in model.rtsm if hasattr(m, "mlp1"))
-    tokens = [1 + model.tokens_per_stage[sum(i > end for end in model.slim_after)] for i in range(len(model.blocks))]
-    logits = 2 * len(x) * model.embed_dim * sum(n * n for n in tokens)
-    assert ours[1] == plain[1] + hidden + logits  # what the backward passes compute again
+    hidden = 2 * sum(2 * 32 * m.mlp1.fc1.weight.numel() for m in distilled.rtsm if hasattr(m, "mlp1"))
+    assert ours[1] == plain[1] + hidden  # what the backward passes compute again
 
 
 def test_tokens_per_stage():
-    assert meta("sit_lvvit_large").tokens_per_stage == [324, 162, 81, 40]
-    for name in ("sit_lvvit_tiny", "sit_lvvit_small", "sit_deit_base"):
-        assert meta(name).tokens_per_stage == [196, 98, 49, 24]
-    assert meta("sit_deit_small").slim_after == [2, 5, 8]
-    assert meta("sit_lvvit_medium").slim_after == [9, 13, 16]
+    for name, left in (
+        ("sit_lvvit_large", [162, 81, 40]),
+        ("sit_lvvit_tiny", [98, 49, 24]),
+        ("sit_lvvit_small", [98, 49, 24]),
+        ("sit_deit_base", [98, 49, 24]),
+    ):
+        assert [slimming.slim_tokens for slimming in slimmings(meta(name))] == left
+    assert slim_after(meta("sit_deit_small")) == [2, 5, 8]
+    assert slim_after(meta("sit_lvvit_medium")) == [9, 13, 16]
 
 
 @torch.no_grad()
@@ -177,12 +185,13 @@ def test_deit_is_timms_deit():
 def test_students_start_from_their_teachers():
     for teacher, student in (*TEACHER.items(), ("lvvit_small", "sit_lvvit_xsmall")):
         init_from_teacher(meta(student), meta(teacher))
-    teacher = tiny("lvvit_small", depth=4, stage_blocks=None)
+    sizes = dict(embed_dim=32, num_heads=2, img_size=64, num_classes=5)
+    teacher = timm.create_model("lvvit_small", depth=4, **sizes)
     student = tiny()
-    before = student.tsm[0].weight[1].weight.clone()
+    before = slimmings(student)[0].weight[1].weight.clone()
     assert init_from_teacher(student, teacher.state_dict()) is student
     assert torch.equal(student.blocks[3].mlp.fc1.weight, teacher.blocks[3].mlp.fc1.weight)
-    assert torch.equal(student.tsm[0].weight[1].weight, before)
+    assert torch.equal(slimmings(student)[0].weight[1].weight, before)
     with pytest.raises(RuntimeError, match="lacks .*blocks.4"):
         init_from_teacher(tiny(stage_blocks=(1, 1, 3)), teacher)
     with pytest.raises(RuntimeError, match="should not, .*blocks.3"):
@@ -193,11 +202,12 @@ def test_students_start_from_their_teachers():
 
 @pytest.mark.usefixtures("on_device")
 def test_gradients_reach_every_parameter(ran_kernels, chosen):
-    model = tiny().train()
+    model = tiny()
+    distilled = spread(Distilled(model)).train()
     with ran_kernels() as names:
-        loss, grads = loss_and_gradients(model, images(model))
+        loss, grads = loss_and_gradients(distilled, images(model))
     assert chosen("soft_aggregate_bwd", "token_mlp_bwd") <= names
-    assert set(grads) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(grads) == len(list(distilled.parameters()))
     for name, grad in grads.items():
         assert torch.isfinite(grad).all(), name
         if name.endswith("weight.3.bias"):  # the softmax over the tokens cancels it
@@ -208,15 +218,17 @@ def test_gradients_reach_every_parameter(ran_kernels, chosen):
 
 @pytest.mark.usefixtures("on_device")
 def test_gradients_equal_the_published_ones():
-    model, published, x = against_the_oracle("sit_lvvit_small", SHRUNK["sit_lvvit_small"], 2)
-    _, grads = loss_and_gradients(model, x)
-    published.forward_distill = lambda x: (published.train()(x)[0], published(x)[2])
+    distilled, published, x = against_the_oracle("sit_lvvit_small", SHRUNK["sit_lvvit_small"], 2)
+    _, grads = loss_and_gradients(distilled, x)
+    forward = published.forward
+    published.forward = lambda x: forward(x)[::2]
+    published.train()
     for part in published.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
-            part.train = lambda mode=True: None
+            part.eval()
     _, expected = loss_and_gradients(published, x)
-    assert set(grads) == set(expected)
-    for name, grad in expected.items():
+    assert set(grads) == {name for name in expected if not name.startswith("aux_head.")}
+    for name, grad in ((name, expected[name]) for name in grads):
         assert (grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-6, name
 
 
@@ -225,10 +237,17 @@ def test_gradient_checkpointing_changes_nothing_and_recomputes():
     x = images(model)
     calls = []
     model.blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
-    loss, grads = loss_and_gradients(model, x)
+
+    def run():
+        model.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    loss, grads = run()
     assert len(calls) == 1
     model.set_grad_checkpointing()
-    checkpointed, again = loss_and_gradients(model, x)
+    checkpointed, again = run()
     assert len(calls) == 3
     assert torch.equal(loss, checkpointed)
     for name, grad in grads.items():

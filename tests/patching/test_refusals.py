@@ -10,7 +10,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from support.patched_models import METHODS, SIZES, images, model_of
-from tokenops.methods import LVViT
 from tokenops.patching import apply_patch, remove_patch, trace
 
 
@@ -51,7 +50,6 @@ def test_one_block_among_others():
 def test_other_models():
     refused(nn.Sequential(nn.Linear(2, 2)), TypeError, "no vision transformer that can be patched")
     refused(timm.create_model("resnet10t"), TypeError, "no vision transformer")
-    refused(LVViT(img_size=64, embed_dim=32, num_heads=2, depth=2), TypeError, "blocks of tokenops.methods.lvvit.Block")
     refused(nn.ModuleList([model_of("plain"), model_of("plain")]), ValueError, "several .* 0.blocks, 1.blocks")
 
 

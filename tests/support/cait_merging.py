@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.layers import SwiGLU
 from torch import nn
 
-from tokenops.methods import LVViT
+from tokenops.methods import lv_vit
 from tokenops.methods.cait import merge_tokens
 from tokenops.nn import neighbour_merging
 
@@ -28,7 +28,7 @@ MODELS = {
     "no prefix": _vit("vit_tiny_patch16_224", class_token=False, global_pool="avg", qk_norm=True),
     "swiglu": _vit("vit_tiny_patch16_224", mlp_layer=SwiGLU),
     "scaled mlp": _vit("vit_tiny_patch16_224", scale_mlp_norm=True),
-    "lvvit": lambda **kwargs: LVViT(**{**SMALL, "skip_lam": 2.0, **kwargs}),
+    "lvvit": lambda **kwargs: lv_vit(**{**SMALL, "skip_lam": 2.0, "mlp_ratio": 3.0, "qkv_bias": False, **kwargs}),
     "no bias": _vit("vit_tiny_patch16_224", proj_bias=False),
 }
 
@@ -43,7 +43,6 @@ def lively(module, scale=0.1):
 
 def dense(name="deit", **kwargs):
     model = lively(MODELS[name](**kwargs)).eval()
-    model.img_size = model.patch_embed.img_size
     return model
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from support.weights import spread
-from tokenops.methods import LVViT
+from tokenops.methods import lv_vit
 from tokenops.methods.cait.blocks import convert_blocks, merge_tokens
 
 SIZES = dict(img_size=64, embed_dim=32, num_heads=2, depth=3, num_classes=5)
@@ -16,7 +16,7 @@ MERGES = {0: "horizontal", 1: "vertical"}
 def model_of(kind="deit", merged=True, **kwargs):
     sizes = {**SIZES, **kwargs}
     if kind == "lvvit":
-        model = LVViT(skip_lam=2.0, qkv_bias=True, mlp_ratio=4.0, **sizes)
+        model = lv_vit(skip_lam=2.0, **sizes)
     else:
         model = timm.create_model("deit_tiny_patch16_224", **sizes)
     model = spread(convert_blocks(model))

@@ -12,7 +12,8 @@ SMALL = dict(embed_dim=48, num_heads=3, img_size=64, num_classes=5)
 
 
 def images(model, batch=2):
-    return torch.randn(batch, 3, *model.img_size)
+    size = model.img_size if hasattr(model, "img_size") else model.patch_embed.img_size
+    return torch.randn(batch, 3, *size)
 
 
 def meta(name, **kwargs):

@@ -100,15 +100,14 @@ def test_plain_distils(batch):
 
 def test_recalibration_of_a_sit(batch):
     student, teacher = sit(), lvvit()
-    loss, parts = FeatureRecalibration(student, teacher, smoothing=0.1, temperature=3.0)(*batch)
-    x, token = student.embed(batch[0]), 0
-    y = teacher.embed(batch[0])
+    objective = FeatureRecalibration(student, teacher, smoothing=0.1, temperature=3.0)
+    loss, parts = objective(*batch)
+    x, y = (m._pos_embed(m.patch_embed(batch[0])) for m in (student, teacher))
+    token = 0
     for i, (block, other) in enumerate(zip(student.blocks, teacher.blocks)):
         x, y = block(x), other(y)
-        if i < 2:
-            x = student.tsm[i](x, prefix=1)
-        z = student.rtsm[i](x[:, 1:])
-        token = token + (z - y[:, 1:]).square().mean() / 4
+        z = x if i >= 2 else student.blocks[i + 1].slimming(x, prefix=1)  # which the next block gets
+        token = token + (objective.rtsm[i](z[:, 1:]) - y[:, 1:]).square().mean() / 4
     s, t = student.head(student.norm(x)[:, 0]), teacher.head(teacher.norm(y)[:, 0])
     cls, logits = cross_entropy(s, smoothed(batch[1], 0.1)), 9 * divergence(t / 3, s / 3)
     close(loss, cls + 2 * token + 2 * logits)
@@ -145,11 +144,6 @@ def test_a_cnn_teaches_the_distillation_head(batch):
     close(loss, F.cross_entropy(s, batch[1]) + 2 * parts["token"] + 2 * divergence(t, s) + hard)
     loss.backward()
     assert student.head_dist.weight.grad.abs().sum() > 0
-
-
-def test_a_sit_has_no_distillation_head():
-    with pytest.raises(ValueError, match="cnn_teacher"):
-        FeatureRecalibration(sit(), lvvit(), cnn_teacher=Cnn())
 
 
 def test_evo_vit_halves_its_two_heads(batch):
@@ -219,7 +213,7 @@ def test_keep_rate_has_shrunk_in_the_last_epoch(epochs, start, end):
 @pytest.mark.parametrize(
     "method, options, left",
     [
-        ("sit", dict(keeping_ratio=0.5), (16, 8, 4, 2)),
+        ("sit", dict(keeping_ratio=0.5), (8, 4, 2, 2)),  # as the next block gets them
         ("tome", dict(r=4), (12, 8, 4, 2)),
         ("evit", dict(keep_rate=0.5), (16, 9, 6, 4)),
     ],
@@ -252,18 +246,18 @@ def test_a_teacher_stays_in_evaluation_mode(batch):
 
 def test_ranking(batch):
     teacher = deit()
-    student = patch_slimming.apply_dynamic(copy.deepcopy(teacher), [17, 9, 5, 3], after=1)
+    student = apply_patch(copy.deepcopy(teacher), "dps", counts=[17, 9, 5, 3], after=1)
     loss, _ = PatchRanking(student, teacher, ranking=0.3)(*batch)
-    output = student.forward_layers(batch[0])
-    lifespan = patch_slimming.teacher_lifespans(teacher, batch[0], student.counts)
+    logits, scores = patch_slimming.scored(student, batch[0])
+    lifespan = patch_slimming.teacher_lifespans(teacher, batch[0], [17, 9, 5, 3])
     pairs = [
         F.softplus(s[j] - s[i])
-        for s, life in zip(output.scores, lifespan)
+        for s, life in zip(scores, lifespan)
         for i in range(16)
         for j in range(16)
         if life[i] > life[j]
     ]
-    close(loss, F.cross_entropy(output.logits, batch[1]) + 0.3 * torch.stack(pairs).mean())
+    close(loss, F.cross_entropy(logits, batch[1]) + 0.3 * torch.stack(pairs).mean())
 
 
 CASES = {
@@ -272,7 +266,7 @@ CASES = {
     "frd, hooks": lambda: FeatureRecalibration(evit(), deit()),
     "evit": lambda: ShrinkingKeepRate(evit()),
     "evo_vit": lambda: SlowFast(make("evo_deit_tiny_patch16_224", depth=6)),
-    "dps": lambda: (lambda t: PatchRanking(patch_slimming.apply_dynamic(copy.deepcopy(t), [17, 9, 5, 3], 1), t))(
+    "dps": lambda: (lambda t: PatchRanking(apply_patch(copy.deepcopy(t), "dps", counts=[17, 9, 5, 3], after=1), t))(
         deit()
     ),
 }
@@ -354,7 +348,6 @@ def test_pruned_is_compacted_when_the_pruner_is_done(kind, batch):
         (lambda: FeatureRecalibration(sit(), make("lvvit_tiny", depth=3)), ValueError, "3 blocks"),
         (lambda: FeatureRecalibration(sit(), make("lvvit_tiny", depth=4, embed_dim=64)), ValueError, "64 channels"),
         (lambda: FeatureRecalibration(deit(), evit()), ValueError, "16 patch tokens behind block 1"),
-        (lambda: FeatureRecalibration(sit().drop_rtsm(), lvvit()), ValueError, "rtsm=True"),
         (lambda: SlowFast(deit()), TypeError, "stage_wise"),
         (lambda: SlowFast(make("evo_deit_tiny_patch16_224", depth=6), teacher=deit()), ValueError, "teacher"),
         (lambda: ShrinkingKeepRate(deit()), TypeError, "keep rate"),

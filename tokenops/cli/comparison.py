@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -127,9 +126,9 @@ def made(name: str, **arguments: Any) -> nn.Module:
     """A model for inference, seeded, its attention ours."""
     torch.manual_seed(0)
     model: Any = timm.create_model(name, **arguments)
-    if name.startswith(("deit_", "ps_deit_", "dps_deit_", "evit_", "evo_deit_")):  # timm's own modules
+    if name.startswith("deit_"):  # timm's own modules
         convert_attention(model)
-    return model.for_inference() if hasattr(model, "for_inference") else model.eval()
+    return methods.for_inference(model)
 
 
 def tokens_of(stage: Tensor) -> int:
@@ -149,9 +148,7 @@ def kept(model: Any, x: Tensor) -> list[Tensor]:
         return [_drawn(step, found.grid) for step in found.steps]
     if isinstance(model, methods.cait.UnmergedMaps):
         return [m.expand(len(x), -1, -1) for m in methods.cait.merged_maps(model, x)]
-    maps: Any = model.kept_maps if hasattr(model, "kept_maps") else deepcopy(model).double().aggregation_maps
-    stages = maps(x if hasattr(model, "kept_maps") else x.double())
-    return [m for m in stages if m.dtype != torch.bool or not m.all()]
+    return [m for m in model.kept_maps(x) if not m.all()]
 
 
 def _drawn(step: Any, grid: tuple[int, int]) -> Tensor:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import tokenops
+
 from .. import use_backend
 from . import CommandError, columns, comparison, machine, picture
 from .models import (
@@ -66,7 +68,8 @@ def run(args: argparse.Namespace) -> None:
 
         advance("which regions the slim tokens draw on", 0.05)
         with use_backend("auto"):  # on the CPU, whichever backend was asked for
-            maps = deepcopy(slim).double().aggregation_maps(x[:PICTURED].double())
+            drawn = tokenops.trace(deepcopy(slim).double(), x[:PICTURED].double())
+            maps = [step.weights.unflatten(2, drawn.grid) for step in drawn.steps if step.weights is not None]
 
         found = measure(
             (args.dense, dense, dense_weights), (args.model, slim, slim_weights), photographs, settings, advance

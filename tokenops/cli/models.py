@@ -20,7 +20,6 @@ try:
     from timm.data import create_transform, resolve_data_config
 
     from .. import methods  # registers the models with timm, and our FLOP formulas with torch
-    from ..patching.engine import tokens_of
 except ImportError as missing:
     raise CommandError(f"it needs more packages ({missing}): pip install 'tokenops[demo]'") from missing
 
@@ -83,8 +82,7 @@ def make(name: str, checkpoint: Path | None, pretrained: bool, slimmed: bool) ->
         raise CommandError(f"timm knows no model {name!r}" + (f"; near it are: {', '.join(close)}" if close else ""))
     download = pretrained and checkpoint is None and timm.models.is_model_pretrained(name)
     try:
-        only_slimmed: dict[str, Any] = {"rtsm": False} if slimmed else {}
-        model = timm.create_model(name, pretrained=download, **only_slimmed)
+        model = timm.create_model(name, pretrained=download)
     except (OSError, RuntimeError) as error:
         raise CommandError(f"cannot make {name}: {error}") from None
     if checkpoint is not None:
@@ -96,7 +94,7 @@ def make(name: str, checkpoint: Path | None, pretrained: bool, slimmed: bool) ->
             raise CommandError(f"{checkpoint} does not hold weights of {name}: {error}") from None
     model.eval()
     weights = f"{checkpoint}" if checkpoint else "published weights" if download else ""
-    return (model.for_inference() if isinstance(model, methods.LVViT) else model), weights
+    return methods.for_inference(model), weights
 
 
 def prepare(model: nn.Module, photographs: Sequence[Image.Image]) -> Tensor:
@@ -117,7 +115,7 @@ def counted(model: nn.Module, x: Tensor) -> tuple[float, int, list[int]]:
     """Multiply-adds of an image, parameters, and the tokens that enter each block."""
     tokens: list[int] = []
     hooks = [
-        block.register_forward_pre_hook(lambda _, inputs: tokens.append(tokens_of(inputs[0]).shape[1]))
+        getattr(block, "attn", block).register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
         for block in getattr(model, "blocks", ())
     ]
     with FlopCounterMode(display=False) as counter:

@@ -28,9 +28,9 @@ try:
 except ImportError as missing:
     raise CommandError(f"it needs more packages ({missing}): pip install 'tokenops[demo]'") from missing
 
-METHODS = ("none", "tome", "evit", "evo_vit", "patch_slimming", "sit", "cait", "random")
+METHODS = ("none", "tome", "evit", "evo_vit", "patch_slimming", "sit", "cait", "dps", "random")
 #: options that a method cannot do without: one of them
-NEEDED = {"tome": ("r",), "patch_slimming": ("schedule", "counts")}
+NEEDED = {"tome": ("r",), "patch_slimming": ("schedule", "counts"), "dps": ("counts",)}
 
 
 class Option(NamedTuple):
@@ -84,7 +84,8 @@ OPTIONS = (
     Option("tradeoff", "evo_vit", "weight of a block's scores against those so far", NUMBER),
     Option("stages", "evo_vit", "blocks where stages begin, from 0", BLOCKS),
     Option("schedule", "patch_slimming", "a schedule in a JSON file", dict(type=Path, metavar="FILE")),
-    Option("counts", "patch_slimming", "tokens left behind each block, class token included", COUNTS),
+    Option("counts", ("patch_slimming", "dps"), "tokens left behind each block, class token included", COUNTS),
+    Option("after", "dps", "so many blocks run before tokens are scored", dict(type=int, metavar="N")),
     Option("keeping_ratio", "sit", "part of the tokens that a slimming leaves", NUMBER),
     Option("locations", "sit", "blocks with a slimming before them, from 0", BLOCKS),
     Option("points", "cait", "blocks and the axis to merge along behind them", POINTS),
@@ -202,7 +203,7 @@ def method_options(args: argparse.Namespace, more: Mapping[str, Any] = MappingPr
         options["points"] = dict(options["points"])
     if "schedule" in options:
         options["schedule"] = read_schedule(options["schedule"])
-    if "counts" in options:
+    if "counts" in options and args.method == "patch_slimming":
         options["schedule"] = options.pop("counts")
     return options | dict(more)
 
@@ -327,7 +328,7 @@ def dense_form(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def dense_of(made: Any, args: argparse.Namespace) -> tuple[str, Any]:
     """Name and model to compare with: a copy without --method; of a model of ours its dense form, of random weights."""
-    if hasattr(made, "tokenops_patch"):
+    if args.method != "none" and hasattr(made, "tokenops_patch"):
         return "the dense model", tokenops.remove_patch(deepcopy(made))
     name, arguments = dense_form(args) if args.method == "none" else (args.model, {})  # a compacted model's
     others = {"model": name, "checkpoint": None, "pretrained": False}
@@ -337,7 +338,7 @@ def dense_of(made: Any, args: argparse.Namespace) -> tuple[str, Any]:
 
 def for_inference(model: Any) -> Any:
     """As the model runs fastest: ours know how."""
-    return model.for_inference() if isinstance(model, methods.LVViT) else model.eval()
+    return methods.for_inference(model)
 
 
 def at_least(least: float, **values: float | Sequence[float] | None) -> None:

@@ -23,7 +23,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from ..methods import LVViT
+    from ..methods import for_inference, lv_vit
     from ..methods.cait.blocks import merge_tokens
     from ..methods.cait.pruning import ChannelPruner
     from ..methods.cait.segmentation import SegmentationModel, confusion, mean_iou
@@ -105,7 +105,7 @@ def checked(args: argparse.Namespace) -> str:
 
 def small_model() -> SegmentationModel:
     """LV-ViT's convolutional stem, which learns from few images, and 6 blocks; a map of each of the three grids."""
-    backbone = LVViT(SIZE, num_classes=0, embed_dim=96, depth=6, num_heads=3, qkv_bias=True, aux_head=False)
+    backbone = lv_vit(img_size=SIZE, num_classes=0, embed_dim=96, depth=6, num_heads=3, mlp_ratio=3.0)
     return SegmentationModel(backbone, (0, 2, 5), len(CLASSES), detail=8)
 
 
@@ -172,7 +172,7 @@ def measured(
     images = torch.stack([test[i % len(test)][0] for i in range(TIMED)]).to(device)
     fused = {name: deepcopy(model) for name, model in models.items()}
     for model in fused.values():
-        model.backbone.for_inference()
+        for_inference(model.backbone)
     calls = {name: torch.inference_mode()(lambda model=model: model(images)) for name, model in fused.items()}
     with recorded_kernels() as kernels:
         for call in calls.values():

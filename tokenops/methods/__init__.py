@@ -11,13 +11,13 @@ try:
 except ImportError as error:
     raise ImportError("tokenops.methods needs timm: pip install 'tokenops[models]'") from error
 
-from . import cait, models, new_sit, patch_slimming
+from . import cait, models, patch_slimming
 from .cait.merging import CAIT
 from .checkpoint import init_from_teacher, load_checkpoint
 from .evit import EViT, keep_rate_at
 from .evo_levit import EvoLeViT, evo_levit_loss
 from .evo_vit import EvoViT, evo_vit_loss, stage_wise_at
-from .lvvit import LVViT
+from .lvvit import for_inference, lv_vit
 from .patch_slimming.method import PatchSlimming
 from .random import Random
 from .sit import SiT
@@ -28,7 +28,6 @@ __all__ = [
     "EViT",
     "EvoLeViT",
     "EvoViT",
-    "LVViT",
     "PatchSlimming",
     "Random",
     "SiT",
@@ -36,11 +35,12 @@ __all__ = [
     "cait",
     "evo_levit_loss",
     "evo_vit_loss",
+    "for_inference",
     "init_from_teacher",
     "keep_rate_at",
     "load_checkpoint",
+    "lv_vit",
     "models",
-    "new_sit",
     "patch_slimming",
     "stage_wise_at",
 ]

@@ -15,7 +15,7 @@ def load_checkpoint(model: Model, path: str | PathLike[str]) -> Model:
     """Load a whole checkpoint, every key of it (strict), and return the model.
 
     Args:
-        model: the model. A SiT without reverse modules leaves their entries out of an official checkpoint.
+        model: the model. Those by name take published checkpoints as they are.
         path: a file of torch.save (a state dict, or a dict that holds one as "model" or "state_dict", as the published
             checkpoints do) or a .safetensors file.
 
@@ -30,18 +30,20 @@ def load_checkpoint(model: Model, path: str | PathLike[str]) -> Model:
 
 
 def init_from_teacher(student: Model, teacher: nn.Module | Mapping[str, Tensor]) -> Model:
-    """Start a SiT from its dense teacher, as the paper's training does, and return it; slimming modules stay as made.
+    """Start a patched model from its dense teacher, and return it; what the method added stays as made.
 
     Args:
-        student: the SiT.
-        teacher: an LV-ViT of the same width and depth (for `sit_deit_*` a timm DeiT or ViT), or its state dict.
+        student: behind `tokenops.apply_patch`, a SiT say.
+        teacher: the dense model of the same width and depth, or its state dict.
 
     Raises:
-        RuntimeError: the teacher lacks more than the slimming modules, has something else, or another shape.
+        RuntimeError: the teacher lacks more than what was added, has something else, or another shape.
     """
     state = dict(teacher.state_dict() if isinstance(teacher, nn.Module) else teacher)
     own = student.state_dict()
-    missing = [key for key in own if key not in state and not key.startswith(("tsm.", "rtsm."))]
+    patch = getattr(student, "tokenops_patch", None)
+    added = {f".{i}.{name}." for i, name in patch.added.items()} if patch is not None else set()
+    missing = [key for key in own if key not in state and not any(part in key for part in added)]
     unexpected = [key for key in state if key not in own]
     if missing or unexpected:
         raise RuntimeError(f"init_from_teacher: the teacher lacks {missing} and has, but should not, {unexpected}")

@@ -65,6 +65,8 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
       All tokens are there again behind every stage. ``model.stage_wise=True`` may be set at any time: False makes a
       stage of every block, as in the beginning of its training.
     - "patch_slimming": Patch Slimming. ``schedule``, a `tokenops.methods.patch_slimming.Schedule`, or its counts.
+    - "dps": dynamic Patch Slimming, a reconstruction: ``counts``, tokens behind each block, and ``after=2``, so many
+      blocks run before a scorer, which is to be trained, puts each image's tokens in an order of its own.
     - "sit": SiT. ``keeping_ratio=0.5``, ``locations=None``: a `tokenops.nn.TokenSlimming` before these blocks (as
       "evit"). It is to be trained, and in the state dict until `remove_patch`.
     - "cait": CAIT's merging. ``points=None``, block numbers to "horizontal" or "vertical" (behind a third and two

@@ -41,14 +41,12 @@ class Ask:
 
 def exact(module: nn.Module, *kinds: type) -> bool:
     """Whether a module computes what its class does from its parameters, unseen: no hook, no forward of its own, not
-    compiled by itself, weights where they belong. Only then may an operator compute it instead.
+    compiled by itself, plain parameters. Only then may an operator compute it instead.
     """
     if type(module) not in kinds or "forward" in vars(module) or module._compiled_call_impl is not None:
         return False
     seen = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not seen and all(
-        p is None or (type(p) is nn.Parameter and not p.is_meta) for p in module._parameters.values()
-    )
+    return not seen and all(p is None or type(p) is nn.Parameter for p in module._parameters.values())
 
 
 def fusable(norm: nn.Module) -> tuple[Any, Any, float] | None:

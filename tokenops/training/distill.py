@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..methods.patch_slimming.dynamic import ranking_loss, teacher_lifespans
-from ..methods.sit import SiT
+from ..methods.patch_slimming.dynamic import TokenScorer, ranking_loss, scored, teacher_lifespans
 from ..nn import ReverseTokenSlimming
+from ..patching.engine import tokens_of
 from .objectives import Metrics, Objective, decay_groups, evaluating, logits_of, parameters_to_train
 
 #: how much faster than everything else reverse modules learn
@@ -24,12 +24,12 @@ class FeatureRecalibration(Objective):
         L_{token} = \mathrm{mean}_l\, \mathrm{MSE}(\mathrm{RTSM}_l(z_l), t_l), \qquad
         L_{logits} = \tau^2\, \mathrm{KL}(\mathrm{softmax}(t / \tau) \,\|\, \mathrm{softmax}(s / \tau))
 
-    with the patch tokens of every block's output, not normalised; a block with as many tokens as the teacher's has no
-    reverse module. A :class:`SiT` brings its own, for all others they are made here, from a run with zeros as images,
-    and are trained and saved with the objective.
+    with the patch tokens behind every block as the next one gets them (a slimming comes before), not normalised; a
+    block with as many tokens as the teacher's has no reverse module. The reverse modules are made here, from a run with
+    zeros as images, and are trained and saved with the objective: ``rtsm``, under the published names.
 
     Args:
-        model: a :class:`SiT` with reverse modules, or a vision transformer whose blocks leave a fixed number of tokens.
+        model: a vision transformer whose blocks leave a fixed number of tokens, as "sit" does.
         teacher: a dense vision transformer of the same depth and width.
         smoothing: of labels.
         temperature: :math:`\tau`.
@@ -39,8 +39,7 @@ class FeatureRecalibration(Objective):
         img_size: of the images, for the run; the model's own if not given.
 
     Raises:
-        ValueError: depths or widths differ, there are no reverse modules in the SiT, or a block's tokens are more than
-            the teacher's.
+        ValueError: depths or widths differ, or a block's tokens are more than the teacher's.
 
     Source: Zong et al., Self-slimmed Vision Transformer (ECCV 2022), section 3.3, and its published code.
     """
@@ -62,12 +61,6 @@ class FeatureRecalibration(Objective):
             raise ValueError(f"temperature={temperature}, but it must be above 0")
         self.temperature = temperature
         self.weights = (token_weight, logits_weight, hard_weight)
-        self.rtsm: nn.ModuleList | None = None
-        if isinstance(model, SiT):
-            if model.rtsm is None:
-                raise ValueError("the SiT has no reverse modules: make it with rtsm=True")
-            if cnn_teacher is not None:
-                raise ValueError("cnn_teacher: a SiT has no distillation head")
         if cnn_teacher is not None and hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)  # type: ignore[operator]
         self._fit_to(_size_of(model) if img_size is None else img_size)
@@ -96,8 +89,7 @@ class FeatureRecalibration(Objective):
             same = mine.shape[1] == other.shape[1]
             sizes = (mine.shape[2], mine.shape[1], other.shape[1])
             reverse.append(nn.Identity() if same else ReverseTokenSlimming(*sizes))
-        if not isinstance(self.model, SiT):
-            self.rtsm = nn.ModuleList(reverse).to(first.device, first.dtype)
+        self.rtsm = nn.ModuleList(reverse).to(first.device, first.dtype)
 
     def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
         with torch.no_grad():
@@ -105,8 +97,7 @@ class FeatureRecalibration(Objective):
             expected = logits_of(output)
         output, ours = block_tokens(self.model, images)
         logits = logits_of(output)
-        if self.rtsm is not None:
-            ours = [reverse(tokens) for reverse, tokens in zip(self.rtsm, ours)]
+        ours = [reverse(tokens) for reverse, tokens in zip(self.rtsm, ours)]
         token_weight, logits_weight, hard_weight = self.weights
         cls = self.criterion(logits, target)
         token = sum(F.mse_loss(mine, other.to(mine.dtype)) for mine, other in zip(ours, theirs)) / len(ours)
@@ -133,7 +124,7 @@ class PatchRanking(Objective):
     """DPS-ViT's training: cross entropy, and the scorer learns which patches the dense teacher's impacts would keep.
 
     Args:
-        model: of `tokenops.methods.patch_slimming.apply_dynamic`.
+        model: one with the method "dps".
         teacher: the dense model it came from.
         smoothing: of labels.
         ranking: weight of `ranking_loss`.
@@ -144,25 +135,21 @@ class PatchRanking(Objective):
 
     def __init__(self, model: nn.Module, teacher: nn.Module, smoothing: float = 0.0, ranking: float = 1.0) -> None:
         super().__init__(model, smoothing, [teacher])
-        if not hasattr(model, "scorer"):
-            raise TypeError(f"{type(model).__name__} has no scorer: make the model with patch_slimming.apply_dynamic")
+        if not any(isinstance(module, TokenScorer) for module in model.modules()):
+            raise TypeError(f"{type(model).__name__} has no scorer: the model must be patched with 'dps'")
         self.ranking = ranking
 
     def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
         model: Any = self.model
-        output = model.forward_layers(images)
-        cls = self.criterion(output.logits, target)
-        ranks = ranking_loss(output.scores, teacher_lifespans(self._teachers[0].eval(), images, model.counts))
+        output, scores = scored(model, images)
+        cls = self.criterion(logits_of(output), target)
+        counts = model.tokenops_patch.method.counts
+        ranks = ranking_loss(scores, teacher_lifespans(self._teachers[0].eval(), images, counts))
         return cls + self.ranking * ranks, {"cls": cls.detach(), "ranking": ranks.detach()}
 
 
 def block_tokens(model: Any, images: Tensor) -> tuple[Any, list[Tensor]]:
-    """What the model returns, and the patch tokens ``(B, M, C)`` behind every block, as the next block gets them.
-
-    The tokens of a :class:`SiT` in training have gone through its reverse modules.
-    """
-    if hasattr(model, "forward_distill"):
-        return model.forward_distill(images)
+    """What the model returns, and the patch tokens ``(B, M, C)`` behind every block, as the next block gets them."""
     blocks, prefix = blocks_of(model), prefix_of(model)
     with captured(blocks) as tokens:
         output = model(images)
@@ -170,14 +157,19 @@ def block_tokens(model: Any, images: Tensor) -> tuple[Any, list[Tensor]]:
 
 
 @contextmanager
-def captured(blocks: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """The outputs of blocks, in the order of calls, while it lasts."""
+def captured(blocks: Any) -> Iterator[list[Tensor]]:
+    """The outputs of blocks, in the order of calls, while it lasts; of slimmed ones what the slimming made of them."""
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        outputs.append(output if isinstance(output, Tensor) else output[0])
+        outputs.append(tokens_of(output))
+
+    def slimmed(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if outputs:
+            outputs[-1] = output
 
     handles = [block.register_forward_hook(keep) for block in blocks]
+    handles += [block.slimming.register_forward_hook(slimmed) for block in blocks if hasattr(block, "slimming")]
     try:
         yield outputs
     finally:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ...merge_neighbours import unmerge_neighbours
 from ...nn import Attention, NeighbourMerging, grid_order
-from .. import lvvit
-from ..lvvit import LVViT
+from ...patching.site import is_patched
 
 
 class Mlp(nn.Module):
@@ -91,20 +90,19 @@ class Block(nn.Module):
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        if type(block) not in (vision_transformer.Block, lvvit.Block, Block):
-            raise TypeError(f"Block stands for timm's Block or LV-ViT's, but got {type(block).__name__}")
-        lv_vit = isinstance(block, lvvit.Block)
+        if type(block) not in (vision_transformer.Block, Block):
+            raise TypeError(f"Block stands for timm's Block, but got {type(block).__name__}")
         self.alpha: float = getattr(block, "alpha", 1.0)
         self.norm1 = block.norm1
         self.attn = Attention.from_timm(block.attn)
-        self.ls1 = nn.Identity() if lv_vit else block.ls1
-        self.drop_path1 = block.drop_path if lv_vit else block.drop_path1
+        self.ls1 = block.ls1
+        self.drop_path1 = block.drop_path1
         self.norm2 = block.norm2
         self.mlp: Any = block.mlp
         if type(block.mlp) in (timm_layers.Mlp, Mlp):
             self.mlp = Mlp.from_timm(block.mlp)
-        self.ls2 = nn.Identity() if lv_vit else block.ls2
-        self.drop_path2 = block.drop_path if lv_vit else block.drop_path2
+        self.ls2 = block.ls2
+        self.drop_path2 = block.drop_path2
         self.merge = getattr(block, "merge", None)
         self.register_buffer("order", getattr(block, "order", None), persistent=False)
         self.training = block.training
@@ -321,28 +319,15 @@ class MergedVisionTransformerDistilled(UnmergedMaps, VisionTransformerDistilled)
     """timm's VisionTransformerDistilled behind `merge_tokens`."""
 
 
-class MergedLVViT(UnmergedMaps, LVViT):
-    """LV-ViT behind `merge_tokens`."""
-
-    def restore(self, i: int, tokens: Tensor) -> Tensor:
-        """What distillation compares after block ``i``: the patch tokens, brought back to the full grid."""
-        return unmerge_tokens(self, tokens, i, prefix=0)
-
-
 _MERGED: dict[type[nn.Module], type[nn.Module]] = {
     VisionTransformer: MergedVisionTransformer,
     VisionTransformerDistilled: MergedVisionTransformerDistilled,
-    LVViT: MergedLVViT,
 }
 
 
 def _check_model(name: str, model: Any) -> None:
     """TypeError in words unless the model runs its blocks, one after another, as these two classes do."""
-    own = (VisionTransformer.forward_features, LVViT.forward_features)
-    if getattr(type(model), "forward_features", None) not in own or getattr(type(model), "slim", None) not in (
-        None,
-        LVViT.slim,
-    ):
+    if getattr(type(model), "forward_features", None) is not VisionTransformer.forward_features or is_patched(model):
         raise TypeError(
             f"{name} takes a timm VisionTransformer or an LVViT that runs all its blocks on all its tokens, but got"
             f" {type(model).__name__}"

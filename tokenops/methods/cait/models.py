@@ -10,9 +10,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from ..lvvit import LVViT
-from ..models import DEIT
-from ..sit import _LVVIT, _cfg
+from ..models import DEIT, LVVIT, _lv_vit, cfg
 from .blocks import _points, merges_of, unmerge_tokens
 from .structure import Merge, Structure, Widths, restructure
 
@@ -62,15 +60,15 @@ def merged_maps(model: Any, images: Tensor) -> list[Tensor]:
     return maps
 
 
-_VIT = _cfg(first_conv="patch_embed.proj", crop_pct=0.9)
+_VIT = cfg(crop_pct=0.9)
 
 default_cfgs = generate_default_cfgs(
     {
         "cait_deit_tiny_patch16_224": _VIT,
         "cait_deit_small_patch16_224": _VIT,
         "cait_deit_base_patch16_224": _VIT,
-        "cait_lvvit_tiny": _cfg(),
-        "cait_lvvit_small": _cfg(),
+        "cait_lvvit_tiny": cfg(first_conv="patch_embed.conv1"),
+        "cait_lvvit_small": cfg(first_conv="patch_embed.conv1"),
     }
 )
 
@@ -109,12 +107,12 @@ def cait_deit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Visio
 
 
 @register_model
-def cait_lvvit_tiny(pretrained: bool = False, **kwargs: Any) -> LVViT:
+def cait_lvvit_tiny(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """CAIT on LV-ViT-T, 1.80 GMAC, a reconstruction. ``structure``: a `Structure` or its file."""
-    return _create(LVViT, "cait_lvvit_tiny", pretrained, dict(_LVVIT["tiny"], depth=14), kwargs)
+    return _create(_lv_vit, "cait_lvvit_tiny", pretrained, dict(LVVIT["tiny"], depth=14), kwargs)
 
 
 @register_model
-def cait_lvvit_small(pretrained: bool = False, **kwargs: Any) -> LVViT:
+def cait_lvvit_small(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """CAIT on LV-ViT-S, 2.75 GMAC, a reconstruction. ``structure``: a `Structure` or its file."""
-    return _create(LVViT, "cait_lvvit_small", pretrained, dict(_LVVIT["small"], depth=16), kwargs)
+    return _create(_lv_vit, "cait_lvvit_small", pretrained, dict(LVVIT["small"], depth=16), kwargs)

@@ -1,7 +1,8 @@
 """Patch Slimming: PS-ViT, which drops the same patches of every image layer by layer, and DPS-ViT, dynamic.
 
-`search` finds a :class:`Schedule` for a trained model, `apply` runs a model by it; `apply_dynamic` lets each image
-choose (a reconstruction). Tang et al., Patch Slimming for Efficient Vision Transformers (CVPR 2022). No official code
+`search` finds a :class:`Schedule` for a trained model, ``tokenops.apply_patch(model, "patch_slimming", schedule=...)``
+runs a model by it; "dps" lets each image choose (a reconstruction).
+Tang et al., Patch Slimming for Efficient Vision Transformers (CVPR 2022). No official code
 or weights were released. "PS-ViT" is also Progressive Sampling, another method.
 
 >>> import timm, torch
@@ -11,13 +12,12 @@ or weights were released. "PS-ViT" is also Progressive Sampling, another method.
 torch.Size([1, 1000])
 """
 
-from . import models  # noqa: F401
 from .counts import LayerCost, counts_report, published_counts, published_gmacs, uniform_pyramid
-from .dynamic import DynamicSlimming, TokenScorer, apply_dynamic, ranking_loss, teacher_lifespans
+from .dynamic import DynamicSlimming, TokenScorer, ranking_loss, scored, teacher_lifespans
 from .impact import impact_scores
+from .method import PatchSlimming
 from .schedule import Schedule, centre_order
 from .search import Candidate, SearchResult, search
-from .slim import PatchSlimming, SlimOutput, apply
 
 __all__ = [
     "Candidate",
@@ -26,16 +26,14 @@ __all__ = [
     "PatchSlimming",
     "Schedule",
     "SearchResult",
-    "SlimOutput",
     "TokenScorer",
-    "apply",
-    "apply_dynamic",
     "centre_order",
     "counts_report",
     "impact_scores",
     "published_counts",
     "published_gmacs",
     "ranking_loss",
+    "scored",
     "search",
     "teacher_lifespans",
     "uniform_pyramid",

@@ -51,6 +51,14 @@ def check_counts(counts: Iterable[int], patches: int, name: str = "counts") -> t
     return counts
 
 
+def counts_for(counts: Iterable[int], patches: int, depth: int) -> tuple[int, ...]:
+    """Tokens per layer, checked, one number for each block."""
+    found = check_counts(counts, patches)
+    if len(found) != depth:
+        raise ValueError(f"counts has {len(found)} layers, but the model has {depth} blocks")
+    return found
+
+
 def uniform_pyramid(depth: int, patches: int, keep: float, *, start: int = 0, step: int = 16) -> tuple[int, ...]:
     r"""Tokens per layer where each layer keeps the same part of the one before, and the last the class token only.
 

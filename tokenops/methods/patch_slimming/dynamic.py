@@ -7,18 +7,19 @@ that image.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ...patching.engine import Method, Role
 from ...select_tokens import select_tokens
-from ..lvvit import LVViT
 from .blocks import check_model, embed_tokens
+from .counts import counts_for
 from .impact import checked_for, impact
-from .slim import Slimmed, remade
+from .method import Slim
 
 
 class TokenScorer(nn.Module):
@@ -28,116 +29,121 @@ class TokenScorer(nn.Module):
 
     Args:
         dim: C; the hidden width is C / 4.
+        prefix: P, tokens before the patches', which are not looked at.
 
     Shapes:
-        ``x (B, 1+N, C)``, class token first (it is looked at by nobody); the scores are ``(B, N)``.
+        ``x (B, P+N, C)``; the scores are ``(B, N)``.
     """
 
-    def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
+    def __init__(self, dim: int, prefix: int = 1, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         hidden, made = max(1, dim // 4), {"device": device, "dtype": dtype}
+        self.prefix = prefix
         self.norm = nn.LayerNorm(dim, **made)
         self.token = nn.Linear(dim, hidden, **made)
         self.context = nn.Linear(dim, hidden, bias=False, **made)
         self.out = nn.Linear(hidden, 1, **made)
 
     def forward(self, x: Tensor) -> Tensor:
-        u = self.norm(x[:, 1:])
+        u = self.norm(x[:, self.prefix :])
         return self.out(F.gelu(self.token(u) + self.context(u.mean(1, keepdim=True)))).squeeze(2)
 
 
-class DynamicSlimming(Slimmed):
-    """A ViT that keeps, in layer l, the ``counts[l]`` tokens an image's scores ask for; made by `apply_dynamic`.
+@dataclass(frozen=True)
+class DynamicSlim(Slim):
+    """A block of the dynamic method: the first of the slim ones scores the tokens, and puts them in that order.
 
-    The scorer is trained by `ranking_loss` alone: the choice has no gradient, and none goes from the scorer into the
-    tokens.
+    Attributes:
+        scores: whether it does.
     """
 
-    scorer: TokenScorer
+    scores: bool = False
 
-    def _add_scorer(self, counts: Sequence[int], after: int) -> None:
-        counts = checked_for(self, counts)
-        if isinstance(after, bool) or not isinstance(after, int):
-            raise TypeError(f"after must be an int, but got {after!r}")
-        if not 0 <= after < len(counts):
-            raise ValueError(f"after={after}, but it must be 0 to {len(counts) - 1}: there are {len(counts)} blocks")
-        grid = self.patch_embed.grid_size
-        full = 1 + grid[0] * grid[1]
-        for layer, n in enumerate(counts[:after], 1):
-            if n != full:
-                raise ValueError(
-                    f"counts gives layer {layer} {n} tokens, but tokens are scored after layer {after}, and till then"
-                    f" all {full} are needed"
-                )
-        self.counts, self.sort_after, self.patches = counts, after, full - 1
-        like = self.cls_token
-        self.scorer = TokenScorer(like.shape[2], device=like.device, dtype=like.dtype).train(self.training)
+    @property
+    def idle(self) -> bool:
+        return self.rows is None and not self.scores
 
-    def arrange(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        scores = self.scorer(x.detach())
-        chosen = select_tokens(x, scores, x.shape[1] - 1, prefix=1, order="score")
-        return chosen.tokens, chosen.index, scores
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layer groups for layer-wise learning rates: the scorer belongs to the block before it."""
-        parent: Any = super()
-        groups = parent.group_matcher(coarse)
-        groups["blocks"] = [*groups["blocks"], (r"^scorer\.", (max(0, self.sort_after - 1),))]
-        return groups
+    def ordered(self, block: Any, x: Tensor, follows: bool) -> tuple[Tensor, Tensor | None]:
+        if not self.scores:
+            return x, None
+        prefix = self.prefix
+        chosen = select_tokens(x, block.scorer(x.detach()), x.shape[1] - prefix, prefix=prefix, order="score")
+        return chosen.tokens, chosen.index
 
 
-class DPSVisionTransformer(DynamicSlimming, VisionTransformer):  # type: ignore[misc]
-    """timm's VisionTransformer with dynamic Patch Slimming: its arguments, and those of `apply_dynamic`."""
-
-    def __init__(self, *args: Any, counts: Sequence[int], after: int = 2, **kwargs: Any) -> None:
-        VisionTransformer.__init__(self, *args, **kwargs)
-        check_model(self)
-        self._add_scorer(counts, after)
-
-
-class DPSLVViT(DynamicSlimming, LVViT):
-    """:class:`LVViT` with dynamic Patch Slimming: its arguments, and those of `apply_dynamic`."""
-
-    def __init__(self, *args: Any, counts: Sequence[int], after: int = 2, **kwargs: Any) -> None:
-        LVViT.__init__(self, *args, **kwargs)
-        self._add_scorer(counts, after)
-
-
-def apply_dynamic(model: nn.Module, counts: Sequence[int], after: int = 2) -> DynamicSlimming:
-    """Dynamic Patch Slimming (DPS-ViT) on a dense vision transformer, with a new scorer: a reconstruction.
+class DynamicSlimming(Method):
+    """Every image keeps patches of its own: dynamic Patch Slimming (DPS-ViT), a reconstruction.
 
     Behind block ``after`` the scorer gives each patch a score; one :func:`tokenops.select_tokens` sorts the tokens of
-    each image by it; layer l is then the slice ``x[:, :counts[l]]`` as in :func:`apply`, nested by construction.
+    each image by it; layer l is then the slice ``x[:, :counts[l]]`` as in `PatchSlimming`, nested by construction. The
+    scorer (``scorer`` of the next block) is trained by `ranking_loss` alone: the choice has no gradient, and none goes
+    from the scorer into the tokens.
 
     Args:
-        model: as in :func:`apply`, or a slimmed one. It is not changed, but shares its parameters.
-        counts: tokens per layer, class token included: a searched schedule's ``counts``, or `published_counts`. The
-            first ``after`` layers must keep everything.
+        counts: tokens per layer, one for the class token included: a searched schedule's ``counts``, or
+            `published_counts`. The first ``after`` layers must keep everything.
         after: so many blocks run before the tokens are scored.
-
-    Returns:
-        A :class:`DynamicSlimming` with the model's parameter names, and ``scorer.*``.
-
-    Raises:
-        TypeError, ValueError: as in :func:`apply`; or ``counts`` or ``after`` do not fit the model.
 
     Source: Tang et al., Patch Slimming for Efficient Vision Transformers (CVPR 2022): that it is dynamic and what it
     costs [P]; how, is ours.
 
-    A step of training:
+    A step of training is `tokenops.training.PatchRanking`'s, or:
 
-    >>> import timm
+    >>> import timm, tokenops
+    >>> from tokenops.methods.patch_slimming import ranking_loss, scored, teacher_lifespans
     >>> teacher = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3).eval()
-    >>> student = apply_dynamic(teacher, [17, 9, 1], after=1)
+    >>> student = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3)
+    >>> student = tokenops.apply_patch(student, "dps", counts=[17, 9, 1], after=1)
     >>> images = torch.randn(2, 3, 64, 64)
-    >>> output = student.forward_layers(images)
-    >>> loss = output.logits.square().mean()  # the task's loss
-    >>> loss = loss + ranking_loss(output.scores, teacher_lifespans(teacher, images, student.counts))
+    >>> logits, scores = scored(student, images)
+    >>> loss = logits.square().mean()  # the task's loss
+    >>> loss = loss + ranking_loss(scores, teacher_lifespans(teacher, images, [17, 9, 1]))
     """
-    kinds: dict[type, Any] = {VisionTransformer: DPSVisionTransformer, LVViT: DPSLVViT}
-    new = remade("patch_slimming.apply_dynamic", model, kinds)
-    new._add_scorer(counts, after)
-    return new
+
+    name, scores, shape = "dps", False, True
+
+    def __init__(self, counts: Sequence[int], after: int = 2) -> None:
+        if isinstance(after, bool) or not isinstance(after, int):
+            raise TypeError(f"after must be an int, but got {after!r}")
+        self.counts, self.after = counts, after
+
+    def roles(self, site: Any) -> list[Role]:
+        site.needs_no_map("dps")
+        patches, _ = site.needs_grid("dps")
+        counts, after = counts_for(self.counts, patches, site.depth), self.after
+        if not 0 <= after < site.depth:
+            raise ValueError(f"after={after}, but it must be 0 to {site.depth - 1}: there are {site.depth} blocks")
+        for layer, n in enumerate(counts[:after], 1):
+            if n != 1 + patches:
+                raise ValueError(
+                    f"counts gives layer {layer} {n} tokens, but tokens are scored after layer {after}, and till then"
+                    f" all {1 + patches} are needed"
+                )
+        if not site.pools_class() and counts[-1] < 2:
+            raise ValueError("counts leaves no patch to the last layer, but the model does not classify by class token")
+        before = (1 + patches, *counts)
+        rows = [n - 1 if n < m else None for m, n in zip(before, counts)]
+        return [DynamicSlim(site.prefix, False, n, None, i == after) for i, n in enumerate(rows)]
+
+    def parts(self, site: Any) -> dict[int, tuple[str, Any]]:
+        return {self.after: ("scorer", TokenScorer(site.dim, site.prefix))}
+
+
+def scored(model: nn.Module, images: Tensor) -> tuple[Any, Tensor]:
+    """What a model with the method "dps" returns, and the scores ``(B, N)`` of its scorer.
+
+    Raises:
+        TypeError: the model has no scorer.
+    """
+    scorer: Any = next((module for module in model.modules() if isinstance(module, TokenScorer)), None)
+    if scorer is None:
+        raise TypeError(f"{type(model).__name__} has no scorer: the model must be patched with 'dps'")
+    found: list[Tensor] = []
+    handle = scorer.register_forward_hook(lambda module, inputs, scores: found.append(scores))
+    try:
+        return model(images), found[-1]
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
@@ -155,7 +161,7 @@ def teacher_lifespans(teacher: nn.Module, images: Tensor, counts: Sequence[int])
     Returns:
         ``(B, N)`` int64, 0 to L.
     """
-    check_model(teacher)
+    check_model("teacher_lifespans", teacher)
     model: Any = teacher
     counts = checked_for(model, counts)
     features = [embed_tokens(model, images)]

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import attention_heads, check_model, embed_tokens, rows_of, run_dense, slim_block, with_class
-from .counts import check_counts
+from ...patching.families import Family
+from .blocks import check_model, embed_tokens, rows_of, run_dense, slim_block, with_class
+from .counts import counts_for
 
 
 def attention_matrix(attention: Any, x: Tensor, n_out: int) -> Tensor:
     """P = softmax(q k^T scale) of the first rows in fp64, ``(B, H, n_out, n_in)``."""
-    q, k, _ = attention_heads(attention, x, n_out)
+    q, k, _ = Family.heads(attention, x, n_out, None)
     if getattr(attention, "qk_mask", None) is not None:
         q = q * attention.qk_mask.unsqueeze(1)
     return torch.softmax(q.double() @ k.double().transpose(2, 3) * attention.scale, dim=3)
@@ -60,7 +61,7 @@ def impact_scores(
     Layers up to t are dense, those behind it slim. Use it in eval mode.
 
     Args:
-        model: a timm VisionTransformer or LVViT.
+        model: a dense VisionTransformer of timm.
         images: ``(B, 3, height, width)``.
         layer: t, from 1 to L.
         counts: tokens per layer, class token included; those of layers up to t are not used.
@@ -71,7 +72,7 @@ def impact_scores(
 
     Source: Tang et al. (CVPR 2022), theorem 1 and equation 6 [P]; the recursion is a re-implementation's [D].
     """
-    check_model(model)
+    check_model("impact_scores", model)
     m: Any = model
     if not 1 <= layer <= len(m.blocks):
         raise ValueError(f"layer={layer}, but it must be 1 to {len(m.blocks)}, the number of blocks")
@@ -84,7 +85,4 @@ def impact_scores(
 def checked_for(model: Any, counts: Sequence[int]) -> tuple[int, ...]:
     """Counts that fit a model: one for each block, no more than it has tokens."""
     grid = model.patch_embed.grid_size
-    counts = check_counts(counts, grid[0] * grid[1])
-    if len(counts) != len(model.blocks):
-        raise ValueError(f"counts has {len(counts)} layers, but the model has {len(model.blocks)} blocks")
-    return counts
+    return counts_for(counts, grid[0] * grid[1], len(model.blocks))

@@ -42,20 +42,26 @@ class Slim(Role):
     def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
         x, state = flow
         places = None if state is None else state.places
-        if self.constant is not None:
-            order = block.tokenops_constant
-            x = x.index_select(1, order)
-            if rope is not None or record is not None:
-                places = order[self.prefix :] - self.prefix
+        follows = rope is not None or record is not None
+        x, order = self.ordered(block, x, follows)
+        if order is not None and follows:
+            places, state = order, Alive(order)
         if self.rows is None:
             return Flow(whole(block, x, rope, places), state)
-        kept = None if places is None else places[: self.rows]
+        kept = None if places is None else places[..., : self.rows]
         x = feed(block, attend(block, x, rows=self.prefix + self.rows, rope=rope_rows(rope, places))[0])
         if kept is None:
             return Flow(x, None)
         if record is not None:
             record.note(x, sources_of(kept.expand(x.shape[0], -1), record.patches))
         return Flow(x, Alive(kept))
+
+    def ordered(self, block: Any, x: Tensor, follows: bool) -> tuple[Tensor, Tensor | None]:
+        """The tokens in the order of their lifespan, where the block puts them there; and, if asked, this order."""
+        if self.constant is None:
+            return x, None
+        rows = block.tokenops_constant
+        return x.index_select(1, rows), rows[self.prefix :] - self.prefix if follows else None
 
 
 class PatchSlimming(Method):
@@ -69,7 +75,7 @@ class PatchSlimming(Method):
     name PS-ViT is also Progressive Sampling's, another method.
     """
 
-    name, scores, shape = "patch_slimming", False, True
+    name, scores, shape, setting = "patch_slimming", False, True, "schedule"
 
     def __init__(self, schedule: Schedule | Sequence[int] | None = None) -> None:
         if schedule is None:
@@ -77,14 +83,14 @@ class PatchSlimming(Method):
                 "patch_slimming needs a schedule, which tokenops.methods.patch_slimming.search finds, or the numbers of"
                 " tokens behind each block: apply_patch(model, 'patch_slimming', schedule=[197, 197, 140, ...])"
             )
-        self.schedule = schedule
+        self.value = schedule
 
     def roles(self, site: Any) -> list[Role]:
         site.needs_no_map("patch_slimming")
         patches, grid = site.needs_grid("patch_slimming")
-        schedule = self.schedule
+        schedule = self.value
         if not isinstance(schedule, Schedule):
-            schedule = Schedule.from_counts(schedule, grid)
+            schedule = self.value = Schedule.from_counts(schedule, grid)
         if schedule.depth != site.depth:
             raise ValueError(f"the schedule has {schedule.depth} layers, but the model has {site.depth} blocks")
         if tuple(schedule.grid) != tuple(grid):

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...patching import apply_patch
 from .blocks import check_model, embed_tokens, rows_of, run_dense, slim_block
 from .impact import impact
+from .method import PatchSlimming
 from .schedule import Schedule
-from .slim import PatchSlimming, Slimmed, apply
 
 ERRORS = ("relative", "mse", "raw")
 
@@ -30,13 +31,13 @@ class SearchResult(NamedTuple):
 
     Attributes:
         schedule: what is kept.
-        model: the slim model with its tuned weights, in eval mode.
+        model: the model with the schedule (`tokenops.apply_patch`) and its tuned weights, in eval mode.
         errors: E behind each layer but the last; 0 where everything is kept without a look.
         candidates: all that were tried, in that order.
     """
 
     schedule: Schedule
-    model: PatchSlimming
+    model: nn.Module
     errors: list[float]
     candidates: list[Candidate]
 
@@ -66,7 +67,7 @@ def search(
     construction. Tune the whole model afterwards.
 
     Args:
-        model: a timm VisionTransformer or LVViT, dense. It is not changed: copies of it are tuned.
+        model: a dense VisionTransformer of timm. It is not changed: copies of it are tuned.
         images: ``(n, 3, height, width)``, or batches of images or of (images, labels, ...): a random part of the
             training set, prepared as for evaluation. They stay in memory, with two layers' features.
         tolerance: of E. Published: 0.01 and 0.02, in a normalisation that is not.
@@ -132,7 +133,7 @@ def search(
     schedule = Schedule.from_counts(counts, (int(grid[0]), int(grid[1])), order.tolist())
     for tuned, parameter in zip(student.parameters(), model.parameters()):
         tuned.requires_grad_(parameter.requires_grad)
-    return SearchResult(schedule, apply(student, schedule), errors, tried)
+    return SearchResult(schedule, apply_patch(student, PatchSlimming(schedule)), errors, tried)
 
 
 class _Tuning:
@@ -193,11 +194,7 @@ def _batches(images: Any, batch_size: int) -> Iterator[Tensor]:
 def _check(
     model: Any, tolerance: Any, granularity: Any, error: Any, epochs: Any, lr: Any, clip: Any, size: Any
 ) -> None:
-    if isinstance(model, Slimmed) or not hasattr(model, "blocks"):
-        raise TypeError(
-            f"search: model must be a dense timm VisionTransformer or LVViT, but got {type(model).__name__}"
-        )
-    check_model(model)
+    check_model("search", model)
     if len(model.blocks) < 2:
         raise ValueError("search: model has one block, but there must be at least 2")
     if error not in ERRORS:
