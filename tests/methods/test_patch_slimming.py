@@ -190,7 +190,7 @@ def test_no_gather_but_the_first():
         (lambda: impact_scores(of(class_token=False, global_pool="avg"), images(), 2, COUNTS), ValueError, "0 such"),
         (lambda: impact_scores(of(global_pool="avg"), images(), 2, COUNTS), ValueError, "global_pool='avg'"),
         (lambda: impact_scores(apply(dense(), schedule()), images(), 2, COUNTS), TypeError, "must be a dense"),
-        (lambda: apply(of(global_pool="avg"), schedule()), ValueError, "leaves no patch to the last layer"),
+        (lambda: apply(of(global_pool="avg"), schedule()), ValueError, "leaves no patch to layer 4"),
         (lambda: apply(of(dynamic_img_size=True), schedule()), ValueError, "dynamic_img_size=True"),
         (lambda: apply(of(patch_drop_rate=0.5), schedule()), ValueError, "patch_drop_rate"),
         (lambda: apply(of(block_fn=ParallelThingsBlock), schedule()), TypeError, "ParallelThingsBlock"),

@@ -1,15 +1,22 @@
 """apply_patch on transformers' models."""
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from support.patched_models import METHODS, images, tokens_behind
+from support.patched_models import METHODS, blocks_of, images, tokens_behind, tokens_of
 from support.weights import redrawn
 from tokenops.patching import apply_patch, remove_patch, trace
 
+accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable"),
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
+]
 
 SIZES = dict(
     hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
@@ -159,7 +166,7 @@ def test_an_image_of_all_patches():
     model, x = model_of("vit_masked"), images()
     expected = model(x).reconstruction
     for method in ("evit", "sit", "cait", "patch_slimming"):
-        with pytest.raises(ValueError, match=f"{method}: the model makes an image of all its patch tokens"):
+        with pytest.raises(ValueError, match=f"{method}: ViTForMaskedImageModeling expects every patch"):
             apply_patch(model, method, **METHODS[method][1])
     apply_patch(model, "tome", r=4)
     assert model(x).reconstruction.shape == expected.shape
@@ -167,7 +174,215 @@ def test_an_image_of_all_patches():
     torch.testing.assert_close(model(x).reconstruction, expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
+def gradients(model, x):
+    """Of every parameter, and how many bytes are kept for backward."""
+    kept = []
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        y = pooled(model.train(), x)
+    y.square().sum().backward()
+    model.eval()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, sum(kept)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing(kind, method):
+    model, x = apply_patch(model_of(kind), method, **METHODS[method][1]), images()
+    expected, kept = gradients(model, x)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found, less = gradients(model, x)
+    assert found.keys() == expected.keys() and 2 * less < kept
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    if method in ("tome", "evo_vit"):  # what they hand on would be lost
+        with pytest.raises(ValueError, match="got tuple: .* pass use_reentrant=False"):
+            gradients(model, x)
+        return
+    found, _ = gradients(model, x)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("method", ["tome", "evo_vit"])
+def test_gradients_are_not_lost_behind_a_block_that_is_not_checkpointed(method):
+    options = dict(r=3) if method == "tome" else dict(stages=(1,))
+    model, x = apply_patch(model_of("vit"), method, **options).train(), images()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    for layer in model.layers[:2]:
+        layer.eval()
+    with pytest.raises(ValueError, match="tokens whose gradients are lost: .* pass use_reentrant=False"):
+        model(x)
+    with torch.no_grad():
+        model(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_hidden_states_are_the_tokens_behind_each_block(kind, method):
+    model, x = apply_patch(model_of(kind), method, **METHODS[method][1]), images()
+    blocks, behind = blocks_of(model), []
+    hooks = [b.register_forward_hook(lambda m, a, y: behind.append(tokens_of(y))) for b in blocks]
+    hooks.append(blocks[0].register_forward_pre_hook(lambda m, a: behind.append(a[0])))
+    out = model(pixel_values=x, output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    assert len(out.hidden_states) == 4 and all(map(torch.equal, out.hidden_states, behind))
+    prefix = int(kind != "siglip")
+    counts = dict(tome=[13, 10], evit=[9, 9], patch_slimming=[12, 8], sit=[16, 8], cait=[8, 4]).get(method, [16, 16])
+    assert [state.shape[1] for state in out.hidden_states[:3]] == [prefix + n for n in (16, *counts)]
+    if hasattr(out, "last_hidden_state"):
+        last = out.hidden_states[-1]
+        norm = getattr(model, "layernorm" if kind == "vit" else "post_layernorm")
+        torch.testing.assert_close(out.last_hidden_state, last if kind == "clip" else norm(last))
+    model.config.output_hidden_states = True
+    assert all(map(torch.equal, model(pixel_values=x).hidden_states, behind))
+    assert torch.equal(model(pixel_values=x, output_hidden_states=-2).hidden_states[-2], behind[2])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("method", METHODS)
+def test_attention_weights_are_refused(method, implementation):
+    model, x = model_of("clip", attn_implementation=implementation), images()
+    apply_patch(model, method, **METHODS[method][1])
+    with pytest.raises(ValueError, match="output_attentions was given to a patched model"):
+        model(x, output_attentions=True)
+    if implementation == "eager":
+        model.config.output_attentions = True
+        with pytest.raises(ValueError, match="config.output_attentions is on"):
+            model(x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_threads(method):
+    model = apply_patch(model_of("clip"), method, **METHODS[method][1])
+    given = [images(seed=seed) for seed in range(12)]
+
+    def run(x):
+        with torch.no_grad():
+            return model(x, output_hidden_states=True).hidden_states
+
+    expected = [run(x) for x in given]
+    with ThreadPoolExecutor(4) as pool:
+        for found, same in zip(pool.map(run, given), expected):
+            assert all(map(torch.equal, found, same))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_grid_of_another_shape_with_as_many_patches(kind, method):
+    model = apply_patch(model_of(kind), method, **METHODS[method][1])
+    for height, width in ((16, 64), (64, 16)):
+        x = images(side=64)[:, :, :height, :width]
+        if method in ("cait", "patch_slimming"):
+            words = f"images give {height // 8} x {width // 8} patches, but .* fitted to a grid of 4 x 4"
+            with pytest.raises(ValueError, match=words):
+                model(x, interpolate_pos_encoding=True)
+        else:
+            counts = tokens_behind(model, images())
+            assert tokens_behind(model, x, interpolate_pos_encoding=True) == counts
+    assert pooled(model, images()).isfinite().all()
+
+
+def offloaded(model, how, folder):
+    """The model by accelerate, with weights that are not where it computes."""
+    if how == "cpu":
+        return accelerate.cpu_offload(model, "cpu")
+    if how == "disk":
+        return accelerate.disk_offload(model, folder, "cpu")
+    parts = model._no_split_modules
+    where = accelerate.infer_auto_device_map(model, {"cpu": 90_000, "disk": 10**9}, no_split_module_classes=parts)
+    assert {"cpu", "disk"} == set(where.values())
+    whole = [name for name, module in model.named_modules() if type(module).__name__ in parts]
+    assert len([name for name in whole if "layers" in name]) == 3
+    assert not [key for key in where for name in whole if key.startswith(f"{name}.")]
+    return accelerate.dispatch_model(model, where, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["cpu", "disk", "map"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["clip", "vit"])
+def test_weights_elsewhere(kind, method, how, tmp_path):
+    plain, x = model_of(kind), images()
+    torch.manual_seed(3)
+    expected, last = pooled(apply_patch(copy.deepcopy(plain), method, **METHODS[method][1]), x), pooled(plain, x)
+    for before in (True, False):
+        model = copy.deepcopy(plain)
+        if before:
+            model = offloaded(model, how, tmp_path / "before")
+        torch.manual_seed(3)
+        apply_patch(model, method, **METHODS[method][1])
+        if not before:
+            model = offloaded(model, how, tmp_path / "after")
+        assert any(p.is_meta for p in model.parameters())
+        torch.testing.assert_close(pooled(model, x), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(pooled(remove_patch(model), x), last, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", METHODS)
+def test_hooks_of_accelerate_that_are_taken_off(method, tmp_path):
+    """They leave a forward on each module, of the class that it had."""
+    plain, x = model_of("vit"), images()
+    torch.manual_seed(3)
+    expected, last = pooled(apply_patch(copy.deepcopy(plain), method, **METHODS[method][1]), x), pooled(plain, x)
+    for before in (True, False):
+        model = accelerate.dispatch_model(copy.deepcopy(plain), {"": "cpu"}, force_hooks=True)
+        model = offloaded(model, "cpu", tmp_path)
+        if before:
+            accelerate.hooks.remove_hook_from_submodules(model)
+            assert "forward" in vars(model.layers[0].layernorm_after)
+        torch.manual_seed(3)
+        apply_patch(model, method, **METHODS[method][1])
+        if not before:
+            accelerate.hooks.remove_hook_from_submodules(model)
+        torch.testing.assert_close(pooled(model, x), expected, rtol=0, atol=1e-5)
+        assert torch.equal(pooled(copy.deepcopy(model), x), pooled(model, x))
+        assert torch.equal(pooled(remove_patch(model), x), last)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_in_mixed_precision(method):
+    model, x = apply_patch(model_of("vit_classifier"), method, **METHODS[method][1]), images()
+    single, _ = gradients(copy.deepcopy(model), x)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    model, optimizer = trainer.prepare(model, torch.optim.Adam(model.parameters(), lr=1e-2))
+    with trainer.autocast():
+        loss = pooled(model.train(), x).float().square().sum()
+    trainer.backward(loss)
+    inner = trainer.unwrap_model(model)
+    for name, p in inner.named_parameters():
+        if name in single:
+            close = torch.nn.functional.cosine_similarity(p.grad.flatten(), single[name].flatten(), dim=0)
+            assert close > 0.9 or single[name].norm() < 1e-3, (name, close)
+    optimizer.step()
+    assert not [n for n, p in inner.named_parameters() if n in single and torch.equal(p, before[n])]
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_pickles_and_loads(kind, method, tmp_path):
+    model, x = model_of(kind), images()
+    names = {name: type(module) for name, module in model.named_modules()}
+    apply_patch(model, method, **METHODS[method][1])
+    y = pooled(model, x)
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(pooled(twin, x), y)
+        remove_patch(twin)
+        assert {name: type(module) for name, module in twin.named_modules()} == names
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(7)
+    again = apply_patch(type(model).from_pretrained(tmp_path), method, **METHODS[method][1])
+    if method == "sit":  # what was added to the model
+        again.load_state_dict(model.state_dict())
+    assert torch.equal(pooled(again, x), y)
+
+
 def test_what_is_refused():
     x = images()
     model = apply_patch(model_of("vit", attn_implementation="eager"), "tome", r=2)
@@ -179,9 +394,6 @@ def test_what_is_refused():
     model.config.output_attentions = False
     with pytest.raises(ValueError, match="attention_mask was given"):
         model(x, attention_mask=torch.tensor([[1] * 16 + [0]] * 2))
-    model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match="use_reentrant=False"):
-        model.train()(x)
     with pytest.raises(TypeError, match="no vision transformer .* blocks must be"):
         apply_patch(transformers.Dinov2Model(transformers.Dinov2Config(**SIZES)), "tome")
 

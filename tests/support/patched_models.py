@@ -56,8 +56,8 @@ def model_of(family, **kwargs):
     return redrawn({**FAMILIES, **ROTARY}[family](**kwargs))
 
 
-def images(size=2, side=32):
-    made = torch.randn(size, 3, side, side, generator=torch.Generator().manual_seed(2), device="cpu")
+def images(size=2, side=32, seed=2):
+    made = torch.randn(size, 3, side, side, generator=torch.Generator().manual_seed(seed), device="cpu")
     return made.to(torch.get_default_device())
 
 

@@ -82,7 +82,7 @@ class Evolving(Role):
             new = looked_at[:, self.prefix :].detach()  # scores are only sorted
             scores = new if self.alpha == 1 or scores is None else torch.lerp(scores, new, self.alpha)
         x = feed(block, x)
-        if (self.ends or self.last) and base is not None:
+        if (self.ends or self.taken) and base is not None:
             if base_scores is not None and scores is not None:
                 x, (scores,) = restore_tokens(base, x, index, prefix=self.prefix, companions=((base_scores, scores),))
             else:

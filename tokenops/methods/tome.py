@@ -33,7 +33,7 @@ class Merging(Role):
     Attributes:
         r: how many, at most half of the patch tokens that are left.
         prop_attn: whether a token counts by its size in attention.
-        unmerge: whether every patch gets a token again behind the last block.
+        unmerge: whether every patch gets a token again where the model takes them.
     """
 
     r: int = 0
@@ -53,8 +53,8 @@ class Merging(Role):
             x = feed(block, x)
         else:
             x, state = self._merged(block, x, keys, r, state, record)
-        if self.last and self.unmerge and state is not None:
-            x = unmerge_bipartite(x, state.source, prefix=self.prefix)
+        if self.taken and self.unmerge and state is not None:
+            return Flow(unmerge_bipartite(x, state.source, prefix=self.prefix), None)
         return Flow(x, state)
 
     def _merged(
@@ -71,9 +71,8 @@ class Merging(Role):
         new = Merges(merged.sizes.to(torch.int32), merged.log_sizes, source)
         return feed(block, merged.tokens, merged.normed), new
 
-    def spread(self, tokens: Tensor, state: Merges, finish: Any) -> Tensor | None:
-        done = self.last and self.unmerge
-        return tokens if done or state.source is None else unmerge_bipartite(tokens, state.source, prefix=0)
+    def spread(self, tokens: Tensor, state: Any, finish: Any) -> Tensor | None:
+        return unmerge_bipartite(tokens, state.source, prefix=0)
 
 
 class ToMe(Method):
@@ -97,8 +96,8 @@ class ToMe(Method):
 
     def roles(self, site: Any) -> list[Role]:
         site.refuse_rope("tome", "a merged token has no position")
-        if site.maps_patches() and self.unmerge is False:
-            raise ValueError("tome: unmerge=False, but the model makes an image of all its patch tokens")
+        if site.maps is not None and self.unmerge is False:
+            raise ValueError(f"tome: unmerge=False, but {site.maps} expects every patch token in its place")
         if self.value is None:
             raise TypeError("tome needs r, how many tokens to merge in every block: apply_patch(model, 'tome', r=8)")
         unmerge = not site.pools_class() if self.unmerge is None else self.unmerge

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .engine import METHODS, Method, PatchedAttention, PatchedBlock, PatchedGrid, Role, dress, undress
+from .engine import METHODS, Method, PatchedAttention, PatchedBlock, PatchedGrid, Role, dress, place_of, undress
 from .families import WIDEST_HEAD, head_width
 from .site import Site, is_patched
 from .views import PatchedTransformer
@@ -36,7 +36,10 @@ class Patch:
         """Give every block its role, as the model is now."""
         site, method = Site(model), method or self.method
         last, site.depth = len(site.blocks) - 1, self.depth
-        roles = [replace(role, last=i == last) for i, role in enumerate(method.roles(site)[: last + 1])]
+        roles = [
+            replace(role, last=i == last, taken=i == last or i in site.taken)
+            for i, role in enumerate(method.roles(site)[: last + 1])
+        ]
         numbers: dict[Role, int] = {}
         for block, family, role in zip(site.blocks, site.families, roles, strict=True):
             if not isinstance(block, PatchedBlock) or "tokenops_made" in vars(type(block)):  # else it was wrapped since
@@ -57,8 +60,9 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
       ``r * (1 - inflect)`` in the first block on a line to ``r * (1 + inflect)`` in the last) or a list, a number a
       block; never more than half of the patch tokens that are left. ``model.r`` may be set at any time.
       ``prop_attn=True`` counts a token by its size in attention. ``unmerge=None`` gives every patch a token again
-      behind the last block where the model does not classify by its class token alone (average or attention pooling,
-      features): the mean over patches is then the one by sizes. True or False decide it.
+      where the model takes its tokens (behind the last block, or that of LLaVA's ``vision_feature_layer``), but where
+      it is known to take the class token alone: the mean over patches is then the one by sizes. True or False decide
+      it.
     - "evit": EViT. ``keep_rate=0.7``, a number or one a block; ``reduction_loc=None``, the blocks that drop tokens (a
       quarter, half and three quarters of the depth); ``fuse_token=True``. ``model.keep_rate`` may be set at any time.
     - "evo_vit": Evo-ViT. ``prune_ratio=0.5``, ``tradeoff=0.5``, ``stages=None`` (a third and two thirds of the depth).
@@ -80,10 +84,22 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
     with rotary positions take the methods that leave tokens where they are: "evit" with ``fuse_token=False``,
     "evo_vit", "patch_slimming".
 
-    What a model returns beside its result (``forward_features``, ``last_hidden_state``, hidden states of a layer) has
-    the tokens that are left there. "NCHW" maps of timm's ``forward_intermediates`` cover the grid behind "tome",
+    What a model returns beside its result (``forward_features``, ``last_hidden_state``) has the tokens that are left.
+    So have transformers' ``hidden_states``: ``[0]`` are those that come into the first block, ``[i]`` those behind
+    block i - 1, where "evit" has a fused token last and "evo_vit" those that pass through its stage; ``[-2]`` is behind
+    the last block but one. A head that averages patches counts each token that is left once, "evit"'s fused one too;
+    "tome" has all again there. "NCHW" maps of timm's ``forward_intermediates`` cover the grid behind "tome",
     "evo_vit" and "cait", and are refused where patches were dropped or mixed. Masks and attention weights are refused.
     Where attention weights are dropped in training the whole matrix is written, as in the published codes.
+
+    Language models that see: "tome" and "evo_vit" give every patch a token where the language model takes them, so
+    prompts stay as they are. LLaVA and PaliGemma also take the other methods, and ``unmerge=False``, with a prompt of
+    as many image tokens as are left. That is one number for all images, `trace` tells it, and with another one
+    transformers raises a ValueError. Models that make a grid of the tokens (LLaVA-NeXT, Gemma 3) or take several layers
+    are refused with these.
+
+    Blocks are checkpointed with ``use_reentrant=False``, in transformers' ``gradient_checkpointing_enable`` too. With
+    True a forward is refused where blocks hand on more than tokens: "tome", "evo_vit", and with rotary positions all.
 
     Args:
         model: timm's VisionTransformer (``vit_*``, ``deit*``, with LayerScale, register tokens, qk_norm or without a
@@ -174,4 +190,4 @@ def _made(method: str | Method, options: dict[str, Any]) -> Method:
 def _add_to(block: nn.Module, name: str, part: nn.Module) -> None:
     """In the state dict from now on, on the block's device, in its dtype and mode."""
     like = next(parameter for parameter in block.parameters() if parameter.is_floating_point())
-    block.add_module(name, part.to(like.device, like.dtype).train(block.training))
+    block.add_module(name, part.to(place_of(block), like.dtype).train(block.training))

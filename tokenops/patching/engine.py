@@ -6,7 +6,7 @@ threads, recomputation in checkpointing, hooks and wrappers see what they see in
 
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -79,10 +79,12 @@ class Role:
     Attributes:
         prefix: how many tokens before the patches' are never touched.
         last: whether a tensor must come out.
+        taken: whether the model takes its tokens from behind the block: the last, and that of a hidden state.
     """
 
     prefix: int
     last: bool
+    taken: bool = field(default=False, kw_only=True)
 
     @property
     def idle(self) -> bool:
@@ -137,9 +139,15 @@ METHODS: dict[str, type[Method]] = {}
 
 
 class Patched:
-    """What every class made by `dressed` has; it copies and pickles as the plain class and what made it another."""
+    """What every class made by `dressed` has; it copies and pickles as the plain class and what made it another.
+
+    A new one is of the plain class, as nothing in it is patched: `type(model).from_pretrained` gives a plain model.
+    """
 
     tokenops_made: ClassVar[tuple[Any, ...]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.tokenops_made[0](*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
@@ -175,8 +183,7 @@ def dressed(
 
 
 def _remade(*made: Any) -> Any:
-    cls = dressed(*made)
-    return cls.__new__(cls)
+    return object.__new__(dressed(*made))
 
 
 def _set(model: Any, value: Any) -> None:
@@ -185,8 +192,9 @@ def _set(model: Any, value: Any) -> None:
 
 def dress(module: Any, *made: Any) -> None:
     """Give a module the class that `dressed` makes of its own."""
+    before = type(module)
     module.__class__ = dressed(plain_of(module), *made)
-    _rebind(module)
+    _rebind(module, before)
 
 
 def undress(module: Any) -> None:
@@ -198,8 +206,9 @@ def undress(module: Any) -> None:
             f"remove_patch: {type(module).__name__} was wrapped after the patch (by fully_shard, say): take that off"
             " first, or make the model anew"
         )
-    module.__class__ = type(module).tokenops_made[0]
-    _rebind(module)
+    before: Any = type(module)
+    module.__class__ = before.tokenops_made[0]
+    _rebind(module, before)
 
 
 def plain_of(module: Any) -> type:
@@ -208,10 +217,18 @@ def plain_of(module: Any) -> type:
     return cls.tokenops_made[0] if "tokenops_made" in vars(cls) else cls
 
 
-def _rebind(module: Any) -> None:
-    """Accelerate's hooks call the forward they found, a method of the class that was."""
-    if "_old_forward" in vars(module):
-        module._old_forward = types.MethodType(type(module).forward, module)
+def _rebind(module: Any, before: Any) -> None:
+    """Accelerate's hooks call the forward they found, a method of the class that was, and leave it where they were."""
+    for name in ("_old_forward", "forward"):
+        if getattr(vars(module).get(name), "__func__", None) is before.forward:
+            setattr(module, name, types.MethodType(type(module).forward, module))
+
+
+def place_of(module: Any) -> torch.device:
+    """Where a module computes: accelerate's hooks may keep its weights elsewhere."""
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    said = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in said if device is not None), next(module.parameters()).device))
 
 
 class PatchedBlock:
@@ -228,8 +245,7 @@ class PatchedBlock:
         self.tokenops_role = role
         constant = getattr(role, "constant", None)
         if constant is not None:
-            device = next(self.parameters()).device  # type: ignore[attr-defined]
-            rows = torch.tensor(constant, device=device)
+            rows = torch.tensor(constant, device=place_of(self))
             self.register_buffer("tokenops_constant", rows, persistent=False)  # type: ignore[attr-defined]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -244,7 +260,8 @@ class PatchedBlock:
         """Tokens ``(B, P+N, C)``, or a `Flow`, to as many tokens or fewer.
 
         Raises:
-            ValueError: a mask or attention weights are asked for; or the state of the block before was lost.
+            ValueError: a mask or attention weights are asked for; or the state of the block before was lost, or its
+                gradients.
         """
         role, record = self.tokenops_role, kwargs.pop("record", None)
         if not isinstance(x, Flow):
@@ -253,6 +270,8 @@ class PatchedBlock:
             if role.idle:
                 return super().forward(x, *args, **kwargs)  # type: ignore[misc]
             x = Flow(x, None)
+        elif x.tokens.requires_grad and not torch.is_grad_enabled():
+            raise ValueError(_lost(x))
         rope = families.positions(self, args, kwargs)
         flow = role.run(self, x, rope, record)
         if record is not None:
@@ -266,9 +285,10 @@ def _lost(x: Any) -> str:
             "a patched model cannot be traced symbolically (torch.fx, create_feature_extractor), as it looks at numbers"
             " of tokens: use its forward_intermediates, timm's features_only, torch.export or torch.jit.trace"
         )
+    what = "tokens whose gradients are lost" if isinstance(x, Flow) else type(x).__name__
     return (
-        f"a block of a patched model takes tokens or what the block before gave, but got {type(x).__name__}:"
-        " checkpointing with use_reentrant=True takes it apart, so pass use_reentrant=False"
+        f"a block of a patched model takes tokens or what the block before gave, but got {what}: checkpointing with"
+        " use_reentrant=True takes it apart, so pass use_reentrant=False"
     )
 
 

@@ -39,11 +39,17 @@ class Ask:
         return self.key_bias is not None or self.scores is not None or self.key_mean
 
 
+def keeps_forward(module: Any, name: str = "forward") -> bool:
+    """Whether a module has no forward but that of its class, which accelerate's hooks leave on it."""
+    own = vars(module).get(name)
+    return own is None or getattr(own, "__func__", None) is type(module).forward
+
+
 def exact(module: nn.Module, *kinds: type) -> bool:
     """Whether a module computes what its class does from its parameters, unseen: no hook, no forward of its own, not
     compiled by itself, plain parameters. Only then may an operator compute it instead.
     """
-    if type(module) not in kinds or "forward" in vars(module) or module._compiled_call_impl is not None:
+    if type(module) not in kinds or not keeps_forward(module) or module._compiled_call_impl is not None:
         return False
     seen = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not seen and all(p is None or type(p) is nn.Parameter for p in module._parameters.values())
@@ -86,7 +92,7 @@ class Family:
         if missing:
             raise TypeError(f"it has no {', '.join(missing)}: it is that of another version")
         for module in (block, attention):
-            if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+            if not keeps_forward(module, "_old_forward" if hasattr(module, "_hf_hook") else "forward"):
                 raise TypeError("its forward was replaced, by one that a patch would undo")
 
     @staticmethod

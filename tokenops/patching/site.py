@@ -9,17 +9,10 @@ from .families import FAMILIES, Eva, name_of
 
 #: the timm models whose loops run blocks one after another; transformers' are told by their blocks
 _TIMM = ("timm.models.vision_transformer.VisionTransformer", "timm.models.eva.Eva")
-#: transformers' models that classify by the mean of the patch tokens, though there is a class token
-_MEAN = ("CLIPForImageClassification",)
-#: transformers' models whose language model takes a fixed number of tokens from a hidden layer, or from a map of them
-_TAKING = {
-    "LlavaModel": "vision_feature_layer",
-    "LlavaNextModel": "vision_feature_layer",
-    "VipLlavaModel": "vision_feature_layers",
-    "VideoLlavaModel": "vision_feature_layer",
-    "PaliGemmaModel": "",
-    "Gemma3Model": "",
-}
+#: transformers' models that take nothing but the class token of the vision transformer in them
+_CLASS = ("ViTForImageClassification", "CLIPVisionModelWithProjection", "CLIPModel", "VisionTextDualEncoderModel")
+#: those with a language model that takes as many patch tokens as the prompt has places for, in no grid
+_COUNTING = ("LlavaModel", "VipLlavaModel", "PaliGemmaModel", "DeepseekVLModel")
 
 
 class Site:
@@ -38,6 +31,7 @@ class Site:
         rope: whether it has rotary positions.
         grid: rows and columns of patches, None where images may have others; ``patches`` are as many.
         embedding: the module that makes the patch tokens.
+        taken: the blocks behind which the model takes its tokens, mostly the last; -1 is before the first.
 
     Raises:
         TypeError: the model has no blocks that can be patched, or some that cannot.
@@ -78,19 +72,28 @@ class Site:
             size = getattr(embeddings, "patch_embeddings", embeddings).image_size
             self.grid = grid_of(embeddings, *((size, size) if isinstance(size, int) else size))
         self.patches = None if self.grid is None else self.grid[0] * self.grid[1]
+        #: the modules around the vision transformer, and the innermost of them with a prompt that has places for images
+        self._around = _around(model, self.path)
+        self._speaker: Any = next((m for m in reversed(self._around) if _has_places(m)), None)
+        self.taken = (self.depth - 1,) if self._speaker is None else _layers(self._speaker.config, self.depth)
 
     def pools_class(self) -> bool:
         """Whether the model, as it is now, classifies by tokens of the prefix alone."""
         owner = self.owner
+        if not self.has_class or self._speaker is not None:
+            return False
         if hasattr(owner, "global_pool"):
-            return self.has_class and owner.global_pool == "token" and getattr(owner, "attn_pool", None) is None
-        kinds = {type(module).__name__ for module in _around(self.model, self.path)}
-        return self.has_class and not self.maps_patches() and not kinds & {*_MEAN, *_TAKING}
+            return owner.global_pool == "token" and getattr(owner, "attn_pool", None) is None
+        return not self._around or type(self._around[-1]).__name__ in _CLASS
 
-    def maps_patches(self) -> bool:
-        """Whether the model makes an image of its patch tokens, or words of them all."""
-        kinds = [type(module).__name__ for module in _around(self.model, self.path)]
-        return any("MaskedImageModeling" in kind or kind in _TAKING for kind in kinds)
+    @property
+    def maps(self) -> str | None:
+        """The class that expects every patch token in its place, where the model has one."""
+        if self._speaker is not None:
+            kind = type(self._speaker).__name__
+            return None if kind in _COUNTING and len(self.taken) == 1 else kind
+        kinds = (type(module).__name__ for module in self._around)
+        return next((kind for kind in kinds if "MaskedImageModeling" in kind), None)
 
     def needs_grid(self, method: str) -> tuple[int, tuple[int, int]]:
         """The number of patches and the grid; ValueError where images may have others."""
@@ -101,10 +104,11 @@ class Site:
         return self.patches, self.grid
 
     def needs_no_map(self, method: str) -> None:
-        """ValueError where the model makes an image of all its patch tokens."""
-        if self.maps_patches():
+        """ValueError where the model expects every patch token in its place."""
+        if self.maps is not None:
             raise ValueError(
-                f"{method}: the model makes an image of all its patch tokens, which only 'tome' and 'evo_vit' keep"
+                f"{method}: {self.maps} expects every patch token in its place, which 'tome' and 'evo_vit' alone give:"
+                " use one of these"
             )
 
     def refuse_rope(self, method: str, why: str) -> None:
@@ -114,9 +118,22 @@ class Site:
 
 
 def _around(model: Any, path: str) -> list[Any]:
-    """The modules on the way from the model to one within it, both included."""
+    """The modules on the way from the model, included, to one within it, not included."""
     names = path.split(".") if path else []
-    return [model.get_submodule(".".join(names[:length])) for length in range(len(names) + 1)]
+    return [model.get_submodule(".".join(names[:length])) for length in range(len(names))]
+
+
+def _has_places(module: Any) -> bool:
+    """Whether it is a model of transformers that puts image tokens into places of a prompt."""
+    config = getattr(module, "config", None)
+    return hasattr(config, "image_token_id") or hasattr(config, "image_token_index")
+
+
+def _layers(config: Any, depth: int) -> tuple[int, ...]:
+    """The blocks whose hidden states become image tokens; -1 for what comes into the first."""
+    layers = getattr(config, "vision_feature_layer", -1)
+    layers = [layers] if isinstance(layers, int) else layers
+    return tuple(sorted({(i + depth if i < 0 else i - 1) for i in layers}))
 
 
 def _find(model: nn.Module) -> tuple[str, str, str]:
@@ -143,7 +160,10 @@ def _find(model: nn.Module) -> tuple[str, str, str]:
             f" {' or '.join(FAMILIES)}"
         )
     if len(found) > 1:
-        raise ValueError(f"apply_patch: the model has several vision transformers, {', '.join(f[0] for f in found)}")
+        raise ValueError(
+            f"apply_patch: the model has several vision transformers, {', '.join(f[0] for f in found)}: patch each by"
+            f" itself, apply_patch(model{'.' * bool(found[0][1])}{found[0][1]}, ...)"
+        )
     return found[0]
 
 

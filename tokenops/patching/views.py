@@ -133,9 +133,11 @@ class PatchedTransformer:
 
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r}, but it must be 'NCHW' or 'NLC'")
+        plain: Any = plain_of(self)
+        if isinstance(self.blocks[0], Recorder):  # type: ignore[attr-defined]  # a trace of a model around
+            return plain.forward_intermediates(self, x, indices, output_fmt="NLC", intermediates_only=True)
         site: Any = Site(self)
         view, records = recorded(site)
-        plain: Any = plain_of(self)
         view.__class__ = plain
         out = plain.forward_intermediates(
             view, x, indices, return_prefix_tokens, norm, stop_early, "NLC", intermediates_only, **kwargs
@@ -154,7 +156,8 @@ class PatchedTransformer:
             if spread is None:
                 raise ValueError(
                     f"block {i} gives {tokens.shape[1]} tokens that are not the grid's {grid[0]} x {grid[1]} patches"
-                    f" ({self.tokenops_patch.method.name}): use output_fmt='NLC'"  # type: ignore[attr-defined]
+                    f" ({self.tokenops_patch.method.name}): use output_fmt='NLC', or"  # type: ignore[attr-defined]
+                    " 'tome', 'evo_vit' or 'cait', which keep a map"
                 )
             y = spread.transpose(1, 2).unflatten(2, grid).contiguous()
             found[j] = (y, *others) if others else y

@@ -98,9 +98,11 @@ class PatchSlimming(Method):
                 f"the schedule is for a grid of {schedule.grid[0]} x {schedule.grid[1]} patches, but the model has"
                 f" {grid[0]} x {grid[1]}: search one for this image size"
             )
-        if not site.pools_class() and schedule.counts[-1] < 2:
+        empty = [i for i in site.taken if i >= 0 and schedule.counts[i] < 2]
+        if empty and not site.pools_class():
             raise ValueError(
-                "the schedule leaves no patch to the last layer, but the model does not classify by its class token"
+                f"the schedule leaves no patch to layer {empty[0] + 1}, but the model takes patches from there, not the"
+                " class token alone"
             )
         roles: list[Role] = []
         before = patches
