@@ -1,5 +1,7 @@
 """The other methods by apply_patch: EViT written out plainly, and the library's own models with the same weights."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from support.patched_models import (
 from tokenops.methods import patch_slimming
 from tokenops.methods.cait.blocks import merge_tokens
 from tokenops.nn import TokenSlimming
-from tokenops.patching import apply_patch, trace
+from tokenops.patching import Flow, Method, Role, apply_patch, engine, families, trace
 
 
 def plain_evit(model, x, rates, fuse):
@@ -151,3 +153,61 @@ def test_cait_equals_its_model(kind):
     )
     assert ("blocks.0.merge.alpha" in model.state_dict()) == (kind in ("scalar", "channel"))
     assert list(model.state_dict()) == list(merged.state_dict())
+
+
+def test_random_tokens_stay_and_the_others_are_gone():
+    model, x = apply_patch(model_of("plain"), "random", keep_rate=0.5, reduction_loc=(0, 2)), images(64)
+    seen = [step.sources >= 0 for step in trace(model, x).steps]
+    assert [mask.sum(dim=1).unique().tolist() for mask in seen] == [[8], [4]]
+    assert (seen[1] <= seen[0]).all()
+    often = seen[0].float().mean(dim=0)  # of 64 draws, each patch in half of them: 6 deviations
+    assert (often - 0.5).abs().max() < 6 * 0.5 / 8
+    assert not torch.equal(model(x), model(x))
+    torch.manual_seed(1)
+    first = model(x)
+    torch.manual_seed(1)
+    assert torch.equal(model(x), first)
+    model.keep_rate = 1
+    assert torch.equal(model(x), model_of("plain")(x))
+
+
+def test_a_method_of_ones_own():
+    """Every second patch goes, behind one block: a plug-in of a few lines."""
+
+    @dataclass(frozen=True)
+    class Halved(Role):
+        halves: bool = False
+
+        @property
+        def idle(self):
+            return not self.halves
+
+        def run(self, block, flow, rope, record):
+            x = families.whole(block, flow.tokens, rope)
+            x = torch.cat((x[:, : self.prefix], x[:, self.prefix :: 2]), dim=1)
+            if record is not None:
+                sources = torch.arange(16) // 2
+                record.note(x, sources.masked_fill(torch.arange(16) % 2 == 1, -1).expand(len(x), -1))
+            return Flow(x, None)
+
+    class Half(Method):
+        name, scores, setting = "half", False, "behind"
+
+        def __init__(self, behind):
+            self.value = behind
+
+        def roles(self, site):
+            return [Halved(site.prefix, False, i == self.value) for i in range(site.depth)]
+
+    try:
+        model, x = apply_patch(model_of("plain"), "half", behind=1), images()
+        assert tokens_behind(model, x) == [17, 9, 9]
+        assert [(step.block, step.tokens) for step in trace(model, x).steps] == [(1, 9)]
+        model.behind = 0
+        assert tokens_behind(model, x) == [9, 9, 9]
+        other = apply_patch(model_of("plain"), Half(0))
+        assert torch.equal(other(x), model(x))
+        with pytest.raises(TypeError, match="behind given beside a method"):
+            apply_patch(model_of("plain"), Half(0), behind=2)
+    finally:
+        del engine.METHODS["half"]
