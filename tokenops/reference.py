@@ -89,10 +89,11 @@ def token_mlp(z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
 
 def selection_order(scores: Tensor) -> Tensor:
     """The tokens of each image from the best score to the worst, (B,N) int64: equal ones by place, NaN behind all."""
-    nan = scores.isnan()
-    order = torch.sort(scores.masked_fill(nan, float("-inf")), dim=1, descending=True, stable=True).indices
-    last = torch.sort(nan.gather(1, order).to(torch.uint8), dim=1, stable=True).indices
-    return order.gather(1, last)
+    N, nan = scores.shape[1], scores.isnan()
+    ordered, order = scores.masked_fill(nan, float("-inf")).sort(dim=1, descending=True)
+    better = F.pad((ordered[:, 1:] != ordered[:, :-1]).cumsum(dim=1), (1, 0))  # how many scores are, equal ones once
+    # a second sort, by numbers that are all different: ONNX has no stable one
+    return order.gather(1, ((nan.gather(1, order) * N + better) * N + order).argsort(dim=1))
 
 
 def rest_weights(scores: Tensor, left_out: Tensor, rest: str, normalize: bool = True) -> Tensor:
@@ -128,7 +129,7 @@ def select_tokens(
     B, rows, C = x.shape
     N, dropped = rows - prefix, int(rest != "none")
     ranked = selection_order(scores)
-    rank = torch.sort(ranked, dim=1, stable=True).indices
+    rank = ranked.argsort(dim=1)
     kept = torch.full((B,), k, device=x.device) if counts is None else counts.clamp(0, k)
     there = torch.arange(k, device=x.device) < kept.unsqueeze(1)
     index = ranked[:, :k].masked_fill(~there, N)
@@ -315,7 +316,7 @@ def merge_bipartite(
 
     def summed(values: Tensor) -> Tensor:
         at = place if values.dim() == 2 else place.unsqueeze(2).expand_as(values)
-        return values.new_zeros(len(values), tokens + 1, *values.shape[2:]).scatter_add(1, at, values)[:, :tokens]
+        return values.new_zeros(values.shape[0], tokens + 1, *values.shape[2:]).scatter_add(1, at, values)[:, :tokens]
 
     totals = summed(shares[:, prefix:])
     sums = summed(x[:, prefix:].to(wide) * shares[:, prefix:].unsqueeze(2))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from timm.layers import Attention
 
-import tokenops
 from support.patched_models import CHOOSING, FAMILIES, METHODS, ROTARY, images, model_of, tokens_behind, tokens_of
 from support.weights import redrawn
 from tokenops.nn import convert_attention
@@ -155,18 +154,6 @@ def test_compiles_whole(method):
         y = compiled(x)
         assert not torch.allclose(y, expected, atol=1e-4)
         torch.testing.assert_close(y, model(x), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "method", [m if m in ("tome", "evit") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
-)
-@pytest.mark.filterwarnings("ignore")
-def test_exports(method):
-    model, x = apply_patch(model_of("plain"), method, **METHODS[method][1]), images()
-    expected = model(x)
-    with tokenops.use_backend("reference"), torch.no_grad():
-        program = torch.export.export(model, (x,))
-        torch.testing.assert_close(program.module()(x), expected, rtol=0, atol=1e-5)
 
 
 def test_hooks_of_a_block_stay_its_own():

@@ -7,8 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from .engine import METHODS, Method, PatchedAttention, PatchedBlock, PatchedGrid, Role, dress, place_of, undress
-from .families import WIDEST_HEAD, head_width
+from .engine import (
+    METHODS,
+    Method,
+    PatchedAttention,
+    PatchedBlock,
+    PatchedGrid,
+    PatchedViT,
+    Role,
+    dress,
+    place_of,
+    undress,
+)
+from .families import WIDEST_HEAD, HfViT, head_width
 from .site import Site, is_patched
 from .views import PatchedTransformer
 
@@ -52,7 +63,8 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
     """Token reduction in a pretrained vision transformer, in place.
 
     Each block becomes one of a class derived from its own: the model still saves, loads, copies, pickles, compiles,
-    exports, checkpoints its blocks, and runs in threads. Where nothing is reduced its outputs do not change.
+    exports, checkpoints its blocks, and runs in threads. Where nothing is reduced its outputs do not change. Exported
+    under ``use_backend("reference")`` it has standard operators alone, and goes to ONNX (``dynamo=True``).
 
     Methods and their options:
 
@@ -108,7 +120,7 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
         **options: those of the method.
 
     Returns:
-        The model. (With torch 2.11 transformers' ViT makes a mask where it is compiled, which is refused.)
+        The model.
 
     Raises:
         TypeError: the model, its blocks or their attention are of another kind; or an option is not known. The model is
@@ -141,7 +153,9 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
     if how.shape:
         site.embedding.tokenops_grid = site.grid
         dress(site.embedding, (PatchedGrid,))
-    mixins = (PatchedTransformer,) if site.timm else ()
+    mixins: tuple[type, ...] = (PatchedTransformer,) if site.timm else ()
+    if site.families[0] is HfViT:
+        mixins = (PatchedViT,)
     if site.owner is not model:
         site.owner.tokenops_patch = patch
         dress(site.owner, mixins)

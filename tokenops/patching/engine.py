@@ -264,6 +264,7 @@ class PatchedBlock:
                 gradients.
         """
         role, record = self.tokenops_role, kwargs.pop("record", None)
+        args = type(self).tokenops_family.unmasked(args)  # type: ignore[attr-defined]
         if not isinstance(x, Flow):
             if not isinstance(x, Tensor):
                 raise ValueError(_lost(x))
@@ -321,6 +322,24 @@ class PatchedGrid:
                 f" {columns}: remove_patch, and apply_patch for the new size"
             )
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+
+class PatchedViT:
+    """transformers' ViTModel, which makes a mask of ones where it is traced; one without any entry stands for none."""
+
+    def forward(
+        self,
+        pixel_values: Any = None,
+        bool_masked_pos: Any = None,
+        interpolate_pos_encoding: Any = None,
+        attention_mask: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if attention_mask is None and torch.compiler.is_compiling():
+            attention_mask = pixel_values.new_empty((0, 0, 0, 0))
+        return super().forward(  # type: ignore[misc]
+            pixel_values, bool_masked_pos, interpolate_pos_encoding, attention_mask, **kwargs
+        )
 
 
 def grid_of(embedding: Any, height: int, width: int) -> tuple[int, int]:

@@ -96,6 +96,11 @@ class Family:
                 raise TypeError("its forward was replaced, by one that a patch would undo")
 
     @staticmethod
+    def unmasked(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A block's arguments behind the tokens, without what stands for no mask."""
+        return args
+
+    @staticmethod
     def call(attention: Any, x: Tensor, rope: Tensor | None, **ask: Any) -> Tensor:
         """The block's own attention."""
         return attention(x, **ask)
@@ -227,6 +232,10 @@ class HfViT(Clip):
     attentions = ("transformers.models.vit.modeling_vit.ViTAttention",)
     parts = ("mlp", "dropout")
     projections = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim")
+
+    @staticmethod
+    def unmasked(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (None, *args[1:]) if args and args[0] is not None and args[0].shape[-1] == 0 else args
 
     @staticmethod
     def project(attention: Any, x: Tensor, out: Tensor) -> Tensor:
