@@ -14,8 +14,10 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to know of a call: an autograd.Function costs more than a small kernel.
 
     Within a transform of torch.func it always has to: what vmap hands on does not say whether it needs a gradient.
-    Under forward-mode differentiation too, and it says that it cannot do that.
+    Under forward-mode differentiation too, and it says that it cannot do that. torch.jit.trace cannot save one.
     """
+    if torch.jit.is_tracing():
+        return False
     if torch._C._are_functorch_transforms_active():
         if torch.compiler.is_dynamo_compiling():  # it takes an autograd.Function for its forward pass alone there
             torch._dynamo.graph_break(msg="tokenops: within torch.func operators run as they are, not compiled")

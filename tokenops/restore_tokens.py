@@ -77,6 +77,8 @@ def restore_tokens(
         _checks.places(op, "index", index, N, allowed, lowest=-1, unique=True)
         return reference.restore_tokens(base, tokens, index, prefix=prefix, companions=companions)
     flat = [t for pair in pairs for t in pair]
+    if torch.jit.is_tracing():  # TorchScript makes one of equal lists, and torch empties a list that a call took
+        flat = [t.view_as(t) for t in flat]
     if needs_grad(base, tokens, *flat):
         y, *found = _RestoreTokens.of(base, tokens, index, prefix, backend, *flat)
     else:

@@ -30,14 +30,18 @@ class Choosing(Role):
     """Attention, the choice by its scores, and the MLP.
 
     Attributes:
-        rate: the part of the patch tokens that stays.
+        share: the part of the patch tokens that stays, as two whole numbers: compilers make a variable of a float.
         fuse_token: whether those that do not become one.
         scores: "class", the class token's attention, "received", the mean attention a token receives, or "random".
     """
 
-    rate: float = 1.0
+    share: tuple[int, int] = (1, 1)
     fuse_token: bool = True
     scores: str = "class"
+
+    @property
+    def rate(self) -> float:
+        return self.share[0] / self.share[1]
 
     @property
     def idle(self) -> bool:
@@ -112,7 +116,8 @@ class EViT(Method):
         site.needs_no_map(self.name)
         where = block_indices("reduction_loc", quarters(site.depth, self.reduction_loc), 0, site.depth)
         rates = per_block("keep_rate", self.value, where, site.depth)
-        return [Choosing(site.prefix, False, rate, self.fuse_token, self.scored_by(site)) for rate in rates]
+        shares = [float(rate).as_integer_ratio() for rate in rates]
+        return [Choosing(site.prefix, False, share, self.fuse_token, self.scored_by(site)) for share in shares]
 
     def scored_by(self, site: Any) -> str:
         return "class" if site.has_class else "received"

@@ -37,7 +37,8 @@ class Evolving(Role):
     """A block within a stage.
 
     Attributes:
-        ratio: the part of the patch tokens that passes through the stage.
+        share: the part of the patch tokens that passes through the stage, as two whole numbers: compilers make a
+            variable of a float.
         begins, ends: whether it is the first, or the last, of a stage of chosen tokens.
         alpha: how much its own scores count.
         needed: whether its scores are computed.
@@ -45,13 +46,17 @@ class Evolving(Role):
         scores: "class", the class token's attention, or "received", the mean attention a token receives.
     """
 
-    ratio: float = 1.0
+    share: tuple[int, int] = (1, 1)
     begins: bool = False
     ends: bool = False
     alpha: float = 1.0
     needed: bool = False
     wanted: bool = False
     scores: str = "class"
+
+    @property
+    def ratio(self) -> float:
+        return self.share[0] / self.share[1]
 
     @property
     def idle(self) -> bool:
@@ -156,8 +161,9 @@ class EvoViT(Method):
                 overwritten = 1.0 in alphas[i + 1 : end]
                 needed = wanted and alphas[i] > 0 and not overwritten
                 begins, ends = chosen and i == first, chosen and i == end - 1
-                ratio, alpha = ratios[first] if begins else 1.0, alphas[i] if needed else 1.0
-                found.append(Evolving(site.prefix, False, ratio, begins, ends, alpha, needed, wanted, scores))
+                share = float(ratios[first]).as_integer_ratio() if begins else (1, 1)
+                alpha = alphas[i] if needed else 1.0
+                found.append(Evolving(site.prefix, False, share, begins, ends, alpha, needed, wanted, scores))
         return found
 
 

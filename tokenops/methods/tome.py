@@ -9,6 +9,7 @@ from torch import Tensor
 from ..merge_bipartite import merge_bipartite, unmerge_bipartite
 from ..patching.engine import Flow, Method, Record, Role
 from ..patching.families import attend, feed, fusable
+from ..reference import accumulation_dtype
 from .options import is_number
 
 
@@ -24,6 +25,11 @@ class Merges(NamedTuple):
     sizes: Tensor
     log_sizes: Tensor
     source: Tensor | None
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """What tokens of a dtype add to the logits: by sizes anew where a wrapper has cast their logarithms."""
+        wide = accumulation_dtype(dtype)
+        return self.log_sizes if self.log_sizes.dtype == wide else self.sizes.to(wide).log()
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,9 @@ class Merging(Role):
 
     def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
         x, state = flow
-        r = min(self.r, (x.shape[1] - self.prefix) // 2)
-        bias = state.log_sizes if state is not None and self.prop_attn else None
+        most = (x.shape[1] - self.prefix) // 2
+        r = min(self.r, int(most) if isinstance(most, Tensor) else most)  # torch.jit.trace gives sizes as tensors
+        bias = state.bias(x.dtype) if state is not None and self.prop_attn else None
         x, _, keys = attend(block, x, key_bias=bias, key_mean=r > 0)
         if keys is None:
             x = feed(block, x)

@@ -14,12 +14,12 @@ from .engine import (
     PatchedBlock,
     PatchedGrid,
     PatchedViT,
-    Role,
     dress,
     place_of,
+    refuse_wrapped,
     undress,
 )
-from .families import WIDEST_HEAD, HfViT, head_width
+from .families import WIDEST_HEAD, HfViT, head_width, is_sharded, unwrapped
 from .site import Site, is_patched
 from .views import PatchedTransformer
 
@@ -51,10 +51,9 @@ class Patch:
             replace(role, last=i == last, taken=i == last or i in site.taken)
             for i, role in enumerate(method.roles(site)[: last + 1])
         ]
-        numbers: dict[Role, int] = {}
         for block, family, role in zip(site.blocks, site.families, roles, strict=True):
             if not isinstance(block, PatchedBlock) or "tokenops_made" in vars(type(block)):  # else it was wrapped since
-                dress(block, (PatchedBlock,), family, None, numbers.setdefault(role, len(numbers)))
+                dress(block, (PatchedBlock,), family, None, role)
             block.tokenops_take(role)
         self.method = method
 
@@ -144,12 +143,14 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
         raise ValueError(f"apply_patch: the model has an attribute {taken[0]!r} of its own")
     how.roles(site)
     parts, patch = how.parts(site), Patch(how, site.depth)
+    if any(list(part.parameters()) for _, part in parts.values()) and (wrapper := _distributed(model)):
+        raise ValueError(f"{how.name} adds parameters, which {wrapper} would not know of: apply_patch comes before it")
     for i, (name, part) in parts.items():
         _add_to(site.blocks[i], name, part)
         patch.added[i] = name
     patch.fit(model)
     for block, family in zip(site.blocks, site.families):
-        dress(getattr(block, family.attention), (PatchedAttention,), family)
+        dress(unwrapped(getattr(block, family.attention)), (PatchedAttention,), family)
     if how.shape:
         site.embedding.tokenops_grid = site.grid
         dress(site.embedding, (PatchedGrid,))
@@ -175,18 +176,20 @@ def remove_patch(model: Any) -> Any:
     if patch is None:
         raise ValueError(f"remove_patch: this {type(model).__name__} is not patched")
     site = Site(model)
-    for i, (block, family) in enumerate(zip(site.blocks, site.families)):
-        undress(block)
-        undress(getattr(block, family.attention))
+    attentions = [unwrapped(getattr(block, family.attention)) for block, family in zip(site.blocks, site.families)]
+    dressed = [*site.blocks, *attentions, site.embedding, site.owner, model]
+    for module in dressed:
+        refuse_wrapped(module)
+    for module in dressed:
+        undress(module)
+    for i, block in enumerate(site.blocks):
         del block.tokenops_role
         block._buffers.pop("tokenops_constant", None)
+        getattr(getattr(block, "_hf_hook", None), "original_devices", {}).pop("tokenops_constant", None)
         if i in patch.added:
             delattr(block, patch.added[i])
-    undress(site.embedding)
     for module, name in ((site.embedding, "tokenops_grid"), (site.owner, "tokenops_patch"), (model, "tokenops_patch")):
         vars(module).pop(name, None)
-    undress(site.owner)
-    undress(model)
     return model
 
 
@@ -199,6 +202,14 @@ def _made(method: str | Method, options: dict[str, Any]) -> Method:
     if method not in METHODS:
         raise ValueError(f"method={method!r}, but it must be one of {', '.join(map(repr, METHODS))}")
     return METHODS[method](**options)
+
+
+def _distributed(model: nn.Module) -> str | None:
+    """The name of what has taken a model's parameters to share them among processes."""
+    kinds = [type(module) for module in model.modules()]
+    named = ("FullyShardedDataParallel", "DistributedDataParallel")
+    found = ("fully_shard" if is_sharded(k) else k.__name__ for k in kinds if is_sharded(k) or k.__name__ in named)
+    return next(found, None)
 
 
 def _add_to(block: nn.Module, name: str, part: nn.Module) -> None:

@@ -149,6 +149,13 @@ class Patched:
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return cls.tokenops_made[0](*args, **kwargs)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """As every module's, which makes the new one by `__new__`."""
+        replica: Any = object.__new__(type(self))
+        vars(replica).update(vars(self), _parameters={}, _is_replica=True)
+        replica._buffers, replica._modules = replica._buffers.copy(), replica._modules.copy()
+        return replica
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
         return (_remade, type(self).tokenops_made, *made[2:]) if made[1][:1] == (type(self),) else made
@@ -156,13 +163,13 @@ class Patched:
 
 @lru_cache(maxsize=4096)
 def dressed(
-    plain: type, mixins: tuple[type, ...], family: Any = None, setting: str | None = None, number: int = 0
+    plain: type, mixins: tuple[type, ...], family: Any = None, setting: str | None = None, role: Any = None
 ) -> Any:
     """The class of a patched module: the plain one with mixins before it, under the same name.
 
-    Classes of other numbers have a forward with code of its own: a compiler keeps only so many variants of one code.
+    Those of other roles have a forward with code of its own: a compiler keeps only so many variants of one code.
     """
-    made = (plain, mixins, family, setting, number)
+    made = (plain, mixins, family, setting, role)
     space: dict[str, Any] = {
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
@@ -199,16 +206,19 @@ def dress(module: Any, *made: Any) -> None:
 
 def undress(module: Any) -> None:
     """Give a module its own class back."""
-    if not isinstance(module, Patched):
-        return
-    if "tokenops_made" not in vars(type(module)):
+    if isinstance(module, Patched):
+        before: Any = type(module)
+        module.__class__ = before.tokenops_made[0]
+        _rebind(module, before)
+
+
+def refuse_wrapped(module: Any) -> None:
+    """ValueError where a module has another class since it was patched."""
+    if isinstance(module, Patched) and "tokenops_made" not in vars(type(module)):
         raise ValueError(
             f"remove_patch: {type(module).__name__} was wrapped after the patch (by fully_shard, say): take that off"
             " first, or make the model anew"
         )
-    before: Any = type(module)
-    module.__class__ = before.tokenops_made[0]
-    _rebind(module, before)
 
 
 def plain_of(module: Any) -> type:
@@ -239,6 +249,7 @@ class PatchedBlock:
     """
 
     tokenops_role: Role
+    tokenops_constant: Tensor
 
     def tokenops_take(self, role: Role) -> None:
         """Have a role from now on."""
@@ -248,12 +259,18 @@ class PatchedBlock:
             rows = torch.tensor(constant, device=place_of(self))
             self.register_buffer("tokenops_constant", rows, persistent=False)  # type: ignore[attr-defined]
 
+    def tokenops_rows(self, x: Tensor) -> Tensor:
+        """The constant rows where x is: the buffer may be elsewhere, as weights that were meta were assigned."""
+        rows = self.tokenops_constant
+        constant: Any = getattr(self.tokenops_role, "constant", None)
+        return rows if rows.device == x.device else torch.tensor(constant, device=x.device)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As every module's; rows that are constants are as they were, whatever `to_empty` did to them."""
         super()._apply(fn, recurse)  # type: ignore[misc]
         constant = getattr(self.tokenops_role, "constant", None)
-        if constant is not None and not self.tokenops_constant.is_meta:  # type: ignore[has-type]
-            self.tokenops_constant = torch.tensor(constant, device=self.tokenops_constant.device)  # type: ignore
+        if constant is not None and not self.tokenops_constant.is_meta:
+            self.tokenops_constant = torch.tensor(constant, device=self.tokenops_constant.device)
         return self
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -314,6 +331,8 @@ class PatchedGrid:
     tokenops_grid: tuple[int, int]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, fx.Proxy):
+            raise ValueError(_lost(x))
         grid = grid_of(self, x.shape[-2], x.shape[-1])
         if grid != self.tokenops_grid:
             rows, columns = self.tokenops_grid

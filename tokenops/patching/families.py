@@ -5,9 +5,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.module_tracker import ModuleTracker
 
 from .. import reference
 from ..masked_channel_attention import WIDEST_HEAD, masked_channel_attention
+
+_EVERYWHERE: tuple[dict[int, Any], ...] = (
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_backward_pre_hooks,
+    nn.modules.module._global_backward_hooks,
+)
 
 
 class Ask:
@@ -18,6 +26,7 @@ class Ask:
         key_bias: ``(B, N)``, added to the logits.
         scores: "class" or "received", as in :func:`tokenops.masked_channel_attention`: their mean over the heads.
         key_mean: whether the keys' mean over the heads is wanted.
+        learns: whether the scores may need gradients.
         looked_at: told: the scores ``(B, N)``.
         keys: told: the mean keys ``(B, N, D)``.
     """
@@ -30,6 +39,7 @@ class Ask:
         key_mean: bool = False,
     ) -> None:
         self.rows, self.key_bias, self.scores, self.key_mean = rows, key_bias, scores, key_mean
+        self.learns = scores is not None and torch.is_grad_enabled()
         self.looked_at: Tensor | None = None
         self.keys: Tensor | None = None
 
@@ -49,10 +59,16 @@ def exact(module: nn.Module, *kinds: type) -> bool:
     """Whether a module computes what its class does from its parameters, unseen: no hook, no forward of its own, not
     compiled by itself, plain parameters. Only then may an operator compute it instead.
     """
-    if type(module) not in kinds or not keeps_forward(module) or module._compiled_call_impl is not None:
+    if type(module) not in kinds or not keeps_forward(module) or module._compiled_call_impl is not None or watched():
         return False
     seen = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return not seen and all(p is None or type(p) is nn.Parameter for p in module._parameters.values())
+
+
+def watched() -> bool:
+    """Whether there are hooks of every module, but for those of torch's FLOP counter, which look at names alone."""
+    hooks = [hook for everywhere in _EVERYWHERE for hook in everywhere.values()]
+    return any(not isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def fusable(norm: nn.Module) -> tuple[Any, Any, float] | None:
@@ -84,7 +100,7 @@ class Family:
     @classmethod
     def check(cls, block: Any) -> None:
         """TypeError in words where a block is not laid out as this kind's are."""
-        attention = getattr(block, cls.attention, None)
+        attention = unwrapped(getattr(block, cls.attention, None))
         if name_of(attention) not in cls.attentions:
             raise TypeError(f"its attention is {name_of(attention)}, but it must be {' or '.join(cls.attentions)}")
         of_attention = [name for name in (*cls.projections, cls.dropout, cls.scale) if not hasattr(attention, name)]
@@ -250,6 +266,17 @@ class HfViT(Clip):
         return block.dropout(y)
 
 
+#: where modules that wrap another keep it: activation checkpointing, FSDP1, torch.compile
+_WRAPPED = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
+
+
+def unwrapped(module: Any) -> Any:
+    """A module without what wraps it."""
+    while found := [name for name in _WRAPPED if name in getattr(module, "_modules", ())]:
+        module = module._modules[found[0]]
+    return module
+
+
 #: the blocks that can be patched: exactly these, as a class derived from one may compute something else
 FAMILIES: dict[str, type[Family]] = {
     "timm.models.vision_transformer.Block": Family,
@@ -262,9 +289,14 @@ FAMILIES: dict[str, type[Family]] = {
 
 def name_of(thing: Any) -> str:
     """The full name of an object's class: behind fully_shard that of what was sharded."""
-    kinds = (kind for kind in type(thing).__mro__ if not any(base.__name__ == "FSDPModule" for base in kind.__mro__))
-    kind = next(kinds)
+    kinds = [kind for kind in type(thing).__mro__ if issubclass(kind, nn.Module) and not is_sharded(kind)]
+    kind = kinds[0] if kinds else type(thing)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def is_sharded(kind: type) -> bool:
+    """Whether a class is of modules that fully_shard has taken the parameters of."""
+    return any(base.__name__ == "FSDPModule" for base in kind.__mro__)
 
 
 def family_of(block: Any) -> type[Family]:
@@ -293,7 +325,7 @@ def attend(
     ask = Ask(**asked)
     if ask.rows is None and not ask.more:
         y = family.call(attention, normed, rope)
-    elif hasattr(type(attention), "tokenops_made"):
+    elif hasattr(type(unwrapped(attention)), "tokenops_made"):
         y = family.call(attention, normed, rope, ask=ask)
     else:
         y = attended(family, attention, ask, normed, rope)
@@ -302,6 +334,10 @@ def attend(
 
 def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, rope: Tensor | None) -> Tensor:
     """The attention's result, of the rows that are asked for."""
+    if ask.learns and not torch.is_grad_enabled():
+        raise ValueError(
+            "the scores that are asked of attention would lose their gradients: checkpoint it with use_reentrant=False"
+        )
     dropout: Any = getattr(attention, family.dropout)  # a module, or a number
     dropped: float = getattr(dropout, "p", dropout) if attention.training else 0.0
     q, k, v = family.heads(attention, x, ask.rows, rope)
@@ -387,7 +423,7 @@ def positions(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
 
 def head_width(block: Any) -> int:
     """Channels of the widest head."""
-    attention = getattr(block, family_of(block).attention)
+    attention = unwrapped(getattr(block, family_of(block).attention))
     return max(attention.head_dim, getattr(attention, "v_head_dim", 0))
 
 

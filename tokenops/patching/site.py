@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from .engine import Patched, grid_of, plain_of
-from .families import FAMILIES, Eva, name_of
+from .families import FAMILIES, Eva, name_of, unwrapped
 
 #: the timm models whose loops run blocks one after another; transformers' are told by their blocks
 _TIMM = ("timm.models.vision_transformer.VisionTransformer", "timm.models.eva.Eva")
@@ -24,7 +24,7 @@ class Site:
     Attributes:
         owner: the vision transformer, which has the patch embedding; ``path`` says where it is in the model.
         container: the module that holds its blocks, ``within`` the owner.
-        blocks: these; ``depth`` are as many, or as many as when the model was patched.
+        blocks: these, without what wraps them; ``depth`` are as many, or as many as when the model was patched.
         prefix: how many tokens before the patches' are never touched.
         has_class: whether the first of them is a class token.
         dim: C.
@@ -43,7 +43,7 @@ class Site:
         where, self.path, self.within = _find(model)
         self.owner: Any = model.get_submodule(self.path)
         self.container: Any = self.owner.get_submodule(self.within)
-        self.blocks = list(self.container)
+        self.blocks = [unwrapped(block) for block in self.container]
         self.depth = len(self.blocks)
         self.families = []
         for i, block in enumerate(self.blocks):
@@ -144,7 +144,7 @@ def _find(model: nn.Module) -> tuple[str, str, str]:
             if not isinstance(container, (nn.Sequential, nn.ModuleList)) or not len(container):
                 continue
             where = f"{path}.{name}".strip(".")
-            if not any(name_of(block) in FAMILIES for block in container):
+            if not any(name_of(unwrapped(block)) in FAMILIES for block in container):
                 if name in ("blocks", "layer", "layers"):
                     others.append(f"{where} of {name_of(container[0])}")
                 continue

@@ -138,7 +138,6 @@ class PatchedTransformer:
             return plain.forward_intermediates(self, x, indices, output_fmt="NLC", intermediates_only=True)
         site: Any = Site(self)
         view, records = recorded(site)
-        view.__class__ = plain
         out = plain.forward_intermediates(
             view, x, indices, return_prefix_tokens, norm, stop_early, "NLC", intermediates_only, **kwargs
         )

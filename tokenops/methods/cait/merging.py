@@ -49,9 +49,10 @@ class Merging(Role):
         x, state = flow
         source = None if state is None else state.source
         if self.constant is not None:
-            x = x.index_select(1, block.tokenops_constant)
+            rows = block.tokenops_rows(x)
+            x = x.index_select(1, rows)
             if record is not None:
-                places = block.tokenops_constant[self.prefix :] - self.prefix
+                places = rows[self.prefix :] - self.prefix
                 source = places.argsort().expand(x.shape[0], -1)
         if not self.merges:
             return Flow(whole(block, x, rope), None if source is None else Merged(source))
@@ -112,7 +113,9 @@ class CAIT(Method):
         points, grid = self._fitted(site)
         order = None
         if self.layout == "block":
-            order = (*range(site.prefix), *(site.prefix + i for i in grid_order(grid).tolist()))
+            with torch.device("cpu"):  # numbers, also of a model on meta
+                places = grid_order(grid).tolist()
+            order = (*range(site.prefix), *(site.prefix + i for i in places))
         return [Merging(site.prefix, False, i in points, None if i else order) for i in range(site.depth)]
 
     def parts(self, site: Any) -> dict[int, tuple[str, Any]]:

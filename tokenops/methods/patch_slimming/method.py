@@ -60,7 +60,7 @@ class Slim(Role):
         """The tokens in the order of their lifespan, where the block puts them there; and, if asked, this order."""
         if self.constant is None:
             return x, None
-        rows = block.tokenops_constant
+        rows = block.tokenops_rows(x)
         return x.index_select(1, rows), rows[self.prefix :] - self.prefix if follows else None
 
 
