@@ -215,7 +215,7 @@ def cait_compressed(run: Run) -> Any:
     points = {PLACES[0] - 1: "horizontal", PLACES[1] - 1: "vertical"}
     if run.target / dense > 0.5:
         points = {PLACES[1] - 1: "horizontal"}
-    cait.merge_tokens(model, points)
+    cait.prunable(tokenops.apply_patch(model, "cait", points=points))
     steps = run.settings.epochs * (len(run.digits.images) // BATCH)
     part = min(1.0, run.target / macs(model))
     pruner = cait.ChannelPruner(

@@ -13,8 +13,8 @@ from PIL import Image
 
 pytest.importorskip("accelerate")
 
+from tokenops import apply_patch  # noqa: E402
 from tokenops.cli import CommandError, patched, train  # noqa: E402
-from tokenops.methods.cait.blocks import merge_tokens  # noqa: E402
 from tokenops.methods.cait.structure import Structure  # noqa: E402
 from tokenops.training import History  # noqa: E402
 from tokenops.training import command as command_module  # noqa: E402
@@ -148,7 +148,8 @@ def loaded(text, path):
 
 
 def test_a_compacted_model_takes_no_other_method(tmp_path):
-    model = merge_tokens(timm.create_model("deit_tiny_patch16_224", img_size=64, embed_dim=64, num_heads=2, depth=12))
+    model = timm.create_model("deit_tiny_patch16_224", img_size=64, embed_dim=64, num_heads=2, depth=12)
+    apply_patch(model, "cait")
     torch.save({"state_dict": model.state_dict(), "structure": Structure.of(model).to_json()}, tmp_path / "model.pt")
     text = "--model deit_tiny_patch16_224 --img-size 64"
     with pytest.raises(CommandError, match="compacted by cait, and takes no --method tome"):

@@ -8,26 +8,21 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import SwiGLU
+from timm import layers as timm_layers
+from timm.models import vision_transformer
 from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ResPostBlock
 from torch import nn
 
 import tokenops
 from support.cait_merging import KINDS, MODELS, POINTS, SMALL, by_slices, dense, merged
 from support.models import all_close, close, gradients, images, train_a_little
+from tokenops import apply_patch, remove_patch, trace
+from tokenops import nn as ours
 from tokenops.methods import cait
-from tokenops.methods.cait import (
-    Block,
-    Merge,
-    Mlp,
-    Structure,
-    UnmergedMaps,
-    blocks,
-    convert_blocks,
-    merge_tokens,
-    merged_maps,
-    unmerge_tokens,
-)
+from tokenops.methods.cait import Merge, Mlp, Structure, compact, merging, prunable, restructure, unmerge_tokens
+from tokenops.methods.cait.merging import commutes, merges_of
+from tokenops.patching.engine import PatchedAttention, plain_of
+from tokenops.patching.families import Ask
 
 
 def literal(model, x):
@@ -40,11 +35,11 @@ def literal(model, x):
         q, k, v = attn.qkv(y).unflatten(2, (3, attn.num_heads, -1)).unbind(2)
         weights = torch.einsum("bqhd,bkhd->bhqk", attn.q_norm(q), attn.k_norm(k)).mul(q.shape[3] ** -0.5).softmax(dim=3)
         y = attn.proj(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2))
-        x = x + block.alpha * block.ls1(y)
+        x = x + block.ls1(y)
         mlp, y = block.mlp, block.norm2(x)
-        y = mlp.fc2(mlp.norm(F.gelu(mlp.fc1(y)))) if isinstance(mlp, Mlp) else mlp(y)
-        x = x + block.alpha * block.ls2(y)
-        if block.merge is not None:
+        y = mlp.fc2(mlp.norm(F.gelu(mlp.fc1(y)))) if isinstance(mlp, timm_layers.Mlp) else mlp(y)
+        x = x + block.ls2(y)
+        if hasattr(block, "merge"):
             axis = block.merge.axis
             y = by_slices(block.merge, x[:, P:].unflatten(1, (height, width)), axis)
             height, width = y.shape[1:3]
@@ -58,11 +53,14 @@ def test_conversion_changes_nothing(name):
     model = dense(name)
     x = images(model)
     expected, names = model(x), list(model.state_dict())
-    assert convert_blocks(model) is model and all(type(block) is Block for block in model.blocks)
+    assert prunable(model) is model and all(type(block.attn) is ours.Attention for block in model.blocks)
+    kind = timm_layers.SwiGLU if name == "swiglu" else Mlp
+    assert all(type(block.mlp) is kind and type(block) is vision_transformer.Block for block in model.blocks)
     assert list(model.state_dict()) == names
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
-    first = model.blocks[0]
-    assert convert_blocks(model).blocks[0] is first  # again: nothing to do
+    first = model.blocks[0].attn, model.blocks[0].mlp
+    prunable(model)
+    assert (model.blocks[0].attn, model.blocks[0].mlp) == first  # again: nothing to do
     mask = torch.ones(model.num_prefix_tokens + 16, model.num_prefix_tokens + 16).tril().bool()
     if name != "lvvit":
         masked = model.forward_features(x, attn_mask=mask)
@@ -101,7 +99,7 @@ def test_merged_models_are_the_literal_ones(name, layout):
 @torch.no_grad()
 def test_it_runs_the_operators(ran_kernels, chosen):
     for kind in ("average", "channel", "content"):
-        model = merged(kind=kind)
+        model = prunable(merged(kind=kind))
         with ran_kernels() as names:
             model(images(model))
         assert names == chosen("masked_channel_attention_fwd", "merge_neighbours_fwd")
@@ -122,7 +120,7 @@ def test_odd_grids_and_many_merges():
 
 
 def plain_form(monkeypatch):
-    monkeypatch.setattr(Block, "commutes", property(lambda self: False))
+    monkeypatch.setattr(merging, "commutes", lambda block: False)
 
 
 @pytest.mark.usefixtures("on_device")
@@ -130,7 +128,7 @@ def plain_form(monkeypatch):
 @pytest.mark.parametrize("name", ["deit", "deit3", "lvvit", "scaled mlp", "no bias"])
 def test_merging_before_fc2_changes_nothing(name, kind, monkeypatch):
     points = {0: "horizontal", 2: "horizontal"}  # 4 x 5, 4 x 3, 4 x 2: lone columns
-    model = merged(name, points, kind, img_size=(64, 80), drop_path_rate=0.5)
+    model = prunable(merged(name, points, kind, img_size=(64, 80), drop_path_rate=0.5))
     seen = []
     for block in model.blocks:
         block.mlp.mask = torch.rand_like(block.mlp.fc1.weight[:, 0])
@@ -143,7 +141,7 @@ def test_merging_before_fc2_changes_nothing(name, kind, monkeypatch):
         return logits, gradients(model, logits.square().mean())
 
     for train in (False, True):
-        assert [block.commutes for block in model.blocks] == [True, False, True, False]
+        assert [commutes(block) for block in model.blocks] == [True, False, True, False]
         (logits, grads), tokens = run(train), list(seen)
         seen.clear()
         with monkeypatch.context() as patch:
@@ -166,34 +164,82 @@ def test_dropout_behind_fc2_is_of_every_token():
 
 @torch.no_grad()
 def test_hidden_channels_are_masked():
-    model = convert_blocks(dense("scaled mlp"))
+    model = prunable(dense("scaled mlp"))
     mlp, x = model.blocks[0].mlp, torch.randn(2, 7, 48)
     mlp.mask = torch.rand(192)
     close(mlp(x), mlp.fc2(mlp.norm(F.gelu(mlp.fc1(x))) * mlp.mask))
     assert "blocks.0.mlp.mask" in model.state_dict() and Mlp.from_timm(mlp).mask is mlp.mask
     mlp.mask = nn.Parameter(mlp.mask)
-    assert Block(model.blocks[0]).mlp.mask is mlp.mask and mlp.mask in set(model.parameters())
+    assert prunable(model).blocks[0].mlp.mask is mlp.mask and mlp.mask in set(model.parameters())
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("layout", ["raster", "block"])
+@pytest.mark.parametrize("name", ["deit", "distilled", "lvvit"])
+@torch.no_grad()
+def test_masks_and_merges_in_either_order(name, layout):
+    """Prunable before the patch or behind it, the masked model is one; compacted, patched still; unpatched, plain."""
+    options = dict(points=POINTS, kind="scalar", layout=layout)
+    first = dense(name)
+    last = copy.deepcopy(first)
+    prunable(apply_patch(first, "cait", **options))
+    apply_patch(prunable(last), "cait", **options)
+    x = images(first)
+    hidden = first.blocks[0].mlp.fc1.out_features
+    masks = [torch.rand(2, 3, 16), torch.rand(hidden)]
+    masks[0][:, :, 5] = masks[1][3] = 0
+    for model in (first, last):
+        for block in model.blocks:
+            attn = block.attn
+            assert isinstance(attn, PatchedAttention) and plain_of(attn) is ours.Attention
+            attn.qk_mask, attn.v_mask = (mask.to(x.device) for mask in masks[0])
+            block.mlp.mask = masks[1].to(x.device)
+        assert [commutes(block) for block in model.blocks] == [True, False, True, False]
+    expected = first(x)
+    assert torch.equal(last(x), expected)
+    unmasked = copy.deepcopy(first)
+    for block in unmasked.blocks:
+        block.attn.qk_mask = block.attn.v_mask = block.mlp.mask = None
+    assert not torch.allclose(unmasked(x), expected, atol=1e-3)
+    close(pickle.loads(pickle.dumps(first))(x), expected)
+    small = compact(first)
+    close(small(x), expected)
+    assert small.blocks[1].attn.head_dim == 15 and type(small) is type(first)
+    torch.testing.assert_close(told(small.blocks[1], x.new_zeros(1, 4, 48)), x.new_full((1, 4), 0.25))
+    restructured = restructure(MODELS[name]().eval(), Structure.of(small))
+    assert isinstance(restructured.blocks[1].attn, PatchedAttention)
+    plain = remove_patch(copy.deepcopy(small))
+    assert type(plain) is type(MODELS[name]())
+    assert all(type(block) is vision_transformer.Block for block in plain.blocks)
+    assert all(type(block.attn) is ours.Attention and type(block.mlp) is Mlp for block in plain.blocks)
+    assert not any("merge" in key for key in plain.state_dict()) and plain(x).isfinite().all()
+
+
+def told(block, x):
+    """What a patched block's attention tells of the tokens."""
+    ask = Ask(scores="received")
+    block.attn(x, ask=ask)
+    return ask.looked_at
 
 
 def test_other_models_and_blocks_are_refused():
     for block_fn in (ParallelScalingBlock, DiffParallelScalingBlock, ResPostBlock):
         model = MODELS["deit"](block_fn=block_fn)
         with pytest.raises(TypeError, match=f"block 0: .*{block_fn.__name__}"):
-            convert_blocks(model)
+            prunable(model)
         assert type(model.blocks[0]) is block_fn
     with pytest.raises(TypeError, match="DiffAttention"):
-        convert_blocks(MODELS["deit"](attn_layer="diff"))
+        prunable(MODELS["deit"](attn_layer="diff"))
     for model in (
         timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=1),
         timm.create_model("resnet10t"),
         tokenops.apply_patch(timm.create_model("deit_tiny_patch16_224", **SMALL), "sit"),
         nn.Linear(2, 2),
     ):
-        for function in (convert_blocks, merge_tokens):
-            with pytest.raises(TypeError, match=f"{function.__name__} takes .* but got {type(model).__name__}"):
-                function(model)
+        with pytest.raises(TypeError, match=f"prunable takes .* but got {type(model).__name__}"):
+            prunable(model)
     with pytest.raises(TypeError, match="from_timm takes timm.layers.Mlp"):
-        Mlp.from_timm(SwiGLU(8))
+        Mlp.from_timm(timm_layers.SwiGLU(8))
 
 
 def test_errors_of_merging():
@@ -209,22 +255,22 @@ def test_errors_of_merging():
     ):
         model = dense()
         with pytest.raises(ValueError, match=message):
-            merge_tokens(model, **kwargs)
-        assert type(model.blocks[0]) is not Block  # unchanged
+            apply_patch(model, "cait", **kwargs)
+        assert type(model.blocks[0]) is vision_transformer.Block and type(model) is timm.models.VisionTransformer
     for kwargs, message in (
         (dict(depth=2), "points must be given for a model of 2 blocks"),
         (dict(dynamic_img_size=True), "dynamic_img_size=True"),
         (dict(patch_drop_rate=0.1), "patch_drop_rate"),
     ):
         with pytest.raises(ValueError, match=message):
-            merge_tokens(MODELS["deit"](**kwargs))
+            apply_patch(MODELS["deit"](**kwargs), "cait")
     with pytest.raises(ValueError, match="even sides"):
-        merge_tokens(dense(img_size=80), layout="block")
-    with pytest.raises(ValueError, match="merged already"):
-        merge_tokens(merged())
+        apply_patch(dense(img_size=80), "cait", layout="block")
+    with pytest.raises(ValueError, match="patched already"):
+        apply_patch(merged(), "cait")
     for layout in ("raster", "block"):
         model = merged(layout=layout)
-        with pytest.raises(ValueError, match="attn_mask and is_causal must be None and False"):
+        with pytest.raises(ValueError, match="is_causal was given to a patched model"):
             model.forward_features(images(model), is_causal=True)
         model.set_input_size((96, 96))
         with pytest.raises(ValueError, match="grid"):
@@ -235,13 +281,9 @@ def test_subclasses_bring_their_maps_along():
     class Own(timm.models.VisionTransformer):
         pass
 
-    class Merging(UnmergedMaps, Own):
-        pass
-
-    with pytest.raises(TypeError, match="got Own: derive it from UnmergedMaps"):
-        merge_tokens(Own(**SMALL))
-    model = merge_tokens(Merging(**SMALL), POINTS)
-    assert type(model) is Merging and model.forward_intermediates(torch.randn(1, 3, 64, 64))[1][3].shape[2:] == (4, 4)
+    model = prunable(apply_patch(Own(**SMALL), "cait", points=POINTS))
+    assert isinstance(model, Own) and [merge is not None for merge in merges_of(model)] == [True, False, True, False]
+    assert model.forward_intermediates(torch.randn(1, 3, 64, 64))[1][3].shape[2:] == (4, 4)
 
 
 @pytest.mark.usefixtures("on_device")
@@ -287,16 +329,15 @@ def test_features_only():
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("layout", ["raster", "block"])
 def test_merged_maps(layout):
-    model = merge_tokens(dense(img_size=(64, 96)), POINTS, layout=layout)
-    x = images(model)
-    maps = merged_maps(model, x)
-    assert [m.tolist() for m in maps] == [
+    model = apply_patch(dense(img_size=(64, 96)), "cait", points=POINTS, layout=layout)
+    steps = trace(model, images(model)).steps
+    assert [(step.block, step.tokens) for step in steps] == [(0, 13), (2, 7)]
+    assert [step.sources[0].view(4, 6).tolist() for step in steps] == [
         [[0, 0, 1, 1, 2, 2], [3, 3, 4, 4, 5, 5], [6, 6, 7, 7, 8, 8], [9, 9, 10, 10, 11, 11]]
         if layout == "raster"
         else [[0, 0, 2, 2, 4, 4], [1, 1, 3, 3, 5, 5], [6, 6, 8, 8, 10, 10], [7, 7, 9, 9, 11, 11]],
         [[0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2], [3, 3, 4, 4, 5, 5], [3, 3, 4, 4, 5, 5]],
     ]
-    assert merged_maps(dense(), x) == []
 
 
 @pytest.mark.usefixtures("on_device")
@@ -305,7 +346,7 @@ def test_trains():
         model = merged(name, kind=kind)
         x, target = images(model, 4), torch.arange(4)
         train_a_little(model, lambda: F.cross_entropy(model(x), target))
-    model = merge_tokens(dense(), POINTS, "content")  # from the start: the weights are 0, the norm gets none yet
+    model = apply_patch(dense(), "cait", points=POINTS, kind="content")  # the weights are 0, the norm gets none yet
     assert gradients(model, F.cross_entropy(model(x), target))["blocks.0.merge.score.weight"].any()
 
 
@@ -369,17 +410,16 @@ def test_stays_a_model_of_timm():
     for name in ("deit", "distilled", "lvvit"):
         model = merged(name, kind="channel", layout="block")
         x = images(model)
-        assert isinstance(model, type(MODELS[name]()))
+        assert isinstance(model, type(MODELS[name]())) and "blocks.0.merge.alpha" in model.state_dict()
         assert torch.equal(copy.deepcopy(model)(x), model(x)) and torch.equal(
             pickle.loads(pickle.dumps(model))(x), model(x)
         )
         other = merged(name, kind="channel", layout="block")
         other.load_state_dict(model.state_dict())
-        assert torch.equal(other(x), model(x)) and not any("order" in key for key in model.state_dict())
+        assert torch.equal(other(x), model(x)) and not any("constant" in key for key in model.state_dict())
         model.reset_classifier(3)
         assert model(x).shape == (2, 3)
 
 
 def test_examples():
-    for module, examples in ((blocks, 3), (cait, 3)):
-        assert doctest.testmod(module) == (0, examples)
+    assert doctest.testmod(cait) == (0, 4)

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from support.weights import spread
+from tokenops import apply_patch
 from tokenops.methods import lv_vit
-from tokenops.methods.cait.blocks import convert_blocks, merge_tokens
+from tokenops.methods.cait.blocks import prunable
 from tokenops.methods.cait.compact import compact
 from tokenops.methods.cait.compactors import drop_biases, rotate_heads
 from tokenops.methods.cait.pruning import ChannelPruner
@@ -32,9 +33,9 @@ def dense(kind):
 
 
 def model_of(kind="deit", merges="average"):
-    model = convert_blocks(dense(kind))
+    model = prunable(dense(kind))
     if merges is not None:
-        merge_tokens(model, {0: "horizontal", 1: "vertical"}, merges)
+        apply_patch(model, "cait", points={0: "horizontal", 1: "vertical"}, kind=merges)
     spread(model).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -170,7 +171,7 @@ def test_half_precision_masks_fold_into_half_weights():
 
 
 def test_normalised_queries_keep_their_channels():
-    model, x = convert_blocks(timm.models.VisionTransformer(**SIZES, qk_norm=True)).eval(), torch.randn(2, 3, 64, 64)
+    model, x = prunable(timm.models.VisionTransformer(**SIZES, qk_norm=True)).eval(), torch.randn(2, 3, 64, 64)
     hide(model, kept=[(16, 9, 40)] * 3)
     for block in model.blocks:
         block.attn.qk_mask = torch.rand(2, 16) + 0.5
@@ -205,5 +206,5 @@ def test_errors(change, error, message):
 
 
 def test_other_models_are_refused():
-    with pytest.raises(TypeError, match="convert_blocks"):
+    with pytest.raises(TypeError, match="prunable"):
         compact(dense("deit"))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import tokenops
-from tokenops.methods.cait.blocks import merge_tokens
+from tokenops.methods.cait.blocks import prunable
 from tokenops.methods.cait.pruning import ChannelPruner
 from tokenops.methods.cait.segmentation import SegmentationModel
 from tokenops.methods.cait.structure import Structure, load_compressed, macs, save_compressed
@@ -58,7 +58,7 @@ def test_the_whole_path(tmp_path):
     with torch.enable_grad():
         teacher, model = dense(), dense()
         model.load_state_dict(teacher.state_dict())
-        merge_tokens(model, kind="channel", layout="block")
+        prunable(tokenops.apply_patch(model, "cait", kind="channel", layout="block"))
         pruner = ChannelPruner(model, 0.6, steps=(2, 8), every=2, multiples=MULTIPLES)
         cost = macs(model)
         small, record = compress(model, batches(), 12, teacher=teacher, pruner=pruner, lr=1e-3)

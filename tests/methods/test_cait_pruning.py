@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from support.cait_pruning import SIZES, SMALL, batch, learn, model_of
-from tokenops.methods.cait.blocks import convert_blocks, merge_tokens
+from tokenops import apply_patch
+from tokenops.methods.cait.blocks import prunable
 from tokenops.methods.cait.compact import compact
 from tokenops.methods.cait.compactors import (
     CompactorPruner,
@@ -109,7 +110,8 @@ def test_mac_costs_are_by_tokens():
     # 16 patches and a class token, 8 and one, 4 and one; before fc2 they are merged already
     assert costs.qk == costs.v == tuple(2 * n * 32 + n * n for n in (17, 9, 5))
     assert costs.hidden == tuple((n + m) * 32 for n, m in ((17, 9), (9, 5), (5, 5)))
-    published = [round(c / 1000) for c in mac_costs(merge_tokens(timm.create_model("deit_small_patch16_224"))).qk[3::4]]
+    model = prunable(apply_patch(timm.create_model("deit_small_patch16_224"), "cait"))
+    published = [round(c / 1000) for c in mac_costs(model).qk[3::4]]
     assert published == [190, 86, 41]
 
 
@@ -381,7 +383,7 @@ def test_two_processes_choose_as_one(tmp_path):
 @pytest.mark.parametrize(
     "kwargs, error, message",
     [
-        (dict(model=timm.create_model("deit_tiny_patch16_224", **SIZES)), TypeError, "convert_blocks"),
+        (dict(model=timm.create_model("deit_tiny_patch16_224", **SIZES)), TypeError, "prunable"),
         (dict(model=nn.Linear(2, 2)), TypeError, "Linear has none"),
         (dict(target=0.0), ValueError, "target=0.0"),
         (dict(target=math.nan), ValueError, "target=nan"),
@@ -405,7 +407,7 @@ def test_errors(kwargs, error, message):
 
 
 def test_norms_over_channels_are_refused():
-    model = convert_blocks(timm.models.VisionTransformer(**SIZES, qk_norm=True))
+    model = prunable(timm.models.VisionTransformer(**SIZES, qk_norm=True))
     with pytest.raises(ValueError, match="block 0: q_norm is a norm over the qk channels"):
         ChannelPruner(model, 0.8, steps=(0, 9))
     assert not masks_of(model)
@@ -422,7 +424,7 @@ def test_norms_over_channels_are_refused():
 
 
 def test_other_mlps_stay_as_they_are():
-    model = convert_blocks(timm.models.VisionTransformer(**SIZES, mlp_layer=timm.layers.GluMlp)).eval()
+    model = prunable(timm.models.VisionTransformer(**SIZES, mlp_layer=timm.layers.GluMlp)).eval()
     pruner, x = ChannelPruner(model, 0.9, steps=(0, 1), every=1, multiples=SMALL), batch()[0]
     assert [layer.kind for layer in pruner.layers] == ["qk", "v"] * 3
     score_by(pruner, [torch.rand(2, 16) for _ in range(6)])

@@ -11,15 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from support.cait_merging import KINDS, MODELS, SMALL, dense, lively, merged
 from support.models import close, images, meta
+from tokenops import apply_patch
 from tokenops.methods.cait import (
     Merge,
     Structure,
     Widths,
-    convert_blocks,
     load_compressed,
     macs,
-    merge_tokens,
-    models,
+    prunable,
     restructure,
     save_compressed,
     structure,
@@ -41,12 +40,12 @@ def counted(model):
 @torch.no_grad()
 def test_tokens_of_the_default_merges():
     halves = [(197, 197)] * 3 + [(197, 99)] + [(99, 99)] * 3 + [(99, 50)] + [(50, 50)] * 4
-    model = merge_tokens(meta("deit_small_patch16_224").eval())
+    model = apply_patch(meta("deit_small_patch16_224").eval(), "cait")
     assert token_counts(model) == counted(model) == halves
-    model = merge_tokens(meta("deit_small_patch16_224").eval(), kind="channel", layout="block")
+    model = apply_patch(meta("deit_small_patch16_224").eval(), "cait", kind="channel", layout="block")
     assert token_counts(model) == counted(model) == [(197, 197)] * 4 + [(99, 99)] * 4 + [(50, 50)] * 4
-    lv_vit = merge_tokens(meta("lvvit_small").eval())
-    assert [i for i, block in enumerate(lv_vit.blocks) if block.merge is not None] == [4, 10]
+    lv_vit = apply_patch(meta("lvvit_small").eval(), "cait")
+    assert [i for i, block in enumerate(lv_vit.blocks) if hasattr(block, "merge")] == [4, 10]
     assert token_counts(lv_vit) == counted(lv_vit)
     assert [n for n, _ in token_counts(lv_vit)] == [197] * 5 + [99] * 6 + [50] * 5
     assert token_counts(meta("deit_small_patch16_224")) == [(197, 197)] * 12
@@ -62,7 +61,7 @@ def counted_macs(model):
 def test_macs_are_what_torch_counts(name):
     model = dense(name, img_size=(64, 80))
     assert macs(model) == counted_macs(model)
-    assert macs(convert_blocks(model)) == counted_macs(model)
+    assert macs(prunable(model)) == counted_macs(model)
     for kind in KINDS:
         model = merged(name, {0: "horizontal", 2: "horizontal", 3: "vertical"}, kind, img_size=(64, 80))
         assert macs(model) == counted_macs(model)
@@ -147,7 +146,7 @@ def test_save_and_load(name, layout, tmp_path):
 
 @torch.no_grad()
 def test_masked_models_are_saved_with_their_masks(tmp_path):
-    model = merged()
+    model = prunable(merged())
     for block in model.blocks[1:]:
         block.attn.qk_mask, block.attn.v_mask = torch.rand(2, 3, 16).unbind(0)
         block.mlp.mask = nn.Parameter(torch.rand(192))
@@ -228,8 +227,9 @@ def test_other_texts_and_arguments_are_refused():
         Structure(({"block": 1},))
     with pytest.raises(TypeError, match="Structure, but got dict"):
         restructure(dense(), {})
-    with pytest.raises(TypeError, match="behind convert_blocks, but block 0 is Block"):
-        Structure.of(dense())
+    assert Structure.of(dense()) == Structure(widths=(Widths(16, 16, 192),) * 4)
+    with pytest.raises(TypeError, match="Structure.of takes .* but got VisionTransformer behind evit"):
+        Structure.of(apply_patch(dense(), "evit"))
     wide = (Widths(16, 16, 192),) * 4
     for name, widths, message in (
         ("deit", wide[1:], "the structure has 3 blocks, but the model has 4"),
@@ -250,5 +250,4 @@ def test_other_texts_and_arguments_are_refused():
 
 
 def test_examples():
-    for module, examples in ((structure, 2), (models, 0)):
-        assert doctest.testmod(module) == (0, examples)
+    assert doctest.testmod(structure) == (0, 2)

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix, jaccard_score
 from torch.utils.data import DataLoader
 
+from tokenops import apply_patch, trace
 from tokenops.__main__ import main
 from tokenops.cli import scenes, segment
 from tokenops.cli.scenes import Scenes, sources
 from tokenops.methods.cait import segmentation, training
-from tokenops.methods.cait.blocks import merge_tokens, unmerge_tokens
+from tokenops.methods.cait.blocks import prunable
 from tokenops.methods.cait.compactors import CompactorPruner
-from tokenops.methods.cait.models import merged_maps
+from tokenops.methods.cait.merging import unmerge_tokens
 from tokenops.methods.cait.pruning import ChannelPruner
 from tokenops.methods.cait.segmentation import SegmentationModel, confusion, feature_maps, mean_iou
 from tokenops.methods.cait.structure import Structure
@@ -33,6 +34,11 @@ def vit(size=(32, 32), **kwargs):
     """4 blocks of 2 heads with 16 channels, on patches of 4 x 4."""
     arguments = dict(img_size=size, patch_size=4, embed_dim=32, depth=4, num_heads=2, num_classes=5)
     return timm.models.VisionTransformer(**{**arguments, **kwargs}).eval()
+
+
+def merged(**kwargs):
+    """Of merged tokens and prunable channels."""
+    return prunable(apply_patch(vit(**kwargs), "cait"))
 
 
 def lvvit():
@@ -88,18 +94,18 @@ def test_distillation_loss_says_what_is_wrong():
 def test_token_labels_are_the_means_of_what_was_merged(layout, merges):
     """With the patch's own number as its label, a token's label says which patches are in it, and how much."""
     points = dict(list({0: "horizontal", 1: "vertical", 2: "horizontal"}.items())[:merges])
-    model = merge_tokens(vit(), points, layout=layout)
+    model = apply_patch(vit(), "cait", points=points, layout=layout)
     labels = merge_token_labels(torch.eye(64)[None], model)
     assert labels.shape == (1, 64 // 2**merges, 64)
     of_patch = unmerge_tokens(model, labels, 3, prefix=0)[0]
-    number = merged_maps(model, torch.zeros(1))[-1].flatten()
+    number = trace(model, torch.zeros(1, 3, 32, 32)).steps[-1].sources[0]
     torch.testing.assert_close(of_patch, (number[:, None] == number).float() / 2**merges)
 
 
 def test_token_labels_on_an_odd_grid_follow_the_tokens():
-    model = merge_tokens(vit((20, 12)), {0: "horizontal", 1: "vertical"})
+    model = apply_patch(vit((20, 12)), "cait", points={0: "horizontal", 1: "vertical"})
     labels = merge_token_labels(torch.eye(15)[None], model)[0]
-    number = merged_maps(model, torch.zeros(1))[-1].flatten()
+    number = trace(model, torch.zeros(1, 3, 20, 12)).steps[-1].sources[0]
     expected = torch.stack([(number == i).float() for i in range(6)])
     torch.testing.assert_close(labels, expected / expected.sum(1, keepdim=True))
 
@@ -131,8 +137,8 @@ def test_maps_are_on_the_patch_grid_whatever_the_layout(make, mode):
     with torch.no_grad():
         for parameter in raster.parameters():  # otherwise patches hardly differ
             parameter.add_(0.3 * torch.randn_like(parameter))
-    block = merge_tokens(copy.deepcopy(raster), layout="block")
-    merge_tokens(raster)
+    block = apply_patch(copy.deepcopy(raster), "cait", layout="block")
+    apply_patch(raster, "cait")
     x = torch.randn(2, 3, *raster.patch_embed.img_size)
     maps = feature_maps(raster, x, (0, 1, 2, 3), mode)
     assert maps[0].std(dim=(2, 3)).mean() > 0.1
@@ -153,7 +159,7 @@ def test_maps_of_blocks_that_are_not_there(blocks):
 
 def test_the_head_learns_where_things_are():
     """Each half of a pixel-wise task with detail finer than a patch; and the head goes on with another backbone."""
-    backbone = merge_tokens(vit(num_classes=0), {1: "horizontal", 2: "vertical"})
+    backbone = apply_patch(vit(num_classes=0), "cait", points={1: "horizontal", 2: "vertical"})
     model = SegmentationModel(backbone, (0, 3), 3, width=16, detail=4)
     images = torch.randn(4, 3, 32, 32)
     labels = (images.mean(1) > 0).long() + (torch.arange(32) < 9)
@@ -194,7 +200,7 @@ def batches(count=4, size=8):
 
 
 def test_compress_trains_without_a_pruner():
-    model, teacher = merge_tokens(vit()), vit().train()
+    model, teacher = merged(), vit().train()
     before, seen = copy.deepcopy(teacher.state_dict()), []
     trained, record = compress(
         model, batches(), 30, teacher=teacher, lr=2e-3, warmup=2, progress=lambda step, loss: seen.append(float(loss))
@@ -208,7 +214,7 @@ def test_compress_trains_without_a_pruner():
 
 @pytest.mark.parametrize("within", [False, True], ids=["itself", "a part"])
 def test_compress_prunes_compacts_and_goes_on(within):
-    model = merge_tokens(vit(num_classes=0 if within else 5))
+    model = merged(num_classes=0 if within else 5)
     pruner = ChannelPruner(model, 0.6, steps=(1, 4), every=1, multiples=MULTIPLES)
     data = batches()
     if within:
@@ -230,7 +236,7 @@ def test_compress_prunes_compacts_and_goes_on(within):
 @pytest.mark.parametrize("kind", [ChannelPruner, CompactorPruner])
 def test_compaction_within_the_loop_changes_nothing(kind):
     """With a learning rate of 0 the compacted model must say what the masked one says."""
-    model = merge_tokens(vit())
+    model = merged()
     settle = {"settle": 2} if kind is CompactorPruner else {}
     pruner = kind(model, 0.7, steps=(0, 3), every=1, multiples=MULTIPLES, **settle)
     small, record = compress(model, batches(), 6, pruner=pruner, lr=0.0)
@@ -241,7 +247,7 @@ def test_compaction_within_the_loop_changes_nothing(kind):
 
 
 def test_compress_compacts_at_the_very_end():
-    model = merge_tokens(vit())
+    model = merged()
     small, record = compress(
         model, batches(), 3, pruner=ChannelPruner(model, 0.7, steps=(0, 3), every=1, multiples=MULTIPLES)
     )
@@ -250,7 +256,7 @@ def test_compress_compacts_at_the_very_end():
 
 def test_learning_rate_and_decay(monkeypatch):
     """A warm-up and a cosine; vectors, position embeddings and class tokens do not decay."""
-    rates, model = [], merge_tokens(vit())
+    rates, model = [], merged()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     class Watched(torch.optim.AdamW):
@@ -272,7 +278,7 @@ def test_learning_rate_and_decay(monkeypatch):
 
 
 def test_compress_says_what_is_wrong():
-    model = merge_tokens(vit())
+    model = merged()
     pruner = ChannelPruner(model, 0.7, steps=(0, 5), every=1, multiples=MULTIPLES)
     with pytest.raises(ValueError, match="steps=4, but the pruner's schedule ends 5 steps from now"):
         compress(model, batches(), 4, pruner=pruner)

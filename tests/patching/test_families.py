@@ -10,8 +10,9 @@ from timm.layers import Attention
 
 from support.patched_models import CHOOSING, FAMILIES, METHODS, ROTARY, images, model_of, tokens_behind, tokens_of
 from support.weights import redrawn
+from tokenops import nn
 from tokenops.nn import convert_attention
-from tokenops.patching import apply_patch, families, remove_patch
+from tokenops.patching import apply_patch, engine, families, remove_patch
 
 BEHIND = {  # tokens behind each block, of 16 patches and no prefix
     "tome": [13, 10, 7],
@@ -94,6 +95,16 @@ def test_attention_by_the_operator_is_the_blocks_own(family):
         torch.testing.assert_close(few, own[:, :7], rtol=1e-4, atol=1e-4)
         whole = block(x) if rope is None else block(x, rope=rope)
         torch.testing.assert_close(families.feed(block, y), whole, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_converted_attention_stays_patched():
+    model, x = apply_patch(model_of("norms"), "evit", keep_rate=0.5), images()
+    expected = model(x)
+    assert convert_attention(model) == 3
+    assert all(isinstance(block.attn, engine.PatchedAttention) for block in model.blocks)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert [type(block.attn) for block in remove_patch(model).blocks] == [nn.Attention] * 3
 
 
 @pytest.mark.parametrize("method", METHODS)

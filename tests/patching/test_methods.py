@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from support.patched_models import (
-    METHODS,
     ROTARY,
     embedded,
     images,
@@ -17,7 +16,6 @@ from support.patched_models import (
     tokens_of,
 )
 from tokenops.methods import patch_slimming
-from tokenops.methods.cait.blocks import merge_tokens
 from tokenops.nn import TokenSlimming
 from tokenops.patching import Flow, Method, Role, apply_patch, engine, families, trace
 
@@ -141,18 +139,6 @@ def test_sit_mixes_tokens_before_its_blocks(family):
     torch.testing.assert_close(y, model.norm(tokens), rtol=1e-4, atol=1e-4)
     model(x).sum().backward()
     assert all(p.grad is not None for p in slimmings[0].parameters())
-
-
-@pytest.mark.usefixtures("on_device")
-@pytest.mark.parametrize("kind", ["average", "scalar", "channel", "linear", "content"])
-def test_cait_equals_its_model(kind):
-    model, merged, x = model_of("distilled"), model_of("distilled"), images()
-    points = METHODS["cait"][1]["points"]
-    torch.testing.assert_close(
-        apply_patch(model, "cait", points=points, kind=kind)(x), merge_tokens(merged, points, kind)(x)
-    )
-    assert ("blocks.0.merge.alpha" in model.state_dict()) == (kind in ("scalar", "channel"))
-    assert list(model.state_dict()) == list(merged.state_dict())
 
 
 def test_random_tokens_stay_and_the_others_are_gone():

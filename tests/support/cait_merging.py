@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from timm.layers import SwiGLU
 from torch import nn
 
+import tokenops
 from tokenops.methods import lv_vit
-from tokenops.methods.cait import merge_tokens
+from tokenops.methods.cait.merging import merges_of
 from tokenops.nn import neighbour_merging
 
 KINDS = neighbour_merging.KINDS
@@ -48,8 +49,8 @@ def dense(name="deit", **kwargs):
 
 def merged(name="deit", points=POINTS, kind="average", layout="raster", **kwargs):
     """A merged model with merges that have learned something."""
-    model = merge_tokens(dense(name, **kwargs), points, kind, layout)
-    lively(nn.ModuleList(block.merge for block in model.blocks if block.merge is not None))
+    model = tokenops.apply_patch(dense(name, **kwargs), "cait", points=points, kind=kind, layout=layout)
+    lively(nn.ModuleList(merge for merge in merges_of(model) if merge is not None))
     return model
 
 

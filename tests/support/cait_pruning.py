@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from support.weights import spread
+from tokenops import apply_patch
 from tokenops.methods import lv_vit
-from tokenops.methods.cait.blocks import convert_blocks, merge_tokens
+from tokenops.methods.cait.blocks import prunable
 
 SIZES = dict(img_size=64, embed_dim=32, num_heads=2, depth=3, num_classes=5)
 SMALL = dict(qk=4, v=2, hidden=16)
@@ -19,12 +20,12 @@ def model_of(kind="deit", merged=True, **kwargs):
         model = lv_vit(skip_lam=2.0, **sizes)
     else:
         model = timm.create_model("deit_tiny_patch16_224", **sizes)
-    model = spread(convert_blocks(model))
+    model = spread(prunable(model))
     with torch.no_grad():
         for block in model.blocks:
             block.attn.qkv.weight.mul_(8)  # attention that differs between tokens
             block.attn.qkv.bias.normal_()
-    return merge_tokens(model, MERGES) if merged else model
+    return apply_patch(model, "cait", points=MERGES) if merged else model
 
 
 def batch(seed=0, size=4):

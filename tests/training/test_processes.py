@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 pytest.importorskip("accelerate")
 
-from tokenops.methods.cait.blocks import convert_blocks  # noqa: E402
+from tokenops.methods.cait.blocks import prunable  # noqa: E402
 from tokenops.methods.cait.pruning import ChannelPruner  # noqa: E402
 from tokenops.training import FeatureRecalibration, Plain, Pruned, SlowFast, fit, model_of  # noqa: E402
 from tokenops.training.data import Images  # noqa: E402
@@ -65,7 +65,7 @@ def objective(kind):
     if kind == "evo_vit":
         return SlowFast(timm.create_model("evo_deit_tiny_patch16_224", depth=3, patch_size=8, **SIZES))
     if kind == "cait":  # compacted behind its first update
-        model = convert_blocks(timm.create_model("deit_tiny_patch16_224", depth=2, patch_size=8, **SIZES))
+        model = prunable(timm.create_model("deit_tiny_patch16_224", depth=2, patch_size=8, **SIZES))
         multiples = dict(qk=4, v=4, hidden=16)
         return Pruned(model, ChannelPruner(model, 0.7, steps=(0, 1), every=1, multiples=multiples))
     model = timm.create_model("sit_lvvit_tiny", stage_blocks=(1, 1), stem="linear", **SIZES)

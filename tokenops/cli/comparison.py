@@ -146,8 +146,6 @@ def kept(model: Any, x: Tensor) -> list[Tensor]:
     if hasattr(model, "tokenops_patch"):
         found = tokenops.trace(model, x)
         return [_drawn(step, found.grid) for step in found.steps]
-    if isinstance(model, methods.cait.UnmergedMaps):
-        return [m.expand(len(x), -1, -1) for m in methods.cait.merged_maps(model, x)]
     return [m for m in model.kept_maps(x) if not m.all()]
 
 

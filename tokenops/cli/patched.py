@@ -22,7 +22,7 @@ try:
     from timm.models import load_state_dict
 
     from .. import methods
-    from ..methods.cait.blocks import merges_of
+    from ..methods.cait.merging import merges_of
     from ..methods.cait.structure import Structure, restructure
     from .models import DTYPES
 except ImportError as missing:

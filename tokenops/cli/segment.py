@@ -23,8 +23,9 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
+    from .. import apply_patch
     from ..methods import for_inference, lv_vit
-    from ..methods.cait.blocks import merge_tokens
+    from ..methods.cait.blocks import prunable
     from ..methods.cait.pruning import ChannelPruner
     from ..methods.cait.segmentation import SegmentationModel, confusion, mean_iou
     from ..methods.cait.structure import Structure, token_counts
@@ -97,7 +98,7 @@ def checked(args: argparse.Namespace) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda was asked for, but torch sees no GPU")
     try:
-        pruning(merge_tokens(small_model().backbone), args)
+        pruning(apply_patch(small_model().backbone, "cait"), args)
     except ValueError as error:
         raise CommandError(f"--keep={args.keep}: {error}") from None
     return device
@@ -113,7 +114,7 @@ def pruning(backbone: nn.Module, args: argparse.Namespace) -> ChannelPruner:
     """Of merged tokens' backbone, over the first half of the fine-tuning."""
     steps = fine_tuning(args)
     return ChannelPruner(
-        backbone, args.keep, steps=(steps // 20, steps // 2), every=max(steps // 40, 1), multiples=MULTIPLES
+        prunable(backbone), args.keep, steps=(steps // 20, steps // 2), every=max(steps // 40, 1), multiples=MULTIPLES
     )
 
 
@@ -147,8 +148,8 @@ def trained(args: argparse.Namespace, device: str, advance: Callable[[str, float
     torch.manual_seed(args.seed)
     dense = train("dense", small_model().to(device))
     merged, pruned = deepcopy(dense), deepcopy(dense)
-    merge_tokens(merged.backbone, kind=args.kind)
-    merge_tokens(pruned.backbone, kind=args.kind)
+    for model in (merged, pruned):
+        apply_patch(model.backbone, "cait", kind=args.kind)
     return {
         "dense": dense,
         "merged": train("merged", merged, teacher=dense),

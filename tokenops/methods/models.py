@@ -15,6 +15,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from ..patching import Method, apply_patch
+from .cait.structure import Structure, restructure, uniform_structure
 from .evit import EViT
 from .evo_vit import EvoViT
 from .evo_vit import published_names as evo_names
@@ -171,6 +172,21 @@ def _slim(variant: str, size: str, pretrained: bool, kwargs: dict[str, Any]) -> 
     )
 
 
+def _compressed(
+    lvvit: bool, structure: Structure | str | PathLike[str] | None = None, **kwargs: Any
+) -> VisionTransformer:
+    model = _lv_vit(**kwargs) if lvvit else VisionTransformer(**kwargs)
+    if structure is None:
+        structure = uniform_structure(model)
+    return restructure(model, structure if isinstance(structure, Structure) else Structure.load(structure))
+
+
+def _cait(variant: str, size: str, pretrained: bool, kwargs: dict[str, Any]) -> VisionTransformer:
+    lvvit = "lvvit" in variant
+    sizes: dict[str, Any] = {**LVVIT[size], "depth": 14 if size == "tiny" else 16} if lvvit else {**DEIT[size]}
+    return create(variant, pretrained, partial(_compressed, lvvit), {**sizes, **kwargs})
+
+
 _STEM = dict(first_conv="patch_embed.conv1")
 default_cfgs = generate_default_cfgs(
     {
@@ -181,6 +197,8 @@ default_cfgs = generate_default_cfgs(
         **{f"ps_deit_{size}_patch16_224": cfg(crop_pct=0.9) for size in DEIT},
         **{f"dps_deit_{size}_patch16_224": cfg(crop_pct=0.9) for size in ("tiny", "small")},
         **{f"{kind}_lvvit_small": cfg(**_STEM) for kind in ("ps", "dps")},
+        **{f"cait_deit_{size}_patch16_224": cfg(crop_pct=0.9) for size in DEIT},
+        **{f"cait_lvvit_{size}": cfg(**_STEM) for size in ("tiny", "small")},
         **{f"evit_deit_{size}_patch16_224": cfg() for size in DEIT},
         **{f"evo_deit_{size}_patch16_224": cfg() for size in DEIT},
         **{f"evo_deit_{size}_patch16_384": cfg(input_size=(3, 384, 384)) for size in ("small", "base")},
@@ -348,3 +366,33 @@ def dps_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Visio
 def dps_lvvit_small(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """DPS-LV-ViT-S, 4.48 GMAC, a reconstruction. ``counts`` and ``after`` as in `DynamicSlimming`."""
     return _slim("dps_lvvit_small", "small", pretrained, kwargs)
+
+
+@register_model
+def cait_deit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """CAIT on DeiT-T, 0.63 GMAC, a reconstruction. ``structure``: a `Structure` or its file."""
+    return _cait("cait_deit_tiny_patch16_224", "tiny", pretrained, kwargs)
+
+
+@register_model
+def cait_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """CAIT on DeiT-S, 2.21 GMAC, a reconstruction. ``structure``: a `Structure` or its file."""
+    return _cait("cait_deit_small_patch16_224", "small", pretrained, kwargs)
+
+
+@register_model
+def cait_deit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """CAIT on DeiT-B, 8.21 GMAC, a reconstruction. ``structure``: a `Structure` or its file."""
+    return _cait("cait_deit_base_patch16_224", "base", pretrained, kwargs)
+
+
+@register_model
+def cait_lvvit_tiny(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """CAIT on LV-ViT-T, 1.80 GMAC, a reconstruction. ``structure``: a `Structure` or its file."""
+    return _cait("cait_lvvit_tiny", "tiny", pretrained, kwargs)
+
+
+@register_model
+def cait_lvvit_small(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """CAIT on LV-ViT-S, 2.75 GMAC, a reconstruction. ``structure``: a `Structure` or its file."""
+    return _cait("cait_lvvit_small", "small", pretrained, kwargs)

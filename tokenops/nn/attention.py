@@ -228,12 +228,16 @@ class Attention(nn.Module):
 def convert_attention(model: nn.Module) -> int:
     """Replace every timm ``Attention`` within a model by :class:`Attention`, in place; parameters and names stay.
 
+    Of a patched model they are patched still.
+
     Returns:
         How many were replaced.
 
     Raises:
         ValueError: there is none.
     """
+    from ..patching.engine import dress_as  # which stands on this package's operators
+
     found = [
         (parent, name, child)
         for parent in model.modules()
@@ -243,7 +247,7 @@ def convert_attention(model: nn.Module) -> int:
     if not found:
         raise ValueError(f"{type(model).__name__} has no timm.layers.Attention within")
     for parent, name, child in found:
-        setattr(parent, name, Attention.from_timm(child))
+        setattr(parent, name, dress_as(Attention.from_timm(child), child))
     return len(found)
 
 
@@ -283,7 +287,7 @@ def compact_channels(attention: Attention, keep_qk: Tensor | None = None, keep_v
     v = _kept("keep_v", keep_v, H, deep).to(device)
     qk_rows, v_rows = (_of_all_heads(kept, width) for kept, width in ((qk, wide), (v, deep)))
 
-    small = copy.deepcopy(attention._sharing(attention))  # without the masks, which may be results of other tensors
+    small = copy.deepcopy(Attention._sharing(attention))  # without the masks, which may be results of other tensors
     small._set_sizes(H, qk.shape[1], v.shape[1], attention.scale)
     factors = torch.ones(H * (2 * wide + deep), device=device, dtype=accumulation_dtype(attention.qkv.weight.dtype))
     if attention.qk_mask is not None and q_normed:  # it comes behind the norm

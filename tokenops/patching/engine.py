@@ -197,11 +197,20 @@ def _set(model: Any, value: Any) -> None:
     model.tokenops_patch.set(model, value)
 
 
-def dress(module: Any, *made: Any) -> None:
+def dress(
+    module: Any, mixins: tuple[type, ...], family: Any = None, setting: str | None = None, role: Any = None
+) -> None:
     """Give a module the class that `dressed` makes of its own."""
     before = type(module)
-    module.__class__ = dressed(plain_of(module), *made)
+    module.__class__ = dressed(plain_of(module), mixins, family, setting, role)
     _rebind(module, before)
+
+
+def dress_as(module: Any, other: Any) -> Any:
+    """Give a module, which is to stand in another's place, what `dressed` put before that one's class; returns it."""
+    if isinstance(other, Patched):
+        dress(module, *other.tokenops_made[1:])
+    return module
 
 
 def undress(module: Any) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..cli import CommandError, patched
 from ..methods import init_from_teacher, load_checkpoint
-from ..methods.cait.blocks import convert_blocks, merge_tokens
+from ..methods.cait.blocks import prunable
 from ..methods.cait.pruning import ChannelPruner
 from . import OBJECTIVES
 from .data import loader_of, open_images, transform_for
@@ -108,8 +108,6 @@ def models(args: argparse.Namespace, classes: int) -> tuple[nn.Module, nn.Module
             init_from_teacher(model, teacher)
         except RuntimeError as error:
             raise CommandError(f"--from-teacher: {error}") from None
-    if args.method == args.objective == "cait":  # a pruner needs blocks that merge, not patched ones
-        return merge_tokens(model, **patched.method_options(args)), teacher
     return patched.apply(model, args), teacher
 
 
@@ -121,7 +119,7 @@ def objective(args: argparse.Namespace, model: nn.Module, teacher: nn.Module | N
     if args.objective == "frd" and args.img_size is not None:
         options["img_size"] = args.img_size
     if args.objective == "cait":
-        convert_blocks(model)
+        prunable(model)
         updates = args.epochs * -(-batches // args.grad_accum_steps)
         schedule = dict(steps=(updates // 20, max(updates // 2, 1)), every=max(updates // 40, 1))
         options["pruner"] = ChannelPruner(model, args.prune_target, **schedule)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ class Pruned(Plain):
     constant learning rate of 0.01, beside AdamW.
 
     Args:
-        model: what is trained: behind `convert_blocks` or `merge_tokens`.
+        model: what is trained: behind `prunable`.
         pruner: a `ChannelPruner` or `CompactorPruner` of the model, or None to prune nothing.
         **kwargs: those of :class:`Plain`.
 

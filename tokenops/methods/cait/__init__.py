@@ -1,21 +1,22 @@
 """CAIT: neighbouring tokens merged, channels pruned consistently; reconstructed from the published description.
 
-`merge_tokens` merges, a `ChannelPruner` (or a `CompactorPruner`) chooses channels while the model trains, `compact`
-takes them out, `compress` does it all; `save_compressed` and `load_compressed` keep the result, `SegmentationModel`
-builds on it. No code or weights were published: Wang et al., CAIT (arXiv 2309.15755). timm's own ``cait_*`` models are
-another method, CaiT.
+``tokenops.apply_patch(model, "cait")`` merges. Of a `prunable` model a `ChannelPruner` (or a `CompactorPruner`) chooses
+channels while it trains, `compact` takes them out, `compress` does it all; `save_compressed` and `load_compressed` keep
+the result, `SegmentationModel` builds on it. No code or weights were published: Wang et al., CAIT (arXiv 2309.15755).
+timm's own ``cait_*`` models are another method, CaiT.
 
->>> import timm, torch
->>> model = merge_tokens(timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3, num_classes=10))
+>>> import timm, tokenops, torch
+>>> model = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3, num_classes=10)
+>>> model = prunable(tokenops.apply_patch(model, "cait"))
 >>> token_counts(model), model(torch.randn(1, 3, 64, 64)).shape
 ([(17, 9), (9, 5), (5, 5)], torch.Size([1, 10]))
 """
 
-from .blocks import Block, Mlp, UnmergedMaps, convert_blocks, merge_tokens, unmerge_tokens
+from .blocks import Mlp, prunable
 from .compact import compact
 from .compactors import CompactorPruner, rotate_heads
 from .costs import ChannelCosts, latency_costs, mac_costs
-from .models import merged_maps, uniform_structure
+from .merging import CAIT, unmerge_tokens
 from .pruning import ChannelPruner, parameters_to_train
 from .segmentation import SegmentationModel, confusion, feature_maps, mean_iou
 from .structure import (
@@ -27,11 +28,12 @@ from .structure import (
     restructure,
     save_compressed,
     token_counts,
+    uniform_structure,
 )
 from .training import compress, distillation_loss, merge_token_labels
 
 __all__ = [
-    "Block",
+    "CAIT",
     "ChannelCosts",
     "ChannelPruner",
     "CompactorPruner",
@@ -39,12 +41,10 @@ __all__ = [
     "Mlp",
     "SegmentationModel",
     "Structure",
-    "UnmergedMaps",
     "Widths",
     "compact",
     "compress",
     "confusion",
-    "convert_blocks",
     "distillation_loss",
     "feature_maps",
     "latency_costs",
@@ -53,9 +53,8 @@ __all__ = [
     "macs",
     "mean_iou",
     "merge_token_labels",
-    "merge_tokens",
-    "merged_maps",
     "parameters_to_train",
+    "prunable",
     "restructure",
     "rotate_heads",
     "save_compressed",

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ...nn import compact_channels
 from ...nn.attention import _rows_of
-from .blocks import Mlp
+from ...patching.engine import dress_as
+from .blocks import Mlp, blocks_of
 from .compactors import drop_biases, fold_compactors
-from .costs import blocks_of
 
 
 def compact(model: nn.Module) -> Any:
@@ -21,13 +21,14 @@ def compact(model: nn.Module) -> Any:
     `save_compressed` saves the result.
 
     Args:
-        model: one whose blocks :func:`convert_blocks` made; it is not changed.
+        model: behind :func:`prunable`; it is not changed.
 
     Returns:
-        A new model with parameters of its own and no masks (but a soft ``qk_mask`` where q is normalised, `qk_norm`).
+        A new model, patched if that one is, with parameters of its own and no masks (but a soft ``qk_mask`` where q is
+        normalised, `qk_norm`).
 
     Raises:
-        TypeError: the model's blocks are not this method's.
+        TypeError: the model is not prunable.
         ValueError: heads of one attention keep different numbers of channels, or none; an MLP keeps none; or a norm
             runs over the channels to be taken out.
 
@@ -40,7 +41,7 @@ def compact(model: nn.Module) -> Any:
             attn = block.attn
             keep_qk, keep_v = (_zeros_gone(mask) for mask in (attn.qk_mask, attn.v_mask))
             drop_biases(attn)  # before: pruned values' biases are masked too
-            block.attn = compact_channels(attn, keep_qk, keep_v)
+            block.attn = dress_as(compact_channels(attn, keep_qk, keep_v), attn)
             if isinstance(block.mlp, Mlp):
                 compact_mlp(block.mlp)
         except ValueError as error:

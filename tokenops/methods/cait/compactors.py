@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn import Attention
-from .costs import KINDS, ChannelCosts, blocks_of
+from .blocks import blocks_of
+from .costs import KINDS, ChannelCosts
 from .pruning import BudgetPruner
 
 
@@ -77,14 +78,14 @@ class CompactorPruner(BudgetPruner):
     compactors are equal on all processes.
 
     Args:
-        model: one whose blocks :func:`convert_blocks` made, tokens merged already, without masks.
+        model: behind :func:`prunable`, tokens merged already, without masks.
         target, costs, every, multiples, same_channels, kinds: as in :class:`ChannelPruner`.
         steps: the first and the last step of the schedule.
         settle: steps behind the last one before the compactors are folded, in which masked rows still go to zero.
         strength: lambda. ResRep's for SGD with a learning rate of 0.01.
 
     Raises:
-        TypeError: the model's blocks are not this method's.
+        TypeError: the model is not prunable.
         ValueError: as in :class:`ChannelPruner`.
 
     Source: Ding et al., ResRep (ICCV 2021), whose authors CAIT shares; its use in attention, with the same count in

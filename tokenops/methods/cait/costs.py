@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...nn import Attention
-from .blocks import Block, Mlp
+from .blocks import Mlp, blocks_of
 from .structure import macs, token_counts
 
 #: what is pruned: channels of q and k, channels of v with the output projection's, hidden channels of the MLP
@@ -40,13 +40,13 @@ def channel_counts(model: nn.Module) -> list[dict[str, tuple[int, int]]]:
     """(heads, channels a head) of every kind and block; an MLP that is not ours has no channels to prune.
 
     Raises:
-        TypeError: a block is not of this method.
+        TypeError: the model is not prunable.
     """
     counts = []
     for i, block in enumerate(blocks_of(model)):
         attn = block.attn
-        if not isinstance(attn, Attention) or not isinstance(attn.qkv, nn.Linear):
-            raise TypeError(f"block {i} has an attention of another kind, {type(attn).__name__}")
+        if not isinstance(attn.qkv, nn.Linear):
+            raise TypeError(f"block {i} has a projection of another kind, {type(attn.qkv).__name__}")
         heads = attn.num_heads
         counts.append({"qk": (heads, attn.head_dim), "v": (heads, attn.v_head_dim), "hidden": (1, _hidden(block))})
     return counts
@@ -60,10 +60,10 @@ def mac_costs(model: nn.Module) -> ChannelCosts:
     with N tokens in attention and N' tokens into the MLP's second layer.
 
     Args:
-        model: one whose blocks :func:`convert_blocks` made.
+        model: behind :func:`prunable`.
 
     Raises:
-        TypeError: a block is not of this method.
+        TypeError: the model is not prunable.
     """
     qk, v, hidden = [], [], []
     for block, (tokens, late) in zip(blocks_of(model), token_counts(model)):
@@ -84,12 +84,12 @@ def latency_costs(model: Any, batch_size: int = 8, *, seconds: float = 0.2) -> C
     Blocks alike are timed once. The whole model counts for no less than its channels.
 
     Args:
-        model: one whose blocks :func:`convert_blocks` made.
+        model: behind :func:`prunable`.
         batch_size: images of a batch.
         seconds: how long each width is timed.
 
     Raises:
-        TypeError: a block is not of this method.
+        TypeError: the model is not prunable.
         ValueError: batch_size or seconds is not above 0.
     """
     if batch_size < 1 or seconds <= 0:
@@ -231,20 +231,3 @@ def choose_channels(
         torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :count], True)
         for order, count in zip(orders, kept)
     ]
-
-
-def blocks_of(model: Any) -> list[Any]:
-    """The model's blocks, all of them this method's.
-
-    Raises:
-        TypeError: one is not.
-    """
-    blocks = list(getattr(model, "blocks", ()))
-    for i, block in enumerate(blocks):
-        if not isinstance(block, Block):
-            raise TypeError(
-                f"block {i} is {type(block).__name__}, not this method's: convert_blocks(model) comes first"
-            )
-    if not blocks:
-        raise TypeError(f"a model with blocks is needed, but {type(model).__name__} has none")
-    return blocks

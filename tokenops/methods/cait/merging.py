@@ -9,9 +9,11 @@ from timm.layers import Mlp as TimmMlp
 from torch import Tensor
 
 from ...merge_bipartite import unmerge_bipartite
+from ...merge_neighbours import unmerge_neighbours
 from ...nn import NeighbourMerging, grid_order
 from ...patching.engine import Flow, Method, Record, Role
 from ...patching.families import attend, exact, feed, whole
+from .blocks import Mlp, check_model, hidden, project
 
 
 class Merged(NamedTuple):
@@ -58,7 +60,7 @@ class Merging(Role):
             return Flow(whole(block, x, rope), None if source is None else Merged(source))
         merge = block.merge
         x = attend(block, x)[0]
-        if merge.commutes and commutes(block.mlp):
+        if commutes(block) and not (block.mlp.training and block.mlp.drop2.p):
             x = self._fed(block, x)
         else:
             x = merge(feed(block, x))
@@ -156,17 +158,47 @@ def merge_points(points: Mapping[int, str] | None, depth: int) -> dict[int, str]
     return dict(sorted(points.items()))
 
 
-def commutes(mlp: Any) -> bool:
-    """Whether tokens may be merged before an MLP's second layer."""
-    return exact(mlp, TimmMlp) and not (mlp.training and mlp.drop2.p)
+def commutes(block: Any) -> bool:
+    """Whether tokens are merged before the second layer of a block's MLP already, unless dropout is behind it."""
+    merge = getattr(block, "merge", None)
+    return merge is not None and merge.commutes and exact(block.mlp, TimmMlp, Mlp)
 
 
-def hidden(mlp: Any, x: Tensor) -> Tensor:
-    """Tokens ``(B, N, C)`` to the hidden channels ``(B, N, F)`` of timm's MLP."""
-    return mlp.norm(mlp.drop1(mlp.act(mlp.fc1(x))))
+def merges_of(model: Any) -> list[NeighbourMerging | None]:
+    """What merges tokens behind each block of a model, patched or not."""
+    return [getattr(block, "merge", None) for block in model.blocks]
 
 
-def project(mlp: Any, h: Tensor) -> Tensor:
-    """Hidden channels ``(B, N, F)``, masked where the MLP has a mask, to its result ``(B, N, C)``."""
-    mask = getattr(mlp, "mask", None)
-    return mlp.drop2(mlp.fc2(h if mask is None else h * mask.to(h.dtype)))
+def order_of(model: Any) -> list[int] | None:
+    """Which raster patch stands where before the first block of a model; None for the raster's own order."""
+    role = getattr(model.blocks[0], "tokenops_role", None)
+    rows = getattr(role, "constant", None)
+    return None if rows is None else [row - model.num_prefix_tokens for row in rows[model.num_prefix_tokens :]]
+
+
+def unmerge_tokens(model: Any, x: Tensor, block: int, *, prefix: int | None = None, mode: str = "repeat") -> Tensor:
+    """Bring what comes out of a block back to the full grid, row by row, whatever the layout.
+
+    Args:
+        model: a timm VisionTransformer with merged tokens, or without any.
+        x: ``(B, P+M, C)``, tokens behind the block.
+        block: which block, from 0.
+        prefix: P, the model's own number of prefix tokens unless given.
+        mode: "repeat" or "bilinear", as in :func:`tokenops.unmerge_neighbours`.
+
+    Returns:
+        ``(B, P+H*W, C)``.
+
+    Raises:
+        TypeError: the model is another one, or behind another method than "cait".
+        ValueError: there are not as many tokens as behind that block.
+    """
+    check_model("unmerge_tokens", model)
+    prefix = model.num_prefix_tokens if prefix is None else prefix
+    merges = [merge for merge in merges_of(model)[: block + 1] if merge is not None]
+    height, width = model.patch_embed.grid_size
+    if order_of(model) is not None and len(merges) < 2:
+        # (i, j, dy, dx) to (i, dy, j, dx), dx being merged behind the first
+        blocks = x[:, prefix:].unflatten(1, (height // 2, width // 2, 2, 2 - len(merges)))
+        x = torch.cat((x[:, :prefix], blocks.transpose(2, 3).flatten(1, 4)), dim=1)
+    return unmerge_neighbours(x, (height, width), tuple(merge.axis for merge in merges), prefix=prefix, mode=mode)

@@ -10,16 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .costs import (
-    KINDS,
-    ChannelCosts,
-    blocks_of,
-    channel_counts,
-    choose_channels,
-    cubic_keep,
-    latency_costs,
-    mac_costs,
-)
+from .blocks import blocks_of
+from .costs import KINDS, ChannelCosts, channel_counts, choose_channels, cubic_keep, latency_costs, mac_costs
 
 #: what the kept channels of a head (of an MLP) are multiples of: what the kernels' matrix units take
 MULTIPLES = {"qk": 16, "v": 8, "hidden": 64}
@@ -217,7 +209,7 @@ class ChannelPruner(BudgetPruner):
     (``torch.distributed``) the masks' gradients are averaged over them, so that all choose the same.
 
     Args:
-        model: one whose blocks :func:`convert_blocks` made, tokens merged already, without masks.
+        model: behind :func:`prunable`, tokens merged already, without masks.
         target: what the model may cost at the end: up to 1 a fraction of the cost with all channels, above 1 MACs of an
             image or, by latency, microseconds of a batch.
         steps: the first and the last step of the schedule. CAIT's are unknown: 5 % and 50 % of training are ours.
@@ -229,7 +221,7 @@ class ChannelPruner(BudgetPruner):
         kinds: what is pruned, of "qk", "v" and "hidden".
 
     Raises:
-        TypeError: the model's blocks are not this method's.
+        TypeError: the model is not prunable.
         ValueError: an argument is out of range, the target cannot be met, a norm runs over channels that were to be
             pruned (``qk_norm``), or a block has a mask already.
 
@@ -237,8 +229,8 @@ class ChannelPruner(BudgetPruner):
     Estimation for Neural Network Pruning (CVPR 2019).
 
     >>> import timm
-    >>> from tokenops.methods.cait import convert_blocks
-    >>> model = convert_blocks(timm.create_model("deit_tiny_patch16_224", img_size=64, depth=2))
+    >>> from tokenops.methods.cait import prunable
+    >>> model = prunable(timm.create_model("deit_tiny_patch16_224", img_size=64, depth=2))
     >>> pruner = ChannelPruner(model, target=0.8, steps=(0, 2), every=1)
     >>> for _ in range(2):
     ...     model(torch.randn(2, 3, 64, 64)).square().mean().backward()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from .blocks import unmerge_tokens
+from .merging import unmerge_tokens
 
 
 def feature_maps(model: Any, images: Tensor, blocks: Sequence[int], mode: str = "repeat") -> list[Tensor]:
@@ -17,7 +17,7 @@ def feature_maps(model: Any, images: Tensor, blocks: Sequence[int], mode: str = 
     Every merge up to a block is undone by :func:`tokenops.unmerge_neighbours`; blocks behind the last one are not run.
 
     Args:
-        model: a timm VisionTransformer or an `LVViT`, dense, merged or compacted.
+        model: a timm VisionTransformer, dense, merged or compacted.
         images: ``(B, 3, height, width)``, of the model's size.
         blocks: numbers of the blocks, from 0, increasing.
         mode: "repeat" or "bilinear", as in `unmerge_neighbours`.
@@ -49,7 +49,7 @@ class SegmentationModel(nn.Module):
     a merged and a compacted backbone, so its weights carry over; ``backbone`` may be exchanged.
 
     Args:
-        backbone: a timm VisionTransformer or an `LVViT`, dense, merged or compacted.
+        backbone: a timm VisionTransformer, dense, merged or compacted.
         blocks: numbers of the blocks it looks at, from 0, increasing.
         classes: how many.
         width: channels of the head.

@@ -10,14 +10,18 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import Mlp as TimmMlp
 from timm.layers import PatchEmbed
 from torch import nn
 
 from ...nn import compact_channels
 from ...nn.attention import _rows_of
 from ...nn.neighbour_merging import AXES, KINDS, LAYOUTS
+from ...patching import apply_patch
+from ...patching.engine import dress_as
 from ..lvvit import ConvStem
-from .blocks import Mlp, convert_blocks, merge_tokens, merges_of
+from .blocks import Mlp, check_model, prunable
+from .merging import CAIT, commutes, merge_points, merges_of, order_of
 
 FORMAT = "tokenops.cait"
 VERSION = 1
@@ -79,7 +83,7 @@ class Structure:
 
     Args:
         merges: in the order of the blocks, at most one behind each.
-        layout: of the patches, "raster" or "block", as in `merge_tokens`.
+        layout: of the patches, "raster" or "block", as `CAIT` takes it.
         widths: one a block, or None for those of the dense model.
 
     Raises:
@@ -114,14 +118,14 @@ class Structure:
 
     @classmethod
     def of(cls, model: Any) -> "Structure":
-        """The structure of a model whose blocks are `Block`. A masked model that is not compacted has full widths.
+        """The structure of a timm VisionTransformer. A masked model that is not compacted has full widths.
 
         Raises:
-            TypeError: its blocks are others: see `convert_blocks`.
+            TypeError: the model is another one, or behind another method than "cait".
         """
-        _check_converted("Structure.of", model)
+        check_model("Structure.of", model)
         merges = tuple(Merge(i, m.axis, m.kind) for i, m in enumerate(merges_of(model)) if m is not None)
-        layout = "raster" if model.blocks[0].order is None else "block"
+        layout = "raster" if order_of(model) is None else "block"
         return cls(merges, layout, tuple(_widths(block) for block in model.blocks))
 
     def to_json(self) -> str:
@@ -175,7 +179,7 @@ def restructure(model: Any, structure: Structure) -> Any:
     The new, smaller parameters are the first channels of the dense ones: initialised as these were.
 
     Args:
-        model: a timm VisionTransformer or an LVViT.
+        model: a timm VisionTransformer.
         structure: what it becomes.
 
     Returns:
@@ -187,7 +191,9 @@ def restructure(model: Any, structure: Structure) -> Any:
     """
     if not isinstance(structure, Structure):
         raise TypeError(f"restructure: structure must be a Structure, but got {type(structure).__name__}")
-    convert_blocks(model)
+    prunable(model)
+    if structure.merges and any(merge is not None for merge in merges_of(model)):
+        raise ValueError("restructure: the model's tokens are merged already")
     depth = len(model.blocks)
     if structure.widths is not None and len(structure.widths) != depth:
         raise ValueError(f"restructure: the structure has {len(structure.widths)} blocks, but the model has {depth}")
@@ -207,19 +213,49 @@ def restructure(model: Any, structure: Structure) -> Any:
         parts.append((compact_channels(block.attn, **keep) if keep else block.attn, mlp))
     if structure.merges:
         points = {merge.block: merge.axis for merge in structure.merges}
-        merge_tokens(model, points, [merge.kind for merge in structure.merges], structure.layout)
+        apply_patch(model, CAIT(points, [merge.kind for merge in structure.merges], structure.layout))
     for block, (attn, mlp) in zip(model.blocks, parts):
-        block.attn, block.mlp = attn, mlp
+        block.attn, block.mlp = dress_as(attn, block.attn), mlp
     return model
 
 
+def uniform_structure(model: Any) -> Structure:
+    """The structure of the registered models: default merge points, averages, and the same widths in every block.
+
+    Of a head 3/4 of the channels are left, of an MLP 7/8 of its hidden ones, rounded up to multiples of 16 and 128,
+    which vector and matrix units take whole. These are ours: `ChannelPruner` finds which channels, and other widths
+    of the same cost.
+
+    Args:
+        model: a dense timm VisionTransformer.
+
+    Raises:
+        ValueError: it has fewer than 3 blocks.
+    """
+
+    def part(channels: Any, eighths: int, multiple: int) -> int:
+        return min(channels, -(-channels * eighths // (8 * multiple)) * multiple)
+
+    widths = []
+    for has in map(_widths, model.blocks):
+        hidden = None if has.hidden is None else part(has.hidden, 7, 128)
+        widths.append(Widths(part(has.qk, 6, 16), part(has.v, 6, 16), hidden))
+    points = merge_points(None, len(model.blocks))
+    return Structure(tuple(Merge(block, axis) for block, axis in points.items()), widths=tuple(widths))
+
+
 def token_counts(model: Any) -> list[tuple[int, int]]:
-    """Tokens, prefix included, that go into the attention and into fc2 of every block of a model, converted or not."""
+    """Tokens, prefix included, that go into the attention and into fc2 of every block of a model in evaluation mode.
+
+    Raises:
+        TypeError: the model is not a timm VisionTransformer, or behind another method than "cait".
+    """
+    check_model("token_counts", model)
     counts = []
     n = model.num_prefix_tokens + _area(model.patch_embed.grid_size)
     for block, merge in zip(model.blocks, merges_of(model)):
         behind = n if merge is None else model.num_prefix_tokens + _area(merge.merged_grid)
-        counts.append((n, behind if getattr(block, "commutes", False) else n))
+        counts.append((n, behind if commutes(block) else n))
         n = behind
     return counts
 
@@ -228,10 +264,10 @@ def macs(model: Any) -> int:
     """Multiply-adds of one image in all matrix products and convolutions, as torch's FLOP counter counts them (halved).
 
     Args:
-        model: a timm VisionTransformer or an LVViT, dense or compressed. Masked channels count, compacted ones do not.
+        model: a timm VisionTransformer, dense or compressed. Masked channels count, compacted ones do not.
 
     Raises:
-        TypeError: its patch embedding is neither timm's ``PatchEmbed`` nor LV-ViT's.
+        TypeError: it is another model, or its patch embedding neither timm's ``PatchEmbed`` nor LV-ViT's.
         ValueError: it classifies by another pooling than that of tokens (``global_pool`` "map" or "prr").
     """
     if getattr(model, "attn_pool", None) is not None:
@@ -250,7 +286,7 @@ def block_macs(block: Any, n: int, n2: int) -> tuple[int, int, int]:
     attn, mlp = block.attn, block.mlp
     v_head_dim = getattr(attn, "v_head_dim", attn.head_dim)
     attention = n * _weights(attn) + attn.num_heads * n * n * (attn.head_dim + v_head_dim)
-    last = mlp.fc2.weight.numel() if isinstance(mlp, Mlp) else 0
+    last = mlp.fc2.weight.numel() if isinstance(mlp, TimmMlp) else 0
     merge, merging = getattr(block, "merge", None), 0
     if merge is not None and merge.kind == "linear":
         merging = (_area(merge.grid) - _area(merge.merged_grid)) * _weights(merge)  # a lone token is passed through
@@ -263,7 +299,7 @@ def save_compressed(model: Any, folder: str | PathLike[str]) -> None:
     """Save a model as an ordinary state dict (``model.safetensors``) and its `Structure` (``structure.json``).
 
     Raises:
-        TypeError: the model's blocks are not `Block`.
+        TypeError: see `Structure.of`.
     """
     structure, folder = Structure.of(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -298,15 +334,10 @@ def load_compressed(model: Any, folder: str | PathLike[str]) -> Any:
     return model
 
 
-def _check_converted(name: str, model: Any) -> None:
-    for i, block in enumerate(model.blocks):
-        if not hasattr(block, "merge"):
-            raise TypeError(f"{name} takes a model behind convert_blocks, but block {i} is {type(block).__name__}")
-
-
 def _widths(block: Any) -> Widths:
-    hidden = block.mlp.fc1.out_features if isinstance(block.mlp, Mlp) else None
-    return Widths(block.attn.head_dim, block.attn.v_head_dim, hidden)
+    attn, mlp = block.attn, block.mlp
+    hidden = mlp.fc1.out_features if type(mlp) in (TimmMlp, Mlp) else None
+    return Widths(attn.head_dim, getattr(attn, "v_head_dim", attn.head_dim), hidden)
 
 
 def _first_channels(mlp: Mlp, hidden: Any) -> Mlp:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...nn import NeighbourMerging
-from .blocks import merges_of
+from .blocks import check_model
 from .compact import compact
 from .compactors import CompactorPruner
+from .merging import merges_of, order_of
 from .pruning import BudgetPruner, parameters_to_train
 
 
@@ -62,18 +63,20 @@ def merge_token_labels(labels: Tensor, model: Any) -> Tensor:
 
     Args:
         labels: ``(B, H*W, K)``, float, patch by patch in rows.
-        model: behind `merge_tokens`; a dense one leaves the labels as they are.
+        model: behind ``apply_patch(model, "cait")``; a dense one leaves the labels as they are.
 
     Returns:
         ``(B, M, K)``, one label for each patch token behind the last block.
 
     Raises:
+        TypeError: the model is behind another method, or not a timm VisionTransformer.
         ValueError: there are not as many labels as patches.
     """
+    check_model("merge_token_labels", model)
     height, width = model.patch_embed.grid_size
     if labels.dim() != 3 or labels.shape[1] != height * width:
         raise ValueError(f"labels must be (B, {height * width}, K), but got {tuple(labels.shape)}")
-    order = getattr(model.blocks[0], "order", None)
+    order = order_of(model)
     if order is not None:
         labels = labels[:, order]
     for merge in merges_of(model):
