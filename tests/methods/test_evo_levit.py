@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenops
 from published.evo_levit import PublishedEvoLeViT
 from support.weights import spread_levit as spread
-from tokenops.methods import evo_levit, load_checkpoint
+from tokenops.methods import evo_levit, load_checkpoint, models
 from tokenops.methods.evo_levit import EvoLeViT, evo_levit_loss
 
 #: dense, pruned and subsampled grids of 5x6, 3x3 and 2x2 patches: odd sides, 15, 4 and 2 of them kept
@@ -205,7 +205,7 @@ def test_costs_are_the_published_ones(size):
     assert count / 1e6 == pytest.approx(parameters, abs=0.005)
     dense, large_dense = (meta(f"evo_levit_{size}{end}", keeping_ratio=1.0) for end in ("", "_img384"))
     assert [gmacs(m) for m in (model, dense, large, large_dense)] == pytest.approx(costs, abs=6e-4)
-    config = {key: evo_levit._SIZES[size][key] for key in ("embed_dim", "key_dim", "num_heads", "depth")}
+    config = {key: models.LEVIT[size][key] for key in ("embed_dim", "key_dim", "num_heads", "depth")}
     with torch.device("meta"):
         official = PublishedEvoLeViT(**config).state_dict()
     model.load_state_dict(official)

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..restore_tokens import restore_tokens
 from ..select_tokens import select_tokens
-from .levit_layers import HEADS, AttentionSubsample, Layer, LeViT, mlp
+from .levit_layers import AttentionSubsample, Layer, LeViT, mlp
 
 
 class Stage(NamedTuple):
@@ -288,98 +287,3 @@ def evo_levit_loss(
         return own / 2 + (criterion(mean_dist, target) + criterion(cls_dist, target)) / 4
     taught = teacher.argmax(dim=1)
     return own / 2 + (F.cross_entropy(mean_dist, taught) + F.cross_entropy(cls_dist, taught)) / 4
-
-
-def _cfg(size: int = 224) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, size, size),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "patch_embed.0.c",
-        "classifier": tuple(f"{name}.l" for name in HEADS),
-    }
-
-
-_SIZES: dict[str, dict[str, Any]] = {
-    "128s": dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 6, 8), depth=(2, 3, 4)),
-    "128": dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 8, 12), depth=(4, 4, 4)),
-    "192": dict(embed_dim=(192, 288, 384), key_dim=32, num_heads=(3, 5, 6), depth=(4, 4, 4)),
-    "256": dict(embed_dim=(256, 384, 512), key_dim=32, num_heads=(4, 6, 8), depth=(4, 4, 4)),
-    "384": dict(embed_dim=(384, 512, 768), key_dim=32, num_heads=(6, 9, 12), depth=(4, 4, 4), drop_path_rate=0.1),
-}
-default_cfgs = generate_default_cfgs(
-    {f"evo_levit_{size}{suffix}": _cfg(384 if suffix else 224) for size in _SIZES for suffix in ("", "_img384")}
-)
-
-
-def _create(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> EvoLeViT:
-    size, _, large = variant.removeprefix("evo_levit_").partition("_")
-    args = {**_SIZES[size], "img_size": 384 if large else 224, **kwargs}
-    features = dict(feature_cls="getter", out_indices=(0, 1, 2))
-    return build_model_with_cfg(EvoLeViT, variant, pretrained, feature_cfg=features, **args)
-
-
-@register_model
-def evo_levit_128s(pretrained: bool = False, **kwargs: Any) -> EvoLeViT:
-    """Evo-LeViT-128S: 0.256 GMAC, keeps 24 and 8 patches of 49 and 16 in stages 2, 3."""
-    return _create("evo_levit_128s", pretrained, kwargs)
-
-
-@register_model
-def evo_levit_128(pretrained: bool = False, **kwargs: Any) -> EvoLeViT:
-    """Evo-LeViT-128: 0.305 GMAC, keeps 98, 24 and 8 patches of 196, 49 and 16."""
-    return _create("evo_levit_128", pretrained, kwargs)
-
-
-@register_model
-def evo_levit_192(pretrained: bool = False, **kwargs: Any) -> EvoLeViT:
-    """Evo-LeViT-192: 0.510 GMAC, keeps 98, 24 and 8 patches of 196, 49 and 16."""
-    return _create("evo_levit_192", pretrained, kwargs)
-
-
-@register_model
-def evo_levit_256(pretrained: bool = False, **kwargs: Any) -> EvoLeViT:
-    """Evo-LeViT-256: 0.880 GMAC, keeps 98, 24 and 8 patches of 196, 49 and 16."""
-    return _create("evo_levit_256", pretrained, kwargs)
-
-
-@register_model
-def evo_levit_384(pretrained: bool = False, **kwargs: Any) -> EvoLeViT:
-    """Evo-LeViT-384: 1.849 GMAC, keeps 98, 24 and 8 patches of 196, 49 and 16."""
-    return _create("evo_levit_384", pretrained, kwargs)
-
-
-@register_model
-def evo_levit_128s_img384(pretrained: bool = False, **kwargs: Any) -> EvoLeViT:
-    """Evo-LeViT-128S at 384 pixels: 0.825 GMAC, keeps 72 and 18 patches of 144 and 36 in stages 2, 3."""
-    return _create("evo_levit_128s_img384", pretrained, kwargs)
-
-
-@register_model
-def evo_levit_128_img384(pretrained: bool = False, **kwargs: Any) -> EvoLeViT:
-    """Evo-LeViT-128 at 384 pixels: 0.984 GMAC, keeps 288, 72 and 18 patches of 576, 144 and 36."""
-    return _create("evo_levit_128_img384", pretrained, kwargs)
-
-
-@register_model
-def evo_levit_192_img384(pretrained: bool = False, **kwargs: Any) -> EvoLeViT:
-    """Evo-LeViT-192 at 384 pixels: 1.654 GMAC, keeps 288, 72 and 18 patches of 576, 144 and 36."""
-    return _create("evo_levit_192_img384", pretrained, kwargs)
-
-
-@register_model
-def evo_levit_256_img384(pretrained: bool = False, **kwargs: Any) -> EvoLeViT:
-    """Evo-LeViT-256 at 384 pixels: 2.763 GMAC, keeps 288, 72 and 18 patches of 576, 144 and 36."""
-    return _create("evo_levit_256_img384", pretrained, kwargs)
-
-
-@register_model
-def evo_levit_384_img384(pretrained: bool = False, **kwargs: Any) -> EvoLeViT:
-    """Evo-LeViT-384 at 384 pixels: 5.622 GMAC, keeps 288, 72 and 18 patches of 576, 144 and 36."""
-    return _create("evo_levit_384_img384", pretrained, kwargs)

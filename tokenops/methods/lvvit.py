@@ -111,7 +111,7 @@ def lv_vit(stem: str = "conv4", skip_lam: float = 1.0, norm_eps: float = 1e-5, *
     if stem not in ("linear", "conv4", "conv6"):
         raise ValueError(f"stem={stem!r}, but it must be 'conv4', 'conv6' or 'linear'")
     embed: Any = PatchEmbed if stem == "linear" else partial(ConvStem, layers=int(stem[-1]))
-    model = VisionTransformer(embed_layer=embed, norm_layer=partial(LayerNorm, eps=norm_eps), **kwargs)
+    model = VisionTransformer(**{"embed_layer": embed, "norm_layer": partial(LayerNorm, eps=norm_eps), **kwargs})
     if skip_lam != 1:
         for block in model.blocks:
             block.ls1, block.ls2 = Scale(1 / skip_lam), Scale(1 / skip_lam)
