@@ -47,7 +47,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Whole methods, imported when they are asked for: they need more than torch."""
     if name in ("apply_patch", "remove_patch", "trace"):
-        from . import patching
+        from . import methods, patching  # noqa: F401  methods say their names to the engine
 
         return getattr(patching, name)
     if name == "visualize":

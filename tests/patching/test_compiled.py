@@ -6,7 +6,7 @@ from torch import nn
 
 import tokenops
 from support.patched_models import METHODS, images, model_of
-from tokenops.patching import apply_patch
+from tokenops import apply_patch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

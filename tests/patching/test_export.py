@@ -8,7 +8,7 @@ from torch import nn
 
 import tokenops
 from support.patched_models import CHOOSING, METHODS, images, model_of
-from tokenops.patching import apply_patch, trace
+from tokenops import apply_patch, trace
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 BATCH = {0: torch.export.Dim("batch")}

@@ -10,9 +10,9 @@ from timm.layers import Attention
 
 from support.patched_models import CHOOSING, FAMILIES, METHODS, ROTARY, images, model_of, tokens_behind, tokens_of
 from support.weights import redrawn
-from tokenops import nn
+from tokenops import apply_patch, nn, remove_patch
 from tokenops.nn import convert_attention
-from tokenops.patching import apply_patch, engine, families, remove_patch
+from tokenops.patching import engine, families
 
 BEHIND = {  # tokens behind each block, of 16 patches and no prefix
     "tome": [13, 10, 7],

@@ -9,7 +9,7 @@ import torch
 
 from support.patched_models import METHODS, blocks_of, images, tokens_behind, tokens_of
 from support.weights import redrawn
-from tokenops.patching import apply_patch, remove_patch, trace
+from tokenops import apply_patch, remove_patch, trace
 
 accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")

@@ -15,9 +15,10 @@ from support.patched_models import (
     tokens_behind,
     tokens_of,
 )
+from tokenops import apply_patch, trace
 from tokenops.methods import patch_slimming
 from tokenops.nn import TokenSlimming
-from tokenops.patching import Flow, Method, Role, apply_patch, engine, families, trace
+from tokenops.patching import Flow, Method, Role, engine, families
 
 
 def plain_evit(model, x, rates, fuse):

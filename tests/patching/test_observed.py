@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from support.patched_models import METHODS, images, model_of
-from tokenops.patching import apply_patch, remove_patch
+from tokenops import apply_patch, remove_patch
 
 PARTS = ["norm1", "norm2", "attn", "attn.qkv", "mlp"]
 #: how many norms of 3 blocks (two each) are applied in an operator's launch

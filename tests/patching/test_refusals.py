@@ -1,6 +1,8 @@
 """What apply_patch does not take, said in words, with the model left as it was."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -10,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from support.patched_models import METHODS, SIZES, images, model_of
-from tokenops.patching import apply_patch, remove_patch, trace
+from tokenops import apply_patch, remove_patch, trace
 
 
 def refused(model, error, words, method="tome", **options):
@@ -157,3 +159,13 @@ def test_a_forward_that_failed_leaves_no_trace():
         model(x)
     handle.remove()
     assert torch.equal(copy.deepcopy(model)(x), expected) and torch.equal(model(x), expected)
+
+
+def test_the_engine_knows_methods_by_their_import_alone():
+    code = (
+        "import sys\nfrom tokenops.patching import apply_patch\nassert 'tokenops.methods' not in sys.modules\n"
+        "try:\n    apply_patch(None, 'tome')\nexcept ValueError as error:\n    print(error)\n"
+        "import tokenops\ntokenops.apply_patch\nassert 'tokenops.methods' in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "method='tome', but tokenops.methods is not imported\n"

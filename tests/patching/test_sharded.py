@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from support.patched_models import METHODS, images, model_of
-from tokenops.patching import apply_patch, remove_patch
+from tokenops import apply_patch, remove_patch
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["timm", "tokenops.methods", "torch.distributed.fsdp"])

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from support.patched_models import METHODS, SIZES, blocks_of, images, model_of, tokens_behind
 from support.weights import redrawn
-from tokenops.patching import apply_patch, families, remove_patch, trace
+from tokenops import apply_patch, remove_patch, trace
+from tokenops.patching import families
 
 #: six blocks, so that sequences of two and of three hold several that reduce
 DEEP = {

@@ -5,8 +5,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from support.patched_models import SIZES, embedded, images, model_of, softmax_attention, tokens_behind
+from tokenops import apply_patch, remove_patch, trace
 from tokenops.methods.tome import merged_per_block
-from tokenops.patching import apply_patch, remove_patch, trace
 
 
 def merged_image(x, keys, sizes, r, prefix):

@@ -7,7 +7,7 @@ import torch
 
 from support.patched_models import METHODS, images, tokens_behind
 from support.weights import redrawn
-from tokenops.patching import apply_patch, remove_patch, trace
+from tokenops import apply_patch, remove_patch, trace
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,7 +7,7 @@ import torch
 from timm.models._features import FeatureGetterNet
 
 from support.patched_models import METHODS, ROTARY, images, model_of, tokens_of
-from tokenops.patching import apply_patch, remove_patch, trace
+from tokenops import apply_patch, remove_patch, trace
 
 HARD = [method for method in METHODS if method != "sit"]
 

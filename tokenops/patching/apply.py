@@ -1,7 +1,6 @@
 """apply_patch and remove_patch: token reduction in a model people have, and out of it again."""
 
 import copy
-import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -126,8 +125,8 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
             as before.
         ValueError: an option does not fit, the method is not defined for the model, or it is patched already.
 
-    >>> import timm, torch
-    >>> model = apply_patch(timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3), "tome", r=4)
+    >>> import timm, tokenops, torch
+    >>> model = tokenops.apply_patch(timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3), "tome", r=4)
     >>> model.forward_features(torch.randn(1, 3, 64, 64)).shape
     torch.Size([1, 5, 192])
     """
@@ -198,9 +197,9 @@ def _made(method: str | Method, options: dict[str, Any]) -> Method:
         if options:
             raise TypeError(f"apply_patch: {', '.join(options)} given beside a method that has its options")
         return method
-    importlib.import_module("tokenops.methods")  # they say their names
     if method not in METHODS:
-        raise ValueError(f"method={method!r}, but it must be one of {', '.join(map(repr, METHODS))}")
+        known = f"it must be one of {', '.join(map(repr, METHODS))}" if METHODS else "tokenops.methods is not imported"
+        raise ValueError(f"method={method!r}, but {known}")
     return METHODS[method](**options)
 
 

@@ -39,9 +39,8 @@ def trace(model: Any, images: Tensor) -> Trace:
     Raises:
         ValueError: the model is not patched.
 
-    >>> import timm
-    >>> from tokenops.patching import apply_patch
-    >>> model = apply_patch(timm.create_model("deit_tiny_patch16_224", img_size=64, depth=2), "tome", r=4)
+    >>> import timm, tokenops
+    >>> model = tokenops.apply_patch(timm.create_model("deit_tiny_patch16_224", img_size=64, depth=2), "tome", r=4)
     >>> [(step.block, step.tokens) for step in trace(model, torch.randn(1, 3, 64, 64)).steps]
     [(0, 13), (1, 9)]
     """
