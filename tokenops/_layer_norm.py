@@ -49,7 +49,7 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """torch's own layer norm backward, in the accumulation dtype: the gradients of tokens, weight and bias."""
     wide = statistics.dtype
-    mean, deviation = statistics.unsqueeze(-1)
+    mean, deviation = statistics.contiguous().unsqueeze(-1)  # what was saved may lie otherwise, and torch trusts it
     w, b = (None if t is None else t.to(wide) for t in (weight, bias))
     alone = weight is None and bias is not None  # torch has no second gradient of a bias without a weight
     mask = [True, weight is not None, bias is not None and not alone]

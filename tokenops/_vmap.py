@@ -1,6 +1,6 @@
 """torch.vmap of our kernels: images of all samples in one call; one call a sample where these do not share all else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def rule(name: str, backend: str, kernel: Any) -> Callable[..., tuple[Any, Any]]
         samples, given = info.batch_size, list(zip(shared, dims, arguments))
         if any(own and isinstance(a, Tensor) and (direction == "bwd" or d is not None) for own, d, a in given):
             calls = [kernel(*(_map(_sample, a, d, s) for a, d in zip(arguments, dims))) for s in range(samples)]
-            return tree_map(lambda *of_each: torch.stack(of_each), *calls), 0
+            return tree_map(lambda *of_each: _stack(of_each), *calls), 0
         folded = (a if own else _map(_fold, a, d, place, samples) for (own, d, a), place in zip(given, places))
         made = kernel(*folded)
         if isinstance(made, Tensor):
@@ -52,6 +52,13 @@ def _map(function: Callable[..., Any], value: Any, dims: Any, *others: Any) -> A
 
 def _sample(tensor: Tensor, dim: int | None, sample: int) -> Tensor:
     return tensor if dim is None else _without_gaps(tensor.select(dim, sample))
+
+
+def _stack(of_each: Sequence[Tensor]) -> Tensor:
+    """The samples in front, each in the order that a kernel leaves in memory."""
+    order = sorted(range(of_each[0].dim()), key=of_each[0].stride, reverse=True)
+    together = torch.stack([t.permute(order) for t in of_each])
+    return together.permute(0, *(1 + order.index(dim) for dim in range(len(order))))
 
 
 def _fold(tensor: Tensor, dim: int | None, place: int, samples: int) -> Tensor:

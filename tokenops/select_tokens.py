@@ -196,8 +196,9 @@ class _SelectTokens(Operator):
         backward, weighted = kernel("select_tokens_bwd", ctx.backend), x is not None
 
         def run(inputs, cotangents, constants):
-            (x, *_), (dtokens, *dfollowers), (index, scores, counts, fused) = inputs, cotangents, constants
+            (x, *_), (dtokens, *dfollowers), (index, scores, *others) = inputs, cotangents, constants
             x = x if weighted else None
+            counts, fused = (None if t is None else t.contiguous() for t in others)  # what was saved may lie otherwise
             dx, dscores, found = backward(dtokens, dfollowers, index, scores, counts, x, fused, prefix, rest)
             return dx, *((dscores,) if weighted else ()), *found
 

@@ -89,6 +89,7 @@ CASES = {
     "token_mlp": (tokenops.token_mlp, ((B, N, C), (5, N), (5,), (3, 5), (3,)), 1),
     "attention": (attended, ((B, 2, 3, C), (B, 2, N, C), (B, 2, N, 5), (B, 2, 1, N), (2, C), (2, 5)), 4),
     "attention, received": (received, ((B, 2, 3, C), (B, 2, N, C), (B, 2, N, 5)), 3),
+    "attention alone": (tokenops.masked_channel_attention, ((B, 2, 3, C), (B, 2, N, C), (B, 2, N, C)), 3),
     **{
         f"select_tokens, {rest}": (partial(selected, rest), ((B, 1 + N, C), (B, N), (B, N), (C,), (C,)), 3)
         for rest in ("none", "mean", "weighted")
@@ -109,10 +110,22 @@ CASES = {
 
 @pytest.fixture(params=("native", pytest.param("triton", marks=pytest.mark.slow), "reference"))
 def engine(request):
-    if request.param == "triton":
+    yield from using(request.param)
+
+
+@pytest.fixture(params=("native fp64", "native fp32", "triton fp64"))
+def dtype_of_kernels(request):
+    """For tests that are quick enough for all; compiled attention takes no fp64."""
+    backend, dtype = request.param.split()
+    for _ in using(backend):
+        yield {"fp64": torch.float64, "fp32": torch.float32}[dtype]
+
+
+def using(backend):
+    if backend == "triton":
         pytest.importorskip("triton")
-    with use_backend(request.param):
-        yield request.param
+    with use_backend(backend):
+        yield backend
 
 
 @pytest.fixture(params=CASES)
@@ -166,6 +179,60 @@ def test_vmap_of_triton_kernels():
             check_gradients_through_vmap(*made(name))
 
 
+@pytest.mark.parametrize(
+    "name", ("soft_aggregate", "token_mlp", "attention", "select_tokens, weighted", "merge_bipartite")
+)
+def test_samples_that_share_nothing(name, dtype_of_kernels):
+    """Those of masks, scales and norms too: a call each, forward and backward."""
+    function, tensors, _ = made(name, dtype_of_kernels)
+    check_gradients_of_each_sample(function, *samples_of(tensors, len(tensors)))
+
+
+def test_heads_lie_side_by_side_under_vmap(dtype_of_kernels):
+    q, qk_mask = (numbers(SAMPLES, *shape, dtype=dtype_of_kernels) for shape in ((B, 2, N, C), (2, C)))
+    out = torch.vmap(lambda q, qk_mask: tokenops.masked_channel_attention(q, q, q, qk_mask=qk_mask))(q, qk_mask)
+    assert out.transpose(2, 3).is_contiguous()
+
+
+def test_attention_alone_of_tensors_that_lie_otherwise(dtype_of_kernels):
+    """Forward and backward: torch's kernel on a CPU reads channels side by side."""
+    leaves = [numbers(B, 2, N, C, dtype=dtype_of_kernels).requires_grad_() for _ in range(3)]
+    dout = numbers(B, 2, N, C, dtype=dtype_of_kernels)
+    with use_backend("reference"):
+        right = torch.autograd.grad(tokenops.masked_channel_attention(*leaves), leaves, dout)
+    for laid in (turned, apart):
+        otherwise = [laid(t).requires_grad_() for t in leaves]
+        ours = torch.autograd.grad(tokenops.masked_channel_attention(*otherwise), otherwise, laid(dout))
+        assert_same(ours, right)
+
+
+def dense(t):
+    return t.detach().clone(memory_format=torch.contiguous_format)
+
+
+def turned(t):
+    return dense(t.permute(*reversed(range(t.dim())))).permute(*reversed(range(t.dim())))
+
+
+def apart(t):
+    """With room between its elements, of NaN where there may be one."""
+    nothing = float("nan") if t.is_floating_point() else 0
+    room = t.detach().new_full([2 * size for size in t.shape], nothing)
+    return room[(slice(None, None, 2),) * t.dim()].copy_(t.detach())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_saved_may_lie_otherwise_in_memory(name, dtype_of_kernels):
+    """Offloading, compression and other hooks give it back with the strides they please."""
+    function, tensors, _ = made(name, dtype_of_kernels)
+    leaves = [t.requires_grad_() for t in tensors]
+    right = torch.autograd.grad(loss(function, *leaves), leaves, materialize_grads=True)
+    for laid in (dense, turned, apart):
+        with torch.autograd.graph.saved_tensors_hooks(laid, lambda t: t):
+            of_all = loss(function, *leaves)
+        assert_same(torch.autograd.grad(of_all, leaves, materialize_grads=True), right)
+
+
 class Ran(TorchDispatchMode):
     """How often each of our kernels runs in the block."""
 
@@ -216,7 +283,10 @@ def check_gradients_through_vmap(function, tensors, images):
 
 def test_gradients_of_each_sample(case, engine):
     function, tensors, images = case
-    given, dims = samples_of(tensors, images)
+    check_gradients_of_each_sample(function, *samples_of(tensors, images))
+
+
+def check_gradients_of_each_sample(function, given, dims):
     of_one = torch.func.grad(partial(loss, function), tuple(range(len(given))))
     right = [torch.stack(g) for g in zip(*(of_one(*sample(given, dims, s)) for s in range(SAMPLES)))]
     assert_same(torch.vmap(of_one, dims)(*given), right)
@@ -227,15 +297,13 @@ def test_gradients_of_each_sample(case, engine):
 def test_gradients_of_each_sample_whatever_they_share(name, dtype, engine):
     """Each tensor has samples, or is the same for all: what is saved for the gradient may lie in another order."""
     function, tensors, _ = made(name, dtype)
-    of_one = torch.func.grad(partial(loss, function), tuple(range(len(tensors))))
     for shared in range(len(tensors)):
         for alone in (True, False):  # that tensor alone, or all others
             dims = tuple(None if (i == shared) is alone else 0 for i in range(len(tensors)))
             if all(dim is None for dim in dims):
                 continue
             given = [t if d is None else numbers(SAMPLES, *t.shape, dtype=dtype) for t, d in zip(tensors, dims)]
-            right = [torch.stack(g) for g in zip(*(of_one(*sample(given, dims, s)) for s in range(SAMPLES)))]
-            assert_same(torch.vmap(of_one, dims)(*given), right)
+            check_gradients_of_each_sample(function, given, dims)
 
 
 def test_weights_of_each_sample_and_vmap_within_vmap(case, engine):

@@ -1,4 +1,4 @@
-"""Triton's interpreter without what it does again and again, which is a third of its time on our kernels."""
+"""Triton's interpreter without what it does again and again, a third of its time on our kernels; masks as 3.9 needs."""
 
 import sys
 
@@ -24,3 +24,14 @@ def patch_once() -> None:
         return original(function)
 
     interpreter._patch_lang = patch
+
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def keeps_bool(builder, kind, scalar):
+        """A comparison of scalars becomes integers there, which Triton 3.9 takes for no mask."""
+        made = splat(builder, kind, scalar)
+        if scalar.data.dtype == bool:
+            made.data = made.data.astype(bool)
+        return made
+
+    interpreter.InterpreterBuilder.create_splat = keeps_bool

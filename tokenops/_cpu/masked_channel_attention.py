@@ -114,6 +114,8 @@ def masked_channel_attention_bwd(
 ):
     (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
     wide = accumulation_dtype(q.dtype)
+    dout, q, k, v, out = _dense(dout, q, k, v, out)  # torch 2.11's kernel takes it for granted
+    lse = lse.contiguous()  # what was saved may lie otherwise
     dq, dk, dv = heads_inside(q, M, DK), heads_inside(k, N, DK), heads_inside(v, N, DV)
     dmasks = [
         lse.new_zeros((B, H, t.shape[3]) if mask is not None else (0,)) for t, mask in ((q, qk_mask), (v, v_mask))
@@ -124,7 +126,6 @@ def masked_channel_attention_bwd(
         dscores = (dscores.unsqueeze(1).expand(B, H, N) if mean else dscores) * share
     wide_bias = None if bias is None else bias.to(wide)
     if _compiled(q):
-        dout, q, k, v = _dense(dout, q, k, v)
         masks = _float(qk_mask, wide), _float(v_mask, wide)
         counts = None if lengths is None else lengths.to(torch.int64).contiguous()
         given = dout, _float(dscores, wide), _float(dlse, wide), q, k, v, *masks, wide_bias, counts, lse

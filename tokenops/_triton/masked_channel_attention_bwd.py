@@ -356,6 +356,8 @@ def masked_channel_attention_bwd(
     (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
     dq, dk, dv = heads_inside(q, M, DK), heads_inside(k, N, DK), heads_inside(v, N, DV)
     plan = _bwd_plan(dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scores, mean)
+    # what was saved may lie otherwise: under vmap, or from where hooks of saved tensors put it
+    out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
     of_rows = lse.new_empty((*lse.shape, 2))  # D, and the log-sum-exp as the kernels subtract it
     dqk_partial = lse.new_empty((B, H, plan.tiles_m, DK) if qk_mask is not None else (0,))
     dv_partial = lse.new_empty((B, H, plan.tiles_n, DV) if v_mask is not None else (0,))

@@ -355,6 +355,7 @@ def soft_aggregate_fwd(x, w, scale, factor, mask, prefix):
 
 def soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, stats, prefix):
     dx, dw = x.new_empty(x.shape), torch.empty_like(w)
+    y, stats = y.contiguous(), stats.contiguous()  # what was saved may lie otherwise
     plan = _bwd_plan(dy, x, w, scale, mask, y, dx, dw)
     dscale = stats.new_empty((plan.tiles_n, w.shape[2]) if scale is not None else 0)
     scale_, mask_ = (w if t is None else t for t in (scale, mask))
