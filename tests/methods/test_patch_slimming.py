@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from support.models import close
 from support.weights import spread
 from tokenops import apply_patch, remove_patch, trace
-from tokenops.methods import lv_vit, patch_slimming
+from tokenops.methods import init_from_teacher, lv_vit, patch_slimming
 from tokenops.methods.patch_slimming import (
     Schedule,
     TokenScorer,
@@ -422,3 +422,17 @@ def test_names_for_timm(tmp_path):
 def test_examples_in_the_docstrings(module):
     result = doctest.testmod(importlib.import_module("tokenops.methods.patch_slimming" + module))
     assert result.attempted and not result.failed
+
+
+def test_a_schedule_goes_with_its_patch():
+    """Weights of the dense model start it, and without its patch it is that model."""
+    sizes = dict(embed_dim=32, num_heads=2, num_classes=3)
+    dense = timm.create_model("deit_tiny_patch16_224", **sizes)
+    slim = init_from_teacher(timm.create_model("ps_deit_tiny_patch16_224", **sizes), dense)
+    assert "lifespan" in slim.state_dict()
+    remove_patch(slim)
+    assert slim.state_dict().keys() == dense.state_dict().keys()
+    slim.load_state_dict(slim.state_dict())
+    x = torch.randn(1, 3, 224, 224)
+    assert torch.equal(slim.eval()(x), dense.eval()(x))
+    apply_patch(slim, "tome", r=4).load_state_dict(dense.state_dict())

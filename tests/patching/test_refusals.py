@@ -92,6 +92,52 @@ def test_unknown_options():
     refused(model_of("plain"), TypeError, "ratio", "tome", ratio=3)
 
 
+@pytest.mark.parametrize(
+    "method, options, error, words",
+    [
+        ("tome", dict(r=float("inf")), ValueError, "r=inf"),
+        ("evit", dict(keep_rate="all"), TypeError, "keep_rate='all', but it must be a number"),
+        ("evit", dict(keep_rate=[0.5, None, 1]), TypeError, "keep_rate="),
+        ("evit", dict(reduction_loc=1), TypeError, "reduction_loc=1, but it must be several block numbers"),
+        ("random", dict(reduction_loc=(0.5,)), TypeError, "reduction_loc="),
+        ("evo_vit", dict(stages=2), TypeError, "stages=2"),
+        ("evo_vit", dict(tradeoff="much"), TypeError, "tradeoff='much'"),
+        ("sit", dict(locations=2), TypeError, "locations=2"),
+        ("cait", dict(points=3), TypeError, "points=3"),
+        ("patch_slimming", dict(schedule=3), TypeError, "counts must be ints, one for every layer, but got 3"),
+        ("dps", dict(counts=3), TypeError, "counts must be ints, one for every layer, but got 3"),
+    ],
+)
+def test_options_of_another_kind(method, options, error, words):
+    refused(model_of("plain"), error, words, method, **options)
+
+
+def test_what_is_no_model():
+    for given in (None, VisionTransformer):
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module, but got"):
+            apply_patch(given, "tome", r=1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_block_in_two_places(method):
+    model = model_of("plain")
+    model.blocks[2] = model.blocks[0]
+    refused(model, ValueError, "blocks 0 and 2 of blocks are one module", method, **METHODS[method][1])
+    model = model_of("plain")
+    model.blocks[2].attn, model.blocks[1].mlp = model.blocks[0].attn, model.blocks[0].mlp  # parts may be shared
+    x = images()
+    expected = model(x)
+    apply_patch(model, method, **METHODS[method][1])(x)
+    assert torch.equal(remove_patch(model)(x), expected)
+
+
+def test_scripting():
+    model = apply_patch(model_of("plain"), "tome", r=2)
+    for part in (model, nn.Sequential(model.blocks[0])):
+        with pytest.raises(ValueError, match="cannot be scripted: use torch.export or torch.jit.trace"):
+            torch.jit.script(part)
+
+
 @pytest.mark.parametrize("method", ["tome", "sit", "cait", "evit"])
 def test_rotary_positions(method):
     refused(model_of("rope"), ValueError, f"{method}: the model has rotary positions", method)

@@ -20,6 +20,7 @@ from support.small_training import QUIET, Noisy, Small, images, state  # noqa: E
 from tokenops.training import (  # noqa: E402
     FeatureRecalibration,
     Plain,
+    ShrinkingKeepRate,
     SlowFast,
     checkpoint,
     evaluate,
@@ -213,6 +214,23 @@ def test_evo_vit_trains_in_both_modes():
     model.norm.register_forward_hook(lambda *_: modes.append(model.stage_wise))
     fit(SlowFast(model), DataLoader(data, 4), epochs=3, lr=1e-3, **QUIET)
     assert modes == [False, False, True]
+
+
+@pytest.mark.parametrize("kind", ["evit", "evo_vit"])
+def test_averaged_weights_are_evaluated_as_the_model_runs(kind, monkeypatch):
+    """Keep rate and stages follow the epoch in both, whatever the model began with."""
+    sizes = dict(depth=3, embed_dim=32, num_heads=2, img_size=64, num_classes=3)
+    if kind == "evit":
+        model = timm.create_model("evit_deit_tiny_patch16_224", keep_rate=1.0, **sizes)
+        objective, name = ShrinkingKeepRate(model, keep_rate=0.5), "keep_rate"
+    else:
+        objective, name = SlowFast(timm.create_model("evo_deit_tiny_patch16_224", **sizes)), "stage_wise"
+    data, seen = TensorDataset(torch.randn(4, 3, 64, 64), torch.arange(4) % 3), []
+    monkeypatch.setattr(
+        loop, "evaluate", lambda model, *rest: seen.append(getattr(model, name)) or evaluate(model, *rest)
+    )
+    fit(objective, DataLoader(data, 4), epochs=3, lr=1e-3, ema=0.5, eval_loader=DataLoader(data, 4), **QUIET)
+    assert len(seen) == 6 and seen[::2] == seen[1::2] and seen[0] != seen[-1]
 
 
 def test_tensorboard(tmp_path):

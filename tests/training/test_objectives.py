@@ -200,6 +200,24 @@ def test_keep_rate_of_a_patched_model_shrinks(batch):
     assert seen == pytest.approx([1, 0.75, 0.5])
 
 
+def test_keep_rates_of_blocks_shrink_each_to_its_own():
+    model = apply_patch(deit(), "evit", keep_rate=[0.5, 1, 0.25, 1])
+    objective, seen = ShrinkingKeepRate(model, start=0, end=1), []
+    for epoch in range(3):
+        objective.begin_epoch(epoch, 3)
+        seen.append([block.tokenops_role.rate for block in model.blocks])
+    assert seen == [[1, 1, 1, 1], pytest.approx([0.75, 1, 0.625, 1]), [0.5, 1, 0.25, 1]] and objective.final
+
+
+def test_recalibration_of_images_of_other_channels():
+    grey = dict(in_chans=1, stem="linear")
+    objective = FeatureRecalibration(
+        make("sit_deit_tiny", stage_blocks=(1, 1, 2), **grey), make("lvvit_tiny", depth=4, **grey, mlp_ratio=4.0)
+    )
+    loss, _ = objective(torch.randn(2, 1, 64, 64), torch.tensor([0, 3]))
+    assert loss.isfinite() and [type(m).__name__ for m in objective.rtsm].count("ReverseTokenSlimming") == 4
+
+
 @pytest.mark.parametrize("epochs, start, end", [(1, 0.1, 0.35), (2, 0.8, 1.0), (3, 0.0, 1.0)])
 def test_keep_rate_has_shrunk_in_the_last_epoch(epochs, start, end):
     objective = ShrinkingKeepRate(evit(), start=start, end=end)
@@ -350,6 +368,13 @@ def test_pruned_is_compacted_when_the_pruner_is_done(kind, batch):
         (lambda: FeatureRecalibration(deit(), evit()), ValueError, "16 patch tokens behind block 1"),
         (lambda: SlowFast(deit()), TypeError, "stage_wise"),
         (lambda: SlowFast(make("evo_deit_tiny_patch16_224", depth=6), teacher=deit()), ValueError, "teacher"),
+        (
+            lambda: SlowFast(
+                apply_patch(deit(class_token=False, global_pool="avg", fc_norm=True), "evo_vit", stages=(1,))
+            ),
+            ValueError,
+            "must have a class token",
+        ),
         (lambda: ShrinkingKeepRate(deit()), TypeError, "keep rate"),
         (lambda: PatchRanking(deit(), deit()), TypeError, "scorer"),
     ],

@@ -43,7 +43,8 @@ def init_from_teacher(student: Model, teacher: nn.Module | Mapping[str, Tensor])
     own = student.state_dict()
     patch = getattr(student, "tokenops_patch", None)
     added = {f".{i}.{name}." for i, name in patch.added.items()} if patch is not None else set()
-    missing = [key for key in own if key not in state and not any(part in key for part in added)]
+    held = {name for found in (student.named_parameters, student.named_buffers) for name, _ in found("", True, False)}
+    missing = [key for key in own if key in held - state.keys() and not any(part in key for part in added)]
     unexpected = [key for key in state if key not in own]
     if missing or unexpected:
         raise RuntimeError(f"init_from_teacher: the teacher lacks {missing} and has, but should not, {unexpected}")

@@ -67,6 +67,11 @@ class Evolving(Role):
         x, (scores, base, base_scores, index) = flow.tokens, state
         normed = None
         if self.begins:
+            if scores is None:
+                raise ValueError(
+                    "a block that chooses tokens was given no scores: stage_wise is set between forwards, not while one"
+                    " runs"
+                )
             chosen = select_tokens(
                 x,
                 scores,

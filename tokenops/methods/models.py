@@ -88,13 +88,19 @@ def slimmed(schedule: Schedule | str | PathLike[str], **kwargs: Any) -> VisionTr
     return model
 
 
+def _schedule_of(model: Any) -> Schedule | None:
+    """That of a model by name, None once its patch was removed."""
+    return getattr(model, "schedule", None)
+
+
 def _save_schedule(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    state[prefix + "lifespan"] = torch.tensor(model.schedule.lifespan)
+    if (schedule := _schedule_of(model)) is not None:
+        state[prefix + "lifespan"] = torch.tensor(schedule.lifespan)
 
 
 def _load_schedule(model: Any, state: dict[str, Any], prefix: str, *others: Any) -> None:
-    saved, schedule = state.pop(prefix + "lifespan", None), model.schedule
-    if saved is not None and not saved.is_meta:
+    saved, schedule = state.pop(prefix + "lifespan", None), _schedule_of(model)
+    if saved is not None and schedule is not None and not saved.is_meta:
         try:
             model.schedule = Schedule.from_lifespan(saved.tolist(), schedule.depth, schedule.grid)
         except ValueError as error:

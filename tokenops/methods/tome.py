@@ -1,5 +1,6 @@
 """ToMe: the tokens that are most alike become one, in every block, between attention and MLP."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -121,13 +122,13 @@ def merged_per_block(r: Any, depth: int) -> tuple[int, ...]:
     """
     if isinstance(r, tuple) and len(r) == 2:
         mean, inflect = r
-        if not is_number(mean) or not is_number(inflect) or not -1 <= inflect <= 1 or mean < 0:
+        if not is_number(mean) or not is_number(inflect) or not -1 <= inflect <= 1 or not 0 <= mean < math.inf:
             raise ValueError(f"r={r!r}, but of (r, inflect) r must be at least 0 and inflect between -1 and 1")
         first = int(mean * (1 - inflect))
         slope = 2 * (mean - first) / max(depth - 1, 1)
         return tuple(int(first + slope * i) for i in range(depth)) if depth > 1 else (int(mean),)
     given = (r,) * depth if is_number(r) else tuple(r) if isinstance(r, (list, tuple)) else ()
-    if len(given) != depth or not all(is_number(value) and value >= 0 for value in given):
+    if len(given) != depth or not all(is_number(value) and 0 <= value < math.inf for value in given):
         raise ValueError(
             f"r={r!r}, but it must be a number of at least 0, (r, inflect), or a list of one number for each of"
             f" {depth} blocks"

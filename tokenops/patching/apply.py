@@ -9,6 +9,7 @@ from torch import nn
 from .engine import (
     METHODS,
     Method,
+    Patched,
     PatchedAttention,
     PatchedBlock,
     PatchedGrid,
@@ -43,8 +44,13 @@ class Patch:
         self.fit(model, method)
 
     def fit(self, model: Any, method: Method | None = None) -> None:
-        """Give every block its role, as the model is now."""
-        site, method = Site(model), method or self.method
+        """Give every block its role, as the model is now, which may have lost its last blocks."""
+        site = Site(model)
+        site.refuse_others()
+        self.give(site, method or self.method)
+
+    def give(self, site: Any, method: Method) -> None:
+        """Give every block of a site its role."""
         last, site.depth = len(site.blocks) - 1, self.depth
         roles = [
             replace(role, last=i == last, taken=i == last or i in site.taken)
@@ -68,15 +74,15 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
 
     - "tome": ToMe. ``r``, tokens merged in every block: a number, ``(r, inflect)`` (as many in all, from
       ``r * (1 - inflect)`` in the first block on a line to ``r * (1 + inflect)`` in the last) or a list, a number a
-      block; never more than half of the patch tokens that are left. ``model.r`` may be set at any time.
+      block; never more than half of the patch tokens that are left. ``model.r`` may be set.
       ``prop_attn=True`` counts a token by its size in attention. ``unmerge=None`` gives every patch a token again
       where the model takes its tokens (behind the last block, or that of LLaVA's ``vision_feature_layer``), but where
       it is known to take the class token alone: the mean over patches is then the one by sizes. True or False decide
       it.
     - "evit": EViT. ``keep_rate=0.7``, a number or one a block; ``reduction_loc=None``, the blocks that drop tokens (a
-      quarter, half and three quarters of the depth); ``fuse_token=True``. ``model.keep_rate`` may be set at any time.
+      quarter, half and three quarters of the depth); ``fuse_token=True``. ``model.keep_rate`` may be set.
     - "evo_vit": Evo-ViT. ``prune_ratio=0.5``, ``tradeoff=0.5``, ``stages=None`` (a third and two thirds of the depth).
-      All tokens are there again behind every stage. ``model.stage_wise=True`` may be set at any time: False makes a
+      All tokens are there again behind every stage. ``model.stage_wise=True`` may be set: False makes a
       stage of every block, as in the beginning of its training.
     - "patch_slimming": Patch Slimming. ``schedule``, a `tokenops.methods.patch_slimming.Schedule`, or its counts.
     - "dps": dynamic Patch Slimming, a reconstruction: ``counts``, tokens behind each block, and ``after=2``, so many
@@ -89,6 +95,8 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
 
     - "random": as "evit", but the tokens that stay are drawn at random, and the others are gone: what a choice is to be
       better than.
+
+    What may be set is set between forwards: one that runs meanwhile may have it in some blocks alone, or raise.
 
     Without a class token "evit" and "evo_vit" choose by the mean attention that tokens receive, which is ours. Models
     with rotary positions take the methods that leave tokens where they are: "evit" with ``fuse_token=False``,
@@ -131,6 +139,8 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
     torch.Size([1, 5, 192])
     """
     how = _made(method, options)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"apply_patch: model must be a torch.nn.Module, but got {model!r}")
     if is_patched(model):
         raise ValueError(f"apply_patch: the {type(model).__name__} is patched already: remove_patch comes first")
     site = Site(model)
@@ -147,7 +157,7 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
     for i, (name, part) in parts.items():
         _add_to(site.blocks[i], name, part)
         patch.added[i] = name
-    patch.fit(model)
+    patch.give(site, how)
     for block, family in zip(site.blocks, site.families):
         dress(unwrapped(getattr(block, family.attention)), (PatchedAttention,), family)
     if how.shape:
@@ -160,7 +170,7 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
         site.owner.tokenops_patch = patch
         dress(site.owner, mixins)
         mixins = ()
-    model.tokenops_patch = patch
+    vars(model)["tokenops_patch"] = patch  # a compiled module would pass the assignment on
     dress(model, mixins, None, how.setting)
     return model
 
@@ -174,21 +184,18 @@ def remove_patch(model: Any) -> Any:
     patch = getattr(model, "tokenops_patch", None)
     if patch is None:
         raise ValueError(f"remove_patch: this {type(model).__name__} is not patched")
-    site = Site(model)
-    attentions = [unwrapped(getattr(block, family.attention)) for block, family in zip(site.blocks, site.families)]
-    dressed = [*site.blocks, *attentions, site.embedding, site.owner, model]
+    dressed: list[Any] = [module for module in model.modules() if isinstance(module, Patched)][::-1]  # from the inside
     for module in dressed:
         refuse_wrapped(module)
     for module in dressed:
         undress(module)
-    for i, block in enumerate(site.blocks):
-        del block.tokenops_role
-        block._buffers.pop("tokenops_constant", None)
-        getattr(getattr(block, "_hf_hook", None), "original_devices", {}).pop("tokenops_constant", None)
-        if i in patch.added:
-            delattr(block, patch.added[i])
-    for module, name in ((site.embedding, "tokenops_grid"), (site.owner, "tokenops_patch"), (model, "tokenops_patch")):
-        vars(module).pop(name, None)
+        if "tokenops_role" in vars(module):
+            module._buffers.pop("tokenops_constant", None)
+            getattr(getattr(module, "_hf_hook", None), "original_devices", {}).pop("tokenops_constant", None)
+            for name in patch.added.values():
+                module._modules.pop(name, None)
+        for name in ("tokenops_role", "tokenops_grid", "tokenops_patch"):
+            vars(module).pop(name, None)
     return model
 
 

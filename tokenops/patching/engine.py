@@ -29,6 +29,14 @@ class Flow(NamedTuple):
     tokens: Tensor
     state: Any
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Nothing but a patched block takes one."""
+        raise ValueError(
+            f"{getattr(func, '__name__', func)} was given what a patched block hands to the next one: blocks were"
+            f" added, replaced or taken away since the patch: {families.PATCH_ANEW}"
+        )
+
 
 def tokens_of(given: Any) -> Tensor:
     """The tokens in what a block takes or gives: a tensor, a `Flow`, or a tuple that begins with them."""
@@ -107,7 +115,7 @@ class Method:
         name: as `apply_patch` takes it; a class with a name is known by it from then on.
         scores: whether attention gives more than its result, which heads wider than the operator's cannot.
         shape: whether it is for one grid of patches, which images are then checked for.
-        setting: the option that becomes an attribute of the model, to be set at any time; None without one.
+        setting: the option that becomes an attribute of the model, to be set between forwards; None without.
         value: what that is.
     """
 
@@ -147,6 +155,8 @@ class Patched:
     tokenops_made: ClassVar[tuple[Any, ...]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if "tokenops_made" not in vars(cls):  # a class that was derived since, of parametrized modules say
+            return super().__new__(cls)
         return cls.tokenops_made[0](*args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -155,6 +165,9 @@ class Patched:
         vars(replica).update(vars(self), _parameters={}, _is_replica=True)
         replica._buffers, replica._modules = replica._buffers.copy(), replica._modules.copy()
         return replica
+
+    def __prepare_scriptable__(self) -> Any:
+        raise ValueError("a patched model cannot be scripted: use torch.export or torch.jit.trace")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made = super().__reduce_ex__(protocol)
@@ -262,11 +275,11 @@ class PatchedBlock:
 
     def tokenops_take(self, role: Role) -> None:
         """Have a role from now on."""
-        self.tokenops_role = role
         constant = getattr(role, "constant", None)
         if constant is not None:
             rows = torch.tensor(constant, device=place_of(self))
             self.register_buffer("tokenops_constant", rows, persistent=False)  # type: ignore[attr-defined]
+        self.tokenops_role = role  # last: a forward in another thread finds the rows of the role it finds
 
     def tokenops_rows(self, x: Tensor) -> Tensor:
         """The constant rows where x is: the buffer may be elsewhere, as weights that were meta were assigned."""

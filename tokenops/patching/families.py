@@ -17,6 +17,9 @@ _EVERYWHERE: tuple[dict[int, Any], ...] = (
     nn.modules.module._global_backward_hooks,
 )
 
+#: what to do where a patched model was changed since
+PATCH_ANEW = "remove_patch, and apply_patch to the model as it is now"
+
 
 class Ask:
     """What a block asks of its attention, and is told. No container of tensors: wrappers pass it on as it is.
@@ -181,7 +184,9 @@ class Eva(Family):
             q, k, v = attention.qkv(x).chunk(3, dim=-1)
         else:
             bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
-            q, k, v = F.linear(x, attention.qkv.weight, bias).chunk(3, dim=-1)
+            apart = attention.qkv_bias_separate
+            qkv = attention.qkv(x) + bias if apart else F.linear(x, attention.qkv.weight, bias)
+            q, k, v = qkv.chunk(3, dim=-1)
         q, k, v = (t.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for t in (q[:, :rows], k, v))
         q, k = attention.q_norm(q), attention.k_norm(k)
         if rope is not None:
@@ -328,6 +333,8 @@ def attend(
     elif hasattr(type(unwrapped(attention)), "tokenops_made"):
         y = family.call(attention, normed, rope, ask=ask)
     else:
+        if name_of(unwrapped(attention)) not in family.attentions:
+            raise ValueError(f"a {name_of(attention)} took the place of a block's attention: {PATCH_ANEW}")
         y = attended(family, attention, ask, normed, rope)
     return x[:, : ask.rows] + family.after_attention(block, y), ask.looked_at, ask.keys
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from .engine import Patched, grid_of, plain_of
-from .families import FAMILIES, Eva, name_of, unwrapped
+from .families import FAMILIES, PATCH_ANEW, Eva, name_of, unwrapped
 
 #: the timm models whose loops run blocks one after another; transformers' are told by their blocks
 _TIMM = ("timm.models.vision_transformer.VisionTransformer", "timm.models.eva.Eva")
@@ -35,7 +35,7 @@ class Site:
 
     Raises:
         TypeError: the model has no blocks that can be patched, or some that cannot.
-        ValueError: it has several vision transformers.
+        ValueError: it has several vision transformers, or a block in two places.
     """
 
     def __init__(self, model: Any) -> None:
@@ -45,9 +45,15 @@ class Site:
         self.container: Any = self.owner.get_submodule(self.within)
         self.blocks = [unwrapped(block) for block in self.container]
         self.depth = len(self.blocks)
+        places = {id(block): i for i, block in enumerate(self.blocks)}
+        for i, block in enumerate(self.blocks):
+            if (again := places[id(block)]) != i:
+                raise ValueError(
+                    f"apply_patch: blocks {i} and {again} of {where} are one module, but each needs a role of its own"
+                )
         self.families = []
         for i, block in enumerate(self.blocks):
-            family = FAMILIES.get(name_of(block))
+            family = getattr(type(block), "tokenops_family", None) or FAMILIES.get(name_of(block))
             try:
                 if family is None:
                     raise TypeError(f"it is {name_of(block)}, but it must be {' or '.join(FAMILIES)}")
@@ -76,6 +82,12 @@ class Site:
         self._around = _around(model, self.path)
         self._speaker: Any = next((m for m in reversed(self._around) if _has_places(m)), None)
         self.taken = (self.depth - 1,) if self._speaker is None else _layers(self._speaker.config, self.depth)
+
+    def refuse_others(self) -> None:
+        """ValueError where a patched model has blocks that are not."""
+        others = [i for i, block in enumerate(self.blocks) if not hasattr(block, "tokenops_role")]
+        if others:
+            raise ValueError(f"blocks {others} were added or replaced since the patch: {PATCH_ANEW}")
 
     def pools_class(self) -> bool:
         """Whether the model, as it is now, classifies by tokens of the prefix alone."""

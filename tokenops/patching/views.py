@@ -83,6 +83,7 @@ class Recorder(nn.Module):
 
 def recorded(site: Site) -> tuple[Any, list[Record]]:
     """A model of the same modules whose blocks are recorded, and the records that its runs make."""
+    site.refuse_others()
     records: list[Record] = []
     names = ".".join(name for name in (site.path, site.within) if name).split(".")
     view = above = _shallow(site.model)
@@ -98,7 +99,9 @@ def _shallow(module: Any) -> Any:
     """A module of the same parts, of which others may be put in the place of some."""
     new = object.__new__(type(module))
     vars(new).update(vars(module))
-    new._modules = dict(module._modules)
+    vars(new)["_modules"] = dict(module._modules)  # a compiled module would pass the assignment on
+    if "_orig_mod" in new._modules:  # one that is compiled is not in a view
+        vars(new)["forward"] = lambda *args, **kwargs: new._modules["_orig_mod"](*args, **kwargs)
     forward = vars(module).get("forward")
     if isinstance(forward, functools.partial) and hasattr(module, "_old_forward"):  # accelerate's
         new.forward = functools.partial(forward.func, new)

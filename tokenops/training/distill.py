@@ -70,7 +70,7 @@ class FeatureRecalibration(Objective):
         """Make the reverse modules, and check the widths."""
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         first = next(self.model.parameters())
-        images = torch.zeros(1, 3, *size, device=first.device, dtype=first.dtype)
+        images = torch.zeros(1, _channels_of(self.model), *size, device=first.device, dtype=first.dtype)
         self._teachers[0].to(first.device)
         with evaluating(self.model):
             _, ours = block_tokens(self.model, images)
@@ -204,3 +204,8 @@ def _size_of(model: Any) -> tuple[int, int]:
         if size is not None:
             return (size, size) if isinstance(size, int) else (size[0], size[1])
     raise ValueError(f"img_size must be given: {type(model).__name__} does not say what images it takes")
+
+
+def _channels_of(model: nn.Module) -> int:
+    """Channels of a model's images: those that its first convolution takes."""
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)

@@ -201,6 +201,9 @@ class _Run:
         epochs, _, _, accumulation, _ = self.plan
         self.objective.train()
         self.objective.begin_epoch(self.epoch, epochs)
+        if self.ema is not None:
+            for name, value in self.objective.mode.items():
+                setattr(self.ema.module, name, value)
         batches = self.batches.epoch(self.epoch, self.step, self._set_random_state)
         updates = 0
         while group := list(islice(batches, accumulation)):

@@ -84,6 +84,11 @@ class Objective(nn.Module):
         """Whether the model runs as it will in the end: only epochs in which it does compete for the best one."""
         return True
 
+    @property
+    def mode(self) -> dict[str, Any]:
+        """The model's attributes that follow a schedule, as they are: those of averaged weights follow, too."""
+        return {}
+
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint needs beside the state dict: tensors, numbers, strings."""
         return {}
@@ -185,7 +190,7 @@ class ShrinkingKeepRate(Plain):
 
     Args:
         model: one with the method "evit".
-        keep_rate: at the end; the smallest of the model's if not given.
+        keep_rate: at the end, a number or one a block; the model's own if not given.
         start, end: epochs at which it begins and ends to shrink, as parts of all epochs.
         **kwargs: those of :class:`Plain`.
 
@@ -195,17 +200,22 @@ class ShrinkingKeepRate(Plain):
     """
 
     def __init__(
-        self, model: nn.Module, keep_rate: float | None = None, start: float = 0.1, end: float = 0.35, **kwargs: Any
+        self,
+        model: nn.Module,
+        keep_rate: float | Sequence[float] | None = None,
+        start: float = 0.1,
+        end: float = 0.35,
+        **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
-        rates: Any = getattr(model, "keep_rate", None)
-        if rates is None:
+        own: Any = getattr(model, "keep_rate", None)
+        if own is None:
             raise TypeError(f"{type(model).__name__} has no keep rate: it must be patched with 'evit'")
-        if keep_rate is None:
-            keep_rate = float(rates if isinstance(rates, (int, float)) else min(rates))
-        self.keep_rate, self.start, self.end = keep_rate, start, end
-        keep_rate_at(0, keep_rate, start, end)  # checks them
-        self.rate: float | None = None  # of the epoch
+        given = own if keep_rate is None else keep_rate
+        self.keep_rate = float(given) if isinstance(given, (int, float)) else tuple(map(float, given))
+        self.start, self.end = start, end
+        self._rate_at(0, start, end)  # checks them
+        self.rate: Any = None  # of the epoch, as keep_rate is
 
     @property
     def final(self) -> bool:
@@ -214,8 +224,18 @@ class ShrinkingKeepRate(Plain):
     def begin_epoch(self, epoch: float, epochs: int) -> None:
         model: Any = self.model
         end = min(self.end * epochs, epochs - 1)
-        self.rate = keep_rate_at(epoch, self.keep_rate, min(self.start * epochs, end), end)
+        self.rate = self._rate_at(epoch, min(self.start * epochs, end), end)
         model.keep_rate = self.rate
+
+    @property
+    def mode(self) -> dict[str, Any]:
+        return {} if self.rate is None else {"keep_rate": self.rate}
+
+    def _rate_at(self, epoch: float, start: float, end: float) -> float | tuple[float, ...]:
+        rates = self.keep_rate
+        if isinstance(rates, tuple):
+            return tuple(keep_rate_at(epoch, rate, start, end) for rate in rates)
+        return keep_rate_at(epoch, rates, start, end)
 
 
 class SlowFast(Objective):
@@ -233,7 +253,8 @@ class SlowFast(Objective):
 
     Raises:
         TypeError: the model has no such modes.
-        ValueError: a teacher is given for a model without distillation heads; or the model does not pool its patches.
+        ValueError: a teacher is given for a model without distillation heads; or the model does not pool its patches,
+            or has no class token.
 
     Source: Xu et al., Evo-ViT (AAAI 2022), in its published code.
     """
@@ -254,6 +275,8 @@ class SlowFast(Objective):
                     "the model must classify the mean of its patches, for the class token has a head of its own: make"
                     " it with global_pool='avg', fc_norm=True"
                 )
+            if whole.cls_token is None:
+                raise ValueError("the model must have a class token, which has a head of its own")
             self.norm_cls, self.head_cls = copy.deepcopy(whole.fc_norm), copy.deepcopy(whole.head)
 
     @property
@@ -265,6 +288,11 @@ class SlowFast(Objective):
         model.stage_wise = stage_wise_at(epoch, epochs) or epoch + 1 >= epochs
         if hasattr(model, "learn_tradeoff"):
             model.learn_tradeoff = model.stage_wise
+
+    @property
+    def mode(self) -> dict[str, Any]:
+        names = [name for name in ("stage_wise", "learn_tradeoff") if hasattr(self.model, name)]
+        return {name: getattr(self.model, name) for name in names}
 
     def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
         if self.norm_cls is not None:

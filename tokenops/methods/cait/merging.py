@@ -152,6 +152,8 @@ def merge_points(points: Mapping[int, str] | None, depth: int) -> dict[int, str]
         if depth < 3:
             raise ValueError(f"cait: points must be given for a model of {depth} blocks")
         return {round(depth / 3) - 1: "horizontal", round(2 * depth / 3) - 1: "vertical"}
+    if not isinstance(points, Mapping):
+        raise TypeError(f"cait: points={points!r}, but it must be block numbers to 'horizontal' or 'vertical'")
     for block in points:
         if type(block) is not int or not 0 <= block < depth:
             raise ValueError(f"cait: points has block {block!r}, but blocks are numbered 0 to {depth - 1}")

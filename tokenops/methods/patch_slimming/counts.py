@@ -35,6 +35,8 @@ def counts_report(counts: Sequence[int], patches: int, dim: int, hidden: int) ->
 
 def check_counts(counts: Iterable[int], patches: int, name: str = "counts") -> tuple[int, ...]:
     """Tokens per layer, class token included: ints from 1 to 1 + patches that never grow."""
+    if not isinstance(counts, Iterable):
+        raise TypeError(f"{name} must be ints, one for every layer, but got {counts!r}")
     counts = tuple(counts)
     if not counts:
         raise ValueError(f"{name} is empty, but there must be a number of tokens for every layer")

@@ -60,6 +60,11 @@ class Slim(Role):
         """The tokens in the order of their lifespan, where the block puts them there; and, if asked, this order."""
         if self.constant is None:
             return x, None
+        if len(self.constant) != x.shape[1]:
+            raise ValueError(
+                f"a block that puts {len(self.constant)} tokens in order was given {x.shape[1]}: a schedule is set"
+                " between forwards, not while one runs"
+            )
         rows = block.tokenops_rows(x)
         return x.index_select(1, rows), rows[self.prefix :] - self.prefix if follows else None
 
