@@ -88,11 +88,13 @@ class Role:
         prefix: how many tokens before the patches' are never touched.
         last: whether a tensor must come out.
         taken: whether the model takes its tokens from behind the block: the last, and that of a hidden state.
+        constant: rows by number that the block needs where its tokens are (`PatchedBlock.tokenops_rows`), or None.
     """
 
     prefix: int
     last: bool
     taken: bool = field(default=False, kw_only=True)
+    constant: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     @property
     def idle(self) -> bool:
@@ -275,22 +277,20 @@ class PatchedBlock:
 
     def tokenops_take(self, role: Role) -> None:
         """Have a role from now on."""
-        constant = getattr(role, "constant", None)
-        if constant is not None:
-            rows = torch.tensor(constant, device=place_of(self))
+        if role.constant is not None:
+            rows = torch.tensor(role.constant, device=place_of(self))
             self.register_buffer("tokenops_constant", rows, persistent=False)  # type: ignore[attr-defined]
         self.tokenops_role = role  # last: a forward in another thread finds the rows of the role it finds
 
     def tokenops_rows(self, x: Tensor) -> Tensor:
         """The constant rows where x is: the buffer may be elsewhere, as weights that were meta were assigned."""
         rows = self.tokenops_constant
-        constant: Any = getattr(self.tokenops_role, "constant", None)
-        return rows if rows.device == x.device else torch.tensor(constant, device=x.device)
+        return rows if rows.device == x.device else torch.tensor(self.tokenops_role.constant, device=x.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As every module's; rows that are constants are as they were, whatever `to_empty` did to them."""
         super()._apply(fn, recurse)  # type: ignore[misc]
-        constant = getattr(self.tokenops_role, "constant", None)
+        constant = self.tokenops_role.constant
         if constant is not None and not self.tokenops_constant.is_meta:
             self.tokenops_constant = torch.tensor(constant, device=self.tokenops_constant.device)
         return self

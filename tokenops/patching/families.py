@@ -357,7 +357,11 @@ def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, rope: Te
         if dropped:
             out, ask.looked_at, ask.keys = _dropping(q, k, v, dropped, bias, scale, ask.scores, **masks)
         else:
-            operator = masked_channel_attention if getattr(attention, "fused_attn", True) else _in_torch
+            operator: Any = (
+                masked_channel_attention
+                if getattr(attention, "fused_attn", True)
+                else reference.masked_channel_attention
+            )
             found: Any = operator(
                 q,
                 k,
@@ -457,7 +461,3 @@ def _rotated(attention: Any, x: Tensor, rope: Tensor) -> Tensor:
     half = {"half": True} if getattr(attention, "rotate_half", False) else {}
     patches = apply_rot_embed_cat(x[:, :, prefix:], rope[..., : x.shape[2] - prefix, :], **half)
     return torch.cat((x[:, :, :prefix], patches), dim=2)
-
-
-def _in_torch(*args: Any, **kwargs: Any) -> Any:
-    return reference.masked_channel_attention(*args, **kwargs)

@@ -2,6 +2,8 @@
 
 import functools
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -49,16 +51,23 @@ def trace(model: Any, images: Tensor) -> Trace:
         raise ValueError(f"trace needs a model behind apply_patch, but this {type(model).__name__} is not patched")
     site = Site(model)
     view, records = recorded(site)
+    with evaluating(model):
+        view.eval()
+        (view if site.timm else view.get_submodule(site.path))(images)  # CLIP's model would take words
+    grid = grid_of(site.embedding, images.shape[-2], images.shape[-1])
+    return Trace(patch.method.name, grid, [record.step for record in records if record.step is not None])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode within; every module of it has its own mode again afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    view.eval()
     try:
-        (view if site.timm else view.get_submodule(site.path))(images)  # CLIP's model would take words
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-    grid = grid_of(site.embedding, images.shape[-2], images.shape[-1])
-    return Trace(patch.method.name, grid, [record.step for record in records if record.step is not None])
 
 
 class Recorder(nn.Module):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..methods.patch_slimming.dynamic import TokenScorer, ranking_loss, scored, teacher_lifespans
 from ..nn import ReverseTokenSlimming
 from ..patching.engine import tokens_of
-from .objectives import Metrics, Objective, decay_groups, evaluating, logits_of, parameters_to_train
+from ..patching.views import evaluating
+from .objectives import Metrics, Objective, decay_groups, logits_of, parameters_to_train
 
 #: how much faster than everything else reverse modules learn
 RTSM_LR_SCALE = 5.0

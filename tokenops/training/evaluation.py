@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..patching.views import evaluating
 from .batches import eval_batches
-from .objectives import evaluating, logits_of
+from .objectives import logits_of
 
 
 class Totals:

@@ -1,8 +1,7 @@
 """What a training minimises: an `Objective` holds the model and makes a loss of a batch; here, those of one model."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -111,18 +110,6 @@ class Objective(nn.Module):
         for teacher in self._teachers:
             teacher._apply(fn)
         return super()._apply(fn, recurse)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model is in evaluation mode within; every module of it has its own mode again afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def decay_groups(model: nn.Module, parameters: Sequence[Tensor], lr: float, weight_decay: float) -> list[dict]:

@@ -36,12 +36,11 @@ class Merging(Role):
     form.
 
     Attributes:
-        merges: whether there is a merge.
-        constant: the rows of all tokens in the order of the block layout, where the block puts them in this order.
+        merges: whether there is a merge. `constant` has all tokens in the order of the block layout, where the block
+            puts them in this order.
     """
 
     merges: bool = False
-    constant: tuple[int, ...] | None = None
 
     @property
     def idle(self) -> bool:
@@ -118,7 +117,7 @@ class CAIT(Method):
             with torch.device("cpu"):  # numbers, also of a model on meta
                 places = grid_order(grid).tolist()
             order = (*range(site.prefix), *(site.prefix + i for i in places))
-        return [Merging(site.prefix, False, i in points, None if i else order) for i in range(site.depth)]
+        return [Merging(site.prefix, False, i in points, constant=None if i else order) for i in range(site.depth)]
 
     def parts(self, site: Any) -> dict[int, tuple[str, Any]]:
         points, grid = self._fitted(site)

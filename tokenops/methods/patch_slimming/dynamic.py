@@ -123,7 +123,7 @@ class DynamicSlimming(Method):
             raise ValueError("counts leaves no patch to the last layer, but the model does not classify by class token")
         before = (1 + patches, *counts)
         rows = [n - 1 if n < m else None for m, n in zip(before, counts)]
-        return [DynamicSlim(site.prefix, False, n, None, i == after) for i, n in enumerate(rows)]
+        return [DynamicSlim(site.prefix, False, n, i == after) for i, n in enumerate(rows)]
 
     def parts(self, site: Any) -> dict[int, tuple[str, Any]]:
         return {self.after: ("scorer", TokenScorer(site.dim, site.prefix))}

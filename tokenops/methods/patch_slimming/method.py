@@ -28,12 +28,11 @@ class Slim(Role):
     .. math:: Z' = \mathrm{diag}(m)\,(\mathrm{MSA}(Z) + Z), \qquad Z_{out} = \mathrm{MLP}(Z') + Z'
 
     Attributes:
-        rows: patch tokens that it keeps; None for all.
-        constant: the rows of all tokens by lifespan, prefix first, where the block puts them in this order.
+        rows: patch tokens that it keeps; None for all. `constant` has all by lifespan, prefix first, where the block
+            puts them in this order.
     """
 
     rows: int | None = None
-    constant: tuple[int, ...] | None = None
 
     @property
     def idle(self) -> bool:
@@ -115,6 +114,6 @@ class PatchSlimming(Method):
             rows, constant = count - 1 if count - 1 < before else None, None
             if rows is not None and before == patches:
                 constant = (*range(site.prefix), *(site.prefix + i for i in schedule.order))
-            roles.append(Slim(site.prefix, False, rows, constant))
+            roles.append(Slim(site.prefix, False, rows, constant=constant))
             before = count - 1
         return roles
