@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
 
 from .. import reference
 from ..masked_channel_attention import WIDEST_HEAD, masked_channel_attention
+from ..nn import Attention
 
 _EVERYWHERE: tuple[dict[int, Any], ...] = (
     nn.modules.module._global_forward_pre_hooks,
@@ -70,14 +72,14 @@ def exact(module: nn.Module, *kinds: type) -> bool:
 
 def watched() -> bool:
     """Whether there are hooks of every module, but for those of torch's FLOP counter, which look at names alone."""
+    if not any(_EVERYWHERE):
+        return False
     hooks = [hook for everywhere in _EVERYWHERE for hook in everywhere.values()]
     return any(not isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def fusable(norm: nn.Module) -> tuple[Any, Any, float] | None:
     """A norm as operators take it, to apply it in their launch; None where it must be called."""
-    from timm.layers import LayerNorm
-
     return (norm.weight, norm.bias, norm.eps) if exact(norm, nn.LayerNorm, LayerNorm) else None  # type: ignore
 
 
@@ -330,7 +332,7 @@ def attend(
     ask = Ask(**asked)
     if ask.rows is None and not ask.more:
         y = family.call(attention, normed, rope)
-    elif hasattr(type(unwrapped(attention)), "tokenops_made"):
+    elif hasattr(type(attention), "tokenops_made") or hasattr(type(unwrapped(attention)), "tokenops_made"):
         y = family.call(attention, normed, rope, ask=ask)
     else:
         if name_of(unwrapped(attention)) not in family.attentions:
@@ -352,7 +354,8 @@ def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, rope: Te
     if not ask.more and (dropped or max(q.shape[3], v.shape[3]) > WIDEST_HEAD):
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, scale=scale)
     else:
-        masks: Any = {name: getattr(attention, name, None) for name in ("qk_mask", "v_mask")}
+        ours = isinstance(attention, Attention)
+        masks: Any = {name: getattr(attention, name) if ours else None for name in ("qk_mask", "v_mask")}
         bias = None if ask.key_bias is None else ask.key_bias[:, None, None]
         if dropped:
             out, ask.looked_at, ask.keys = _dropping(q, k, v, dropped, bias, scale, ask.scores, **masks)
@@ -421,6 +424,8 @@ def positions(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
     Raises:
         ValueError: there is a mask among them, or attention weights are asked for.
     """
+    if not args and not kwargs:  # timm's loop
+        return None
     family = family_of(block)
     given = {**dict(zip(family.arguments, args)), **kwargs}
     config = getattr(getattr(block, family.attention), "config", None)
