@@ -54,7 +54,7 @@ class EvoLeViT(LeViT):
             nothing.
         dense_layers: the first so many layers of the network see every patch whatever the ratio.
         stage_wise: patches are chosen once a stage (the later part of training, and inference) or before every layer
-            (the earlier part). The attribute may be changed at any time.
+            (the earlier part). The attribute may be changed between forwards.
         learn_tradeoff: theta is used, or t is .5 (as in the earlier part of training). An attribute, too.
         drop_path_rate: stochastic depth, the same of every branch.
 
