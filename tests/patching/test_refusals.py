@@ -63,6 +63,9 @@ def test_a_model_within_another():
     model.r = 8
     model(x)
     assert [step.tokens for step in trace(model, x).steps] == [9, 5, 3]
+    with pytest.raises(ValueError, match="r=2 was set on the VisionTransformer within: .* the Sequential around"):
+        model[1].r = 2
+    assert model[1].r == model.r == 8
     assert torch.equal(remove_patch(model)(x), expected) and not hasattr(model, "r")
 
 

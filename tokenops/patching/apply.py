@@ -167,8 +167,8 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
     if site.families[0] is HfViT:
         mixins = (PatchedViT,)
     if site.owner is not model:
-        site.owner.tokenops_patch = patch
-        dress(site.owner, mixins)
+        site.owner.tokenops_patch, site.owner.tokenops_within = patch, type(model).__name__
+        dress(site.owner, mixins, None, how.setting)
         mixins = ()
     vars(model)["tokenops_patch"] = patch  # a compiled module would pass the assignment on
     dress(model, mixins, None, how.setting)
@@ -194,7 +194,7 @@ def remove_patch(model: Any) -> Any:
             getattr(getattr(module, "_hf_hook", None), "original_devices", {}).pop("tokenops_constant", None)
             for name in patch.added.values():
                 module._modules.pop(name, None)
-        for name in ("tokenops_role", "tokenops_grid", "tokenops_patch"):
+        for name in ("tokenops_role", "tokenops_grid", "tokenops_patch", "tokenops_within"):
             vars(module).pop(name, None)
     return model
 

@@ -209,6 +209,10 @@ def _remade(*made: Any) -> Any:
 
 
 def _set(model: Any, value: Any) -> None:
+    around = vars(model).get("tokenops_within")
+    if around is not None:
+        given = f"{model.tokenops_patch.method.setting}={value!r}"
+        raise ValueError(f"{given} was set on the {type(model).__name__} within: set it on the {around} around")
     model.tokenops_patch.set(model, value)
 
 
