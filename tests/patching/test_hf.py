@@ -340,6 +340,15 @@ def test_hooks_of_accelerate_that_are_taken_off(method, tmp_path):
         assert torch.equal(pooled(remove_patch(model), x), last)
 
 
+@pytest.fixture
+def no_accelerator():
+    """None that another test has made, and none for others."""
+    accelerate.state.AcceleratorState._reset_state(True)
+    yield
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("no_accelerator")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_in_mixed_precision(method):
     model, x = apply_patch(model_of("vit_classifier"), method, **METHODS[method][1]), images()
@@ -357,7 +366,6 @@ def test_a_step_in_mixed_precision(method):
             assert close > 0.9 or single[name].norm() < 1e-3, (name, close)
     optimizer.step()
     assert not [n for n, p in inner.named_parameters() if n in single and torch.equal(p, before[n])]
-    accelerate.state.AcceleratorState._reset_state(True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
