@@ -256,6 +256,19 @@ def test_weights_that_are_kept_elsewhere(method, before):
     assert not model.blocks[1].norm2.weight.is_meta and torch.equal(model(x), dense)
 
 
+@pytest.mark.parametrize("kind", ["average", "scalar", "channel", "linear", "content"])
+def test_merges_of_weights_that_are_kept_elsewhere(kind):
+    """Tokens are merged before a layer whose weights are not there yet, or behind it."""
+    accelerate = pytest.importorskip("accelerate")
+    model, x = apply_patch(model_of("plain"), "cait", **METHODS["cait"][1], kind=kind), images()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(0.1 * (".merge." in name))
+        expected = model(x)
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        torch.testing.assert_close(model(x), expected)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", METHODS)
 def test_observers_of_quantisation_see_data(method):

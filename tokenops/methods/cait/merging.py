@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers import Mlp as TimmMlp
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...merge_bipartite import unmerge_bipartite
 from ...merge_neighbours import unmerge_neighbours
@@ -162,7 +162,9 @@ def merge_points(points: Mapping[int, str] | None, depth: int) -> dict[int, str]
 def commutes(block: Any) -> bool:
     """Whether tokens are merged before the second layer of a block's MLP already, unless dropout is behind it."""
     merge = getattr(block, "merge", None)
-    return merge is not None and merge.commutes and exact(block.mlp, TimmMlp, Mlp)
+    if merge is None or not merge.commutes or not exact(block.mlp, TimmMlp, Mlp):
+        return False
+    return merge.kind != "scalar" or exact(block.mlp.fc2, nn.Linear)  # whose bias is read, to count by the weights
 
 
 def merges_of(model: Any) -> list[NeighbourMerging | None]:
