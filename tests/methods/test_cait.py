@@ -153,6 +153,16 @@ def test_merging_before_fc2_changes_nothing(name, kind, monkeypatch):
         seen.clear()
 
 
+def test_another_layer_in_the_place_of_fc2_sees_every_token():
+    model, seen = merged(), []
+    before = model(images(model))
+    fc2 = model.blocks[0].mlp.fc2
+    model.blocks[0].mlp.fc2 = nn.Sequential(fc2, nn.Identity())
+    model.blocks[0].mlp.fc2.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    torch.manual_seed(0)
+    assert not commutes(model.blocks[0]) and model(images(model)).shape == before.shape and seen == [17]
+
+
 def test_dropout_behind_fc2_is_of_every_token():
     model = merged(proj_drop_rate=0.1)
     seen = []

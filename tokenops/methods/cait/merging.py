@@ -164,7 +164,10 @@ def commutes(block: Any) -> bool:
     merge = getattr(block, "merge", None)
     if merge is None or not merge.commutes or not exact(block.mlp, TimmMlp, Mlp):
         return False
-    return merge.kind != "scalar" or exact(block.mlp.fc2, nn.Linear)  # whose bias is read, to count by the weights
+    last = block.mlp.fc2
+    if not isinstance(last, nn.Linear):
+        return False
+    return merge.kind != "scalar" or last.bias is None or not last.bias.is_meta  # it is read, to count by the weights
 
 
 def merges_of(model: Any) -> list[NeighbourMerging | None]:
