@@ -21,8 +21,8 @@ from tokenops import nn as ours
 from tokenops.methods import cait
 from tokenops.methods.cait import Merge, Mlp, Structure, compact, merging, prunable, restructure, unmerge_tokens
 from tokenops.methods.cait.merging import commutes, merges_of
+from tokenops.patching.blocks import Ask
 from tokenops.patching.engine import PatchedAttention, plain_of
-from tokenops.patching.families import Ask
 
 
 def literal(model, x):

@@ -50,7 +50,7 @@ def published(model, x):
         y = F.conv2d(image[None], state[f"{proj}.weight"], state[f"{proj}.bias"], stride=16)[0].flatten(1).T
         y = torch.cat((state["cls_token"][0], y)) + state["pos_embed"][0]
         places, after = list(range(len(y) - 1)), []
-        for i, rate in enumerate(role.rate for role in roles(model)):
+        for i, rate in enumerate(role.part for role in roles(model)):
             block = f"blocks.{i}"
             q, k, v = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", y)).unflatten(1, (3, heads, -1)).unbind(1)
             weights = torch.einsum("qhd,khd->hqk", q, k).mul(q.shape[2] ** -0.5).softmax(dim=2)
@@ -80,7 +80,7 @@ def test_outputs_equal_the_published_computation(kwargs):
     expected, left = published(model, x)
     close(logits, expected)
     maps = kept_maps(model, x)
-    assert len(maps) == sum(role.rate < 1 for role in roles(model)) and maps[0].shape == (2, 4, 4)
+    assert len(maps) == sum(role.part < 1 for role in roles(model)) and maps[0].shape == (2, 4, 4)
     for b, after in enumerate(left):
         for there, places in zip(maps, after, strict=True):
             assert set(there[b].flatten().nonzero().flatten().tolist()) == places
@@ -151,9 +151,9 @@ def test_keep_rate_schedule():
     assert keep_rate_at(3, 0.5, start=3, end=3) == 0.5
     model = small()
     model.keep_rate = 1.0
-    assert [role.rate for role in roles(model)] == [1.0] * 12
+    assert [role.part for role in roles(model)] == [1.0] * 12
     model.keep_rate = keep_rate_at(60, 0.7, start=10, end=110)
-    assert [i for i, role in enumerate(roles(model)) if role.rate == pytest.approx(0.85)] == [3, 6, 9]
+    assert [i for i, role in enumerate(roles(model)) if role.part == pytest.approx(0.85)] == [3, 6, 9]
     for kwargs, message in ((dict(base=0), "base=0"), (dict(base=1.5), "base=1.5"), (dict(end=5), "end=5.*start=10")):
         with pytest.raises(ValueError, match=message):
             keep_rate_at(1, **{**dict(base=0.7, start=10, end=110), **kwargs})

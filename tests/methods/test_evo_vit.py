@@ -146,7 +146,7 @@ def test_parameters_and_flops_are_the_published_ones(name):
     parameters, gmacs = COSTS[name]
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.005)
     assert flops(model, x) / 2e9 == pytest.approx(gmacs, rel=1e-3)
-    assert [(i, role.ratio) for i, role in enumerate(roles(model)) if role.begins] == [(4, 0.5), (8, 0.5)]
+    assert [(i, role.part) for i, role in enumerate(roles(model)) if role.begins] == [(4, 0.5), (8, 0.5)]
     assert [i for i, role in enumerate(roles(model)) if role.ends] == [7, 11]
 
 

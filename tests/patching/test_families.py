@@ -12,7 +12,7 @@ from support.patched_models import CHOOSING, FAMILIES, METHODS, ROTARY, images, 
 from support.weights import redrawn
 from tokenops import apply_patch, nn, remove_patch
 from tokenops.nn import convert_attention
-from tokenops.patching import engine, families
+from tokenops.patching import blocks, engine
 
 BEHIND = {  # tokens behind each block, of 16 patches and no prefix
     "tome": [13, 10, 7],
@@ -84,17 +84,17 @@ def test_attention_by_the_operator_is_the_blocks_own(family):
     rope = rope[1] if getattr(model, "rope_mixed", False) else rope
     block = model.blocks[1]
     with torch.no_grad():
-        own, scores, keys = families.attend(block, x, rope=rope)
+        own, scores, keys = blocks.attend(block, x, rope=rope)
         assert scores is None and keys is None
         bias = torch.zeros(x.shape[:2])
-        y, scores, keys = families.attend(block, x, rope=rope, key_bias=bias, scores="received", key_mean=True)
+        y, scores, keys = blocks.attend(block, x, rope=rope, key_bias=bias, scores="received", key_mean=True)
         torch.testing.assert_close(y, own, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(scores.sum(dim=1), torch.ones(2))
         assert keys.shape == (*x.shape[:2], 16)
-        few = families.attend(block, x, rope=rope, rows=7)[0]
+        few = blocks.attend(block, x, rope=rope, rows=7)[0]
         torch.testing.assert_close(few, own[:, :7], rtol=1e-4, atol=1e-4)
         whole = block(x) if rope is None else block(x, rope=rope)
-        torch.testing.assert_close(families.feed(block, y), whole, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(blocks.feed(block, y), whole, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

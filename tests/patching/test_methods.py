@@ -18,7 +18,7 @@ from support.patched_models import (
 from tokenops import apply_patch, trace
 from tokenops.methods import patch_slimming
 from tokenops.nn import TokenSlimming
-from tokenops.patching import Flow, Method, Role, engine, families
+from tokenops.patching import Flow, Method, Role, blocks, engine
 
 
 def plain_evit(model, x, rates, fuse):
@@ -170,7 +170,7 @@ def test_a_method_of_ones_own():
             return not self.halves
 
         def run(self, block, flow, rope, record):
-            x = families.whole(block, flow.tokens, rope)
+            x = blocks.whole(block, flow.tokens, rope)
             x = torch.cat((x[:, : self.prefix], x[:, self.prefix :: 2]), dim=1)
             if record is not None:
                 sources = torch.arange(16) // 2

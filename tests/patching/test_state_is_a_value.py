@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from support.patched_models import METHODS, SIZES, blocks_of, images, model_of, tokens_behind
 from support.weights import redrawn
 from tokenops import apply_patch, remove_patch, trace
-from tokenops.patching import families
+from tokenops.patching import blocks
 
 #: six blocks, so that sequences of two and of three hold several that reduce
 DEEP = {
@@ -400,7 +400,7 @@ def test_weights_that_are_dropped_are_softmax_and_dropout(kind):
     block = model.blocks[1]
     x, bias = torch.randn(2, 17, 32, requires_grad=True), torch.randn(2, 17)
     torch.manual_seed(7)
-    y, scores, keys = families.attend(block, x, key_bias=bias, scores=kind, key_mean=True)
+    y, scores, keys = blocks.attend(block, x, key_bias=bias, scores=kind, key_mean=True)
     attention, normed = block.attn, block.norm1(x)
     q, k, v = attention.qkv(normed).reshape(2, 17, 3, 2, 16).permute(2, 0, 3, 1, 4)
     q, k = attention.q_norm(q), attention.k_norm(k)
@@ -417,7 +417,7 @@ def test_weights_that_are_dropped_are_softmax_and_dropout(kind):
     wanted = torch.autograd.grad((expected * expected).sum() + (seen * seen).sum(), leaves)
     for grad, of in zip(found, wanted):
         torch.testing.assert_close(grad, of, rtol=1e-4, atol=1e-4)
-    without = families.attend(block.eval(), x, key_bias=bias, scores=kind)[0]
+    without = blocks.attend(block.eval(), x, key_bias=bias, scores=kind)[0]
     assert not torch.allclose(without, y, atol=1e-2)
 
 

@@ -184,8 +184,8 @@ def test_keep_rate_shrinks():
     objective, seen = ShrinkingKeepRate(model, start=0.2, end=0.6), []
     for epoch in range(10):
         objective.begin_epoch(epoch, 10)
-        assert model.blocks[0].tokenops_role.rate == model.blocks[3].tokenops_role.rate == 1
-        seen.append(model.blocks[1].tokenops_role.rate)
+        assert model.blocks[0].tokenops_role.part == model.blocks[3].tokenops_role.part == 1
+        seen.append(model.blocks[1].tokenops_role.part)
         assert objective.final is (epoch >= 6)
     between = [0.5 + 0.5 * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)]
     assert seen == pytest.approx([1, 1, *between, 0.5, 0.5, 0.5, 0.5])
@@ -205,7 +205,7 @@ def test_keep_rates_of_blocks_shrink_each_to_its_own():
     objective, seen = ShrinkingKeepRate(model, start=0, end=1), []
     for epoch in range(3):
         objective.begin_epoch(epoch, 3)
-        seen.append([block.tokenops_role.rate for block in model.blocks])
+        seen.append([block.tokenops_role.part for block in model.blocks])
     assert seen == [[1, 1, 1, 1], pytest.approx([0.75, 1, 0.625, 1]), [0.5, 1, 0.25, 1]] and objective.final
 
 
@@ -222,10 +222,10 @@ def test_recalibration_of_images_of_other_channels():
 def test_keep_rate_has_shrunk_in_the_last_epoch(epochs, start, end):
     objective = ShrinkingKeepRate(evit(), start=start, end=end)
     objective.begin_epoch(epochs - 1, epochs)
-    assert objective.model.blocks[1].tokenops_role.rate == 0.5 and objective.final
+    assert objective.model.blocks[1].tokenops_role.part == 0.5 and objective.final
     if epochs > 1:
         objective.begin_epoch(0, epochs)
-        assert objective.model.blocks[1].tokenops_role.rate == 1 and not objective.final
+        assert objective.model.blocks[1].tokenops_role.part == 1 and not objective.final
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..patching.blocks import attend, feed, rope_rows, whole
 from ..patching.engine import Flow, Method, Record, Role, sources_of
-from ..patching.families import attend, feed, fusable, rope_rows, whole
+from ..patching.modules import fusable
 from ..select_tokens import select_tokens
-from .options import block_indices, per_block, quarters
+from .options import PartRole, block_indices, per_block, quarters
 
 
 class Kept(NamedTuple):
@@ -26,32 +27,26 @@ class Kept(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Choosing(Role):
+class Choosing(PartRole):
     """Attention, the choice by its scores, and the MLP.
 
     Attributes:
-        share: the part of the patch tokens that stays, as two whole numbers: compilers make a variable of a float.
         fuse_token: whether those that do not become one.
         scores: "class", the class token's attention, "received", the mean attention a token receives, or "random".
     """
 
-    share: tuple[int, int] = (1, 1)
     fuse_token: bool = True
     scores: str = "class"
 
     @property
-    def rate(self) -> float:
-        return self.share[0] / self.share[1]
-
-    @property
     def idle(self) -> bool:
-        return self.rate >= 1
+        return self.part >= 1
 
     def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
         x, state = flow
         places = None if state is None else state.places
         N = x.shape[1] - self.prefix
-        k = math.ceil(self.rate * N)
+        k = math.ceil(self.part * N)
         if k >= N:
             return Flow(whole(block, x, rope, places), state)
         kind = None if self.scores == "random" else self.scores

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..patching.blocks import attend, feed, rope_rows
 from ..patching.engine import Flow, Method, Record, Role, sources_of
-from ..patching.families import attend, feed, fusable, rope_rows
+from ..patching.modules import fusable
 from ..restore_tokens import restore_tokens
 from ..select_tokens import select_tokens
-from .options import block_indices, per_block
+from .options import PartRole, block_indices, per_block
 
 
 class Waiting(NamedTuple):
@@ -33,12 +34,10 @@ class Waiting(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Evolving(Role):
+class Evolving(PartRole):
     """A block within a stage.
 
     Attributes:
-        share: the part of the patch tokens that passes through the stage, as two whole numbers: compilers make a
-            variable of a float.
         begins, ends: whether it is the first, or the last, of a stage of chosen tokens.
         alpha: how much its own scores count.
         needed: whether its scores are computed.
@@ -46,17 +45,12 @@ class Evolving(Role):
         scores: "class", the class token's attention, or "received", the mean attention a token receives.
     """
 
-    share: tuple[int, int] = (1, 1)
     begins: bool = False
     ends: bool = False
     alpha: float = 1.0
     needed: bool = False
     wanted: bool = False
     scores: str = "class"
-
-    @property
-    def ratio(self) -> float:
-        return self.share[0] / self.share[1]
 
     @property
     def idle(self) -> bool:
@@ -75,7 +69,7 @@ class Evolving(Role):
             chosen = select_tokens(
                 x,
                 scores,
-                int(self.ratio * (x.shape[1] - self.prefix)),
+                int(self.part * (x.shape[1] - self.prefix)),
                 prefix=self.prefix,
                 order="index",
                 companions=(scores,) if self.wanted else (),

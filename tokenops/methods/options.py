@@ -1,8 +1,26 @@
-"""Options that several methods take: one number a block, and blocks by number."""
+"""Options that several methods take, one number a block and blocks by number, and a role with such a number."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, SupportsIndex
+
+from ..patching.engine import Role
+
+
+@dataclass(frozen=True)
+class PartRole(Role):
+    """Of a block from which a part of the patch tokens goes on.
+
+    Attributes:
+        share: the part, as two whole numbers: compilers make a variable of a float.
+    """
+
+    share: tuple[int, int] = (1, 1)
+
+    @property
+    def part(self) -> float:
+        return self.share[0] / self.share[1]
 
 
 def per_block(

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..nn import TokenSlimming
+from ..patching.blocks import whole
 from ..patching.engine import Flow, Method, Record, Role
-from ..patching.families import whole
 from .options import block_indices, quarters
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..merge_bipartite import merge_bipartite, unmerge_bipartite
+from ..patching.blocks import attend, feed
 from ..patching.engine import Flow, Method, Record, Role
-from ..patching.families import attend, feed, fusable
+from ..patching.modules import fusable
 from ..reference import accumulation_dtype
 from .options import is_number
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..masked_channel_attention import WIDEST_HEAD
 from .engine import (
     METHODS,
     Method,
@@ -19,7 +20,8 @@ from .engine import (
     refuse_wrapped,
     undress,
 )
-from .families import WIDEST_HEAD, HfViT, head_width, is_sharded, unwrapped
+from .families import HfViT, head_width
+from .modules import is_sharded, unwrapped
 from .site import Site, is_patched
 from .views import PatchedTransformer
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from . import families
-from .families import Ask, Family
+from .blocks import Ask, attended
 
 
 class Flow(NamedTuple):
@@ -343,8 +343,8 @@ class PatchedAttention:
         """The attention's own result; with `ask` computed so that what is asked for is told."""
         if ask is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        family: type[Family] = type(self).tokenops_family  # type: ignore[attr-defined]
-        return family.asked(self, ask, *args, **kwargs)
+        family = type(self).tokenops_family  # type: ignore[attr-defined]
+        return family.returned(attended(family, self, ask, args[0], kwargs.get("rope")))
 
 
 class PatchedGrid:

@@ -5,7 +5,8 @@ from typing import Any
 from torch import nn
 
 from .engine import Patched, grid_of, plain_of
-from .families import FAMILIES, PATCH_ANEW, Eva, name_of, unwrapped
+from .families import FAMILIES, PATCH_ANEW, Eva
+from .modules import name_of, unwrapped
 
 #: the timm models whose loops run blocks one after another; transformers' are told by their blocks
 _TIMM = ("timm.models.vision_transformer.VisionTransformer", "timm.models.eva.Eva")

@@ -8,7 +8,8 @@ from timm.models import vision_transformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ...patching.families import Family, attend, feed
+from ...patching.blocks import attend, feed
+from ...patching.families import Family
 from ...patching.site import is_patched
 
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ...patching.blocks import attend, feed, rope_rows, whole
 from ...patching.engine import Flow, Method, Record, Role, sources_of
-from ...patching.families import attend, feed, rope_rows, whole
 from .schedule import Schedule
 
 

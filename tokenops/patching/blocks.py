@@ -1,0 +1,167 @@
+"""A block run in parts: its attention, asked for more than its result, and its MLP."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..masked_channel_attention import WIDEST_HEAD, masked_channel_attention
+from ..nn import Attention
+from .families import PATCH_ANEW, Family, family_of
+from .modules import name_of, unwrapped
+
+
+class Ask:
+    """What a block asks of its attention, and is told. No container of tensors: wrappers pass it on as it is.
+
+    Attributes:
+        rows: how many rows are computed, from keys and values of all; None for all.
+        key_bias: ``(B, N)``, added to the logits.
+        scores: "class" or "received", as in :func:`tokenops.masked_channel_attention`: their mean over the heads.
+        key_mean: whether the keys' mean over the heads is wanted.
+        learns: whether the scores may need gradients.
+        looked_at: told: the scores ``(B, N)``.
+        keys: told: the mean keys ``(B, N, D)``.
+    """
+
+    def __init__(
+        self,
+        rows: int | None = None,
+        key_bias: Tensor | None = None,
+        scores: str | None = None,
+        key_mean: bool = False,
+    ) -> None:
+        self.rows, self.key_bias, self.scores, self.key_mean = rows, key_bias, scores, key_mean
+        self.learns = scores is not None and torch.is_grad_enabled()
+        self.looked_at: Tensor | None = None
+        self.keys: Tensor | None = None
+
+    @property
+    def more(self) -> bool:
+        """Whether it is more than a result of fewer rows."""
+        return self.key_bias is not None or self.scores is not None or self.key_mean
+
+
+def attend(
+    block: Any, x: Tensor, normed: Tensor | None = None, *, rope: Tensor | None = None, **asked: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x plus a block's attention: of its first rows only, if so asked, from keys and values of all.
+
+    Args:
+        block: the block, patched or not.
+        x: tokens ``(B, N, C)``.
+        normed: what the block's first norm makes of x, where that is known.
+        rope: rotary positions of the patch tokens.
+        **asked: those of `Ask`.
+
+    Returns:
+        The tokens, the scores ``(B, N)`` and the mean keys ``(B, N, D)``, None where not asked for.
+    """
+    family = family_of(block)
+    attention = getattr(block, family.attention)
+    normed = getattr(block, family.norm1)(x) if normed is None else normed
+    ask = Ask(**asked)
+    if ask.rows is None and not ask.more:
+        y = family.call(attention, normed, rope)
+    elif hasattr(type(attention), "tokenops_made") or hasattr(type(unwrapped(attention)), "tokenops_made"):
+        y = family.call(attention, normed, rope, ask=ask)
+    else:
+        if name_of(unwrapped(attention)) not in family.attentions:
+            raise ValueError(f"a {name_of(attention)} took the place of a block's attention: {PATCH_ANEW}")
+        y = attended(family, attention, ask, normed, rope)
+    return x[:, : ask.rows] + family.after_attention(block, y), ask.looked_at, ask.keys
+
+
+def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, rope: Tensor | None) -> Tensor:
+    """The attention's result, of the rows that are asked for."""
+    if ask.learns and not torch.is_grad_enabled():
+        raise ValueError(
+            "the scores that are asked of attention would lose their gradients: checkpoint it with use_reentrant=False"
+        )
+    dropout: Any = getattr(attention, family.dropout)  # a module, or a number
+    dropped: float = getattr(dropout, "p", dropout) if attention.training else 0.0
+    q, k, v = family.heads(attention, x, ask.rows, rope)
+    scale = getattr(attention, family.scale)
+    if not ask.more and (dropped or max(q.shape[3], v.shape[3]) > WIDEST_HEAD):
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, scale=scale)
+    else:
+        ours = isinstance(attention, Attention)
+        masks: Any = {name: getattr(attention, name) if ours else None for name in ("qk_mask", "v_mask")}
+        bias = None if ask.key_bias is None else ask.key_bias[:, None, None]
+        if dropped:
+            out, ask.looked_at, ask.keys = _dropping(q, k, v, dropped, bias, scale, ask.scores, **masks)
+        else:
+            operator: Any = (
+                masked_channel_attention
+                if getattr(attention, "fused_attn", True)
+                else reference.masked_channel_attention
+            )
+            found: Any = operator(
+                q,
+                k,
+                v,
+                **masks,
+                key_bias=bias,
+                scale=scale,
+                scores=ask.scores,
+                heads="mean",
+                return_key_mean=ask.key_mean,
+            )
+            out = found[0] if isinstance(found, tuple) else found
+            ask.looked_at = found[1] if ask.scores is not None else None
+            ask.keys = found[-1] if ask.key_mean else None
+    return family.project(attention, x[:, : ask.rows], out.transpose(1, 2).flatten(2))
+
+
+def _dropping(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: float,
+    bias: Tensor | None,
+    scale: float,
+    scores: str | None,
+    qk_mask: Tensor | None,
+    v_mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Attention whose weights are dropped, as in training: the whole matrix is written. Scores are of before that."""
+    q = q if qk_mask is None else q * qk_mask.unsqueeze(1).to(q.dtype)
+    logits = scale * (q @ k.transpose(-2, -1)).to(reference.accumulation_dtype(q.dtype))
+    weights = (logits if bias is None else logits + bias).softmax(dim=-1)
+    looked_at = None
+    if scores is not None:
+        looked_at = (weights[:, :, 0] if scores == "class" else weights.mean(dim=2)).mean(dim=1)
+    out = F.dropout(weights, p).to(v.dtype) @ v
+    return out if v_mask is None else out * v_mask.unsqueeze(1).to(v.dtype), looked_at, k.mean(dim=1)
+
+
+def feed(block: Any, x: Tensor, normed: Tensor | None = None) -> Tensor:
+    """x plus the MLP of a block; ``normed`` is what its second norm makes of x, where that is known."""
+    family = family_of(block)
+    normed = getattr(block, family.norm2)(x) if normed is None else normed
+    return x + family.after_mlp(block, block.mlp(normed))
+
+
+def whole(
+    block: Any, x: Tensor, rope: Tensor | None, places: Tensor | None = None, normed: Tensor | None = None
+) -> Tensor:
+    """What a block gives by itself, of patches at some places."""
+    return feed(block, attend(block, x, normed, rope=rope_rows(rope, places))[0])
+
+
+def rope_rows(rope: Tensor | None, places: Tensor | None) -> Tensor | None:
+    """The rotary positions of some patches, in their order: ``(N,)`` for all images, or ``(B, N)``.
+
+    Positions are ``(N, D)``, ``(H, N, D)`` where heads have their own, or either with the images before them
+    ``(B, H or 1, N, D)``.
+    """
+    if rope is None or places is None:
+        return rope
+    if places.dim() == 1:
+        return rope.index_select(-2, places)
+    B = places.shape[0]
+    full = rope.expand(B, *rope.shape[-3:]) if rope.dim() > 2 else rope.expand(B, 1, *rope.shape)
+    index = places[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[3])
+    return full.gather(2, index)
