@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <string>
 
 namespace tokenops::attention {
 
@@ -62,6 +63,19 @@ INLINE uint16_t to_bfloat16(float x) {  // to nearest even
   const uint32_t bits = to_bits(x);
   return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
+
+struct Variant {
+  const char* name;
+  bool here;  // this machine has it, for this dtype
+  void (*attend)(const Problem&, int32_t*, int64_t, int64_t);
+  void (*attend_backward)(const Problem&, const Gradients&, int32_t*, int64_t, int64_t);
+  int64_t (*words)(const Problem&);  // of scratch
+  int64_t (*words_backward)(const Problem&);
+  int64_t width;
+};
+
+// The best that this machine has for the dtype, or the one that is named.
+Variant choose(Type type, const std::string& name);
 
 // half precision is converted by its own functions, not inlined (float16.cpp's are as good as any here)
 void from_half(const void* in, float* out, int64_t n);

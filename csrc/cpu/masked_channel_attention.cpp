@@ -6,116 +6,16 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <type_traits>
-
-#include <torch/headeronly/util/Half.h>
 
 #include "attention.h"
-
-#pragma GCC diagnostic ignored "-Wpsabi"           // vectors are passed between inlined functions only
-#pragma GCC diagnostic ignored "-Wunused-function"
-
-namespace tokenops::attention {
-
-void from_half(const void* in, float* out, int64_t n) {
-  const torch::headeronly::Half* x = static_cast<const torch::headeronly::Half*>(in);
-  for (int64_t i = 0; i < n; ++i) out[i] = x[i];
-}
-void to_half(const float* in, void* out, int64_t n) {
-  torch::headeronly::Half* x = static_cast<torch::headeronly::Half*>(out);
-  for (int64_t i = 0; i < n; ++i) x[i] = in[i];
-}
-
-}  // namespace tokenops::attention
-
-#define VARIANT baseline
-#define LANES 4
-#define ROWS 4
-#define PAIRS 0
-#include "attention_variant.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define TOKENOPS_X86 1
-#include <immintrin.h>
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2")
-#define VARIANT avx2
-#define LANES 8
-#define ROWS 4
-#define PAIRS 0
-#include "attention_variant.h"
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
-#define VARIANT avx512
-#define LANES 16
-#define ROWS 8
-#define PAIRS 0
-#include "attention_variant.h"
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
-#define VARIANT avx512bf16
-#define LANES 16
-#define ROWS 8
-#define PAIRS 1
-#include "attention_variant.h"
-#pragma GCC pop_options
-#endif
 
 namespace tokenops {
 namespace {
 
 using attention::Gradients;
 using attention::Problem;
+using attention::Variant;
 using torch::headeronly::ScalarType;
-
-struct Variant {
-  const char* name;
-  bool here;  // this machine has it, for this dtype
-  void (*attend)(const Problem&, int32_t*, int64_t, int64_t);
-  void (*attend_backward)(const Problem&, const Gradients&, int32_t*, int64_t, int64_t);
-  int64_t (*words)(const Problem&);  // of scratch
-  int64_t (*words_backward)(const Problem&);
-  int64_t width;
-};
-
-template <typename Scratch>
-int64_t words_of(const Problem& p) {
-  return Scratch::layout(p, nullptr, nullptr);
-}
-
-#define TOKENOPS_VARIANT(space, here)                                                             \
-  {                                                                                               \
-#space, here, attention::space::attend, attention::space::attend_backward,                        \
-        words_of<attention::space::Scratch>, words_of<attention::space::BackwardScratch>, attention::space::WIDTH \
-  }
-
-// The best that this machine has for the dtype, or the one that is named.
-Variant choose(attention::Type type, const std::string& name) {
-#if TOKENOPS_X86
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16") && type == attention::Type::BFloat16;
-#endif
-  const Variant variants[] = {
-#if TOKENOPS_X86
-      TOKENOPS_VARIANT(avx512bf16, pairs),
-      TOKENOPS_VARIANT(avx512, avx512),
-      TOKENOPS_VARIANT(avx2, avx2),
-#endif
-      TOKENOPS_VARIANT(baseline, true),
-  };
-  for (const Variant& variant : variants) {
-    if (variant.here && (name.empty() || name == variant.name)) return variant;
-  }
-  STD_TORCH_CHECK(false, "this machine has no attention variant ", name, " for this dtype");
-  return variants[0];
-}
 
 attention::Rows heads(const char* name, const Tensor& x, const Tensor& q, int64_t rows, int64_t channels) {
   STD_TORCH_CHECK(!x.is_cuda() && x.dim() == 4 && x.scalar_type() == q.scalar_type(), name, " must be (B, H, N, D) like q");
@@ -194,7 +94,7 @@ void attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> qk_mask, 
   p.out = heads("out", out, q, p.M, p.DV);
   if (scores.numel()) p.scores = filled("scores", scores, heads_of_all * p.N), p.received = received;
   if (heads_of_all * p.M == 0) return;
-  const Variant chosen = choose(p.type, variant);
+  const Variant chosen = attention::choose(p.type, variant);
   const int64_t blocks = (p.M + chosen.width - 1) / chosen.width, threads = torch::stable::get_num_threads();
   // few heads: several threads to each, of which every one packs the keys and values
   if (!p.received) p.splits = std::max<int64_t>(1, std::min(blocks, (threads + heads_of_all - 1) / heads_of_all));
@@ -221,7 +121,7 @@ void attention_bwd(Tensor dout, std::optional<Tensor> dscores, std::optional<Ten
   if (v_mask) g.dv_mask = filled("dv_mask", dv_mask, heads_of_all * p.DV);
   if (bias) g.dbias = filled("dbias", dbias, heads_of_all * p.N);
   if (heads_of_all == 0) return;
-  const Variant chosen = choose(p.type, variant);
+  const Variant chosen = attention::choose(p.type, variant);
   for_tasks(heads_of_all, chosen.words_backward(p), [&](int32_t* scratch, int64_t begin, int64_t end) {
     chosen.attend_backward(p, g, scratch, begin, end);
   });
