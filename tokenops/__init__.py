@@ -8,7 +8,7 @@ from typing import Any
 
 from . import _counted, reference, tome
 from ._backends import use_backend
-from .masked_channel_attention import masked_channel_attention
+from .masked_channel_attention import masked_channel_attention, masked_channel_attention_qkv
 from .merge_bipartite import Merged, match_bipartite, merge_bipartite, unmerge_bipartite
 from .merge_neighbours import merge_neighbours, unmerge_neighbours
 from .restore_tokens import restore_tokens
@@ -24,6 +24,7 @@ __all__ = [
     "Selection",
     "apply_patch",
     "masked_channel_attention",
+    "masked_channel_attention_qkv",
     "match_bipartite",
     "merge_bipartite",
     "merge_neighbours",

@@ -30,8 +30,19 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
 
 #: operators whose native path is compiled code (the others compose torch's own kernels, which are always there)
 COMPILED = frozenset(
-    {"select_tokens", "restore_tokens", "merge_neighbours", "match_bipartite", "merge_bipartite", "unmerge_bipartite"}
+    {
+        "masked_channel_attention",
+        "select_tokens",
+        "restore_tokens",
+        "merge_neighbours",
+        "match_bipartite",
+        "merge_bipartite",
+        "unmerge_bipartite",
+    }
 )
+
+#: operators compiled for what most ask, and composed of torch's kernels for the rest: fp64, and without a compiler
+COMPOSED = frozenset({"masked_channel_attention"})
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -86,7 +97,7 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
         return f"{op} has no {backend} path on {device}"
     if dtype not in FLOATS:
         return f"{op} takes {', '.join(str(d)[6:] for d in FLOATS)}, not {str(dtype)[6:]}"
-    if backend == "native" and op in COMPILED:
+    if backend == "native" and op in COMPILED - COMPOSED:
         return _native.why_not(device)
     if backend == "triton":
         if not HAS_TRITON:
@@ -94,7 +105,7 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
         if device == "cpu" and not INTERPRETED:
             return "Triton runs on a CPU only interpreted: set TRITON_INTERPRET=1 before importing triton"
         if device == "cuda" and not INTERPRETED:
-            if dtype == torch.float64 and op not in COMPILED:
+            if dtype == torch.float64 and op not in COMPILED - COMPOSED:
                 return "the Triton matrix kernels take no float64 on a GPU"
             if _native.gpu_capability() < (8, 0):
                 return f"the Triton kernels need compute capability 8.0, this GPU has {_native.gpu_capability()}"

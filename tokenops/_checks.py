@@ -101,13 +101,15 @@ def looked_at(values: Tensor) -> bool:
     )
 
 
-def lengths(op: str, name: str, values: Tensor | None, most: int, what: str) -> None:
-    """Each is from 0 to `most`."""
+def lengths(op: str, name: str, values: Tensor | None, most: int) -> None:
+    """Each is from 0 to `most` keys."""
     if values is None or not looked_at(values) or values.numel() == 0:
         return
     low, high = (value.item() for value in values.aminmax())
     if low < 0 or high > most:
-        raise ValueError(f"{op}: {name} has {low if low < 0 else high}, but it must be between 0 and {what}")
+        raise ValueError(
+            f"{op}: {name} has {low if low < 0 else high}, but it must be between 0 and the {most} keys there are"
+        )
 
 
 def places(op: str, name: str, index: Tensor, below: int, allowed: str, lowest: int = 0, unique: bool = False) -> None:

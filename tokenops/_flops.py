@@ -42,13 +42,21 @@ def _token_mlp_bwd(dy, z, w1, b1, w2, *args, **kwargs):
 
 @register_flop_formula(_ops.masked_channel_attention_fwd)
 def _masked_channel_attention_fwd(q, k, v, *args, **kwargs):
-    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+    return 2 * _attention(q, k, v, args[-2:], 1, 1)
 
 
 @register_flop_formula(_ops.masked_channel_attention_bwd)
 def _masked_channel_attention_bwd(dout, dscores, dlse, q, k, v, *args, **kwargs):
     # three products with the keys' width (the logits again, dq, dk), two with the values' (dP, dv)
-    return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
+    return 2 * _attention(q, k, v, args[-2:], 3, 2)
+
+
+def _attention(q, k, v, packed, of_keys, of_values):
+    """Multiply-adds of so many products with either width; all three may be side by side in q."""
+    if k is not None:
+        return q[0] * q[1] * q[2] * k[2] * (of_keys * q[3] + of_values * v[3])
+    wide = packed[0] * packed[1]
+    return q[0] * q[1] * q[1] * (of_keys * wide + of_values * (q[2] - 2 * wide))
 
 
 @register_flop_formula(_ops.match_bipartite_fwd)

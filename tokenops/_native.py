@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -74,6 +75,60 @@ def why_not(device: str) -> str | None:
     if _why_no_cuda_code is None and gpu_capability() < _oldest_gpu:
         return f"the CUDA kernels were built for compute capability {_oldest_gpu[0]}.{_oldest_gpu[1]} and later"
     return _why_no_cuda_code
+
+
+#: the best first; what attention on a CPU may run by (csrc/cpu/attention_variants.cpp)
+CPU_ISAS = ("amx", "avx512bf16", "avx512", "avx2", "baseline")
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _isas() -> dict[torch.dtype, str]:
+    if _why_no_cpu is not None:
+        return {}
+    library = ctypes.CDLL(str(LIBRARY))
+    library.tokenops_attention_isa.restype = ctypes.c_char_p
+    asked = os.environ.get("TOKENOPS_CPU_ISA", "")
+    if asked and asked not in CPU_ISAS:
+        raise ValueError(f"TOKENOPS_CPU_ISA={asked!r}, but it must be one of {', '.join(CPU_ISAS)}")
+    return {dtype: library.tokenops_attention_isa(i).decode() for i, dtype in enumerate(_TYPES)}
+
+
+_isa_of = _isas()
+
+
+def attention_isa(dtype: torch.dtype) -> str | None:
+    """The instruction set that attention of a dtype runs by on this CPU, the best that TOKENOPS_CPU_ISA allows; None
+    where it is not compiled code. A constant to torch.compile."""
+    return _isa_of.get(dtype)
+
+
+attention_isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class limit_cpu_isa:
+    """In the block no better instruction set than this one runs attention on a CPU, process-wide; for tests.
+
+    Args:
+        most: one of CPU_ISAS.
+    """
+
+    def __init__(self, most: str) -> None:
+        self.most = most
+
+    def __enter__(self) -> None:
+        self.previous = self._set(self.most)
+
+    def __exit__(self, *exc: object) -> None:
+        self._set(self.previous)
+
+    def _set(self, most: str) -> str:
+        library = ctypes.CDLL(str(LIBRARY))
+        library.tokenops_limit_cpu_isa.restype = ctypes.c_char_p
+        before = library.tokenops_limit_cpu_isa(most.encode())
+        if before is None:
+            raise ValueError(f"limit_cpu_isa: most={most!r}, but it must be one of {', '.join(CPU_ISAS)}")
+        _isa_of.update(_isas())
+        return before.decode()
 
 
 def info() -> dict:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import _vmap
-from ._backends import COMPILED, TABLE
-from .reference import accumulation_dtype
+from ._backends import COMPILED, COMPOSED, TABLE
+from .reference import accumulation_dtype, heads_of
 
 _SCHEMAS = {
     "soft_aggregate_fwd": "(Tensor x, Tensor w, Tensor? scale, float factor, Tensor? mask, SymInt prefix)"
@@ -23,12 +23,14 @@ _SCHEMAS = {
     "token_mlp_fwd": "(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2) -> Tensor",
     "token_mlp_bwd": "(Tensor dy, Tensor z, Tensor w1, Tensor? b1, Tensor w2)"
     " -> (Tensor dz, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
-    "masked_channel_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? qk_mask, Tensor? v_mask, Tensor? bias,"
-    " Tensor? lengths, float scale, str scores, bool mean, bool key_mean)"
+    # without k and v, q is all three side by side, of so many heads with so many channels of q
+    "masked_channel_attention_fwd": "(Tensor q, Tensor? k, Tensor? v, Tensor? qk_mask, Tensor? v_mask, Tensor? bias,"
+    " Tensor? lengths, float scale, str scores, bool mean, bool key_mean, SymInt heads=0, SymInt channels=0)"
     " -> (Tensor out, Tensor scores, Tensor lse, Tensor key_mean)",
-    "masked_channel_attention_bwd": "(Tensor dout, Tensor? dscores, Tensor? dlse, Tensor q, Tensor k, Tensor v,"
+    "masked_channel_attention_bwd": "(Tensor dout, Tensor? dscores, Tensor? dlse, Tensor q, Tensor? k, Tensor? v,"
     " Tensor? qk_mask, Tensor? v_mask, Tensor? bias, Tensor? lengths, Tensor out, Tensor lse, float scale, str scores,"
-    " bool mean) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dqk_mask, Tensor dv_mask, Tensor dbias)",
+    " bool mean, SymInt heads=0, SymInt channels=0)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dqk_mask, Tensor dv_mask, Tensor dbias)",
     "select_tokens_fwd": "(Tensor x, Tensor scores, SymInt k, Tensor? counts, Tensor[] companions, Tensor? weight,"
     " Tensor? bias, SymInt prefix, str rest, bool best_first, bool norm, float eps)"
     " -> (Tensor tokens, Tensor index, Tensor normed, Tensor statistics, Tensor fused, Tensor[] companions)",
@@ -111,7 +113,15 @@ def heads_inside(like, N, D):
     return like.new_empty_strided((B, H, N, D), (N * H * D, D, H * D, 1))
 
 
-def _masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean):
+def apart(q, k, v, heads, channels):
+    """q, k and v, which may be side by side in q."""
+    return heads_of(q, heads, channels) if k is None else (q, k, v)
+
+
+def _masked_channel_attention_fwd(
+    q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0
+):
+    q, k, v = apart(q, k, v, heads, channels)
     (B, H, M, _), (N, D) = q.shape, k.shape[2:]
     wide = accumulation_dtype(q.dtype)
     return (
@@ -122,11 +132,18 @@ def _masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale
     )
 
 
+def attention_gradients(q, k, v):
+    """New ones of q, k and v; of those side by side one tensor, and two that are empty."""
+    if k is None:
+        return q.new_empty(q.shape), q.new_empty((0,)), q.new_empty((0,))
+    return tuple(heads_inside(t, *t.shape[2:]) for t in (q, k, v))
+
+
 def _masked_channel_attention_bwd(
-    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean
+    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean, heads=0, channels=0
 ):
     return (
-        *(heads_inside(t, *t.shape[2:]) for t in (q, k, v)),
+        *attention_gradients(q, k, v),
         *(q.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (qk_mask, v_mask, bias)),
     )
 
@@ -259,17 +276,23 @@ def _late(module: str, name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     return call
 
 
+def _overloads() -> list[tuple[str, str]]:
+    """(name, backend) of all there are."""
+    found = [(name, backend) for name in _SCHEMAS for backend in ("native", "triton")]
+    return found + [(name, "composed") for name in _SCHEMAS if name.rpartition("_")[0] in COMPOSED]
+
+
 def _register() -> None:
     for name, schema in _SCHEMAS.items():
-        op = name.rpartition("_")[0]
-        for backend in ("native", "triton"):
-            overload = f"{name}.{backend}"
+        for backend in [of for other, of in _overloads() if other == name]:
+            overload, op = f"{name}.{backend}", name.rpartition("_")[0]
             _library.define(overload + schema, tags=_TAGS)
             torch.library.register_fake(
                 f"tokenops::{overload}", globals().get(f"_{name}_{backend}", globals()[f"_{name}"]), lib=_library
             )
             for device, backends in TABLE[op].items():
-                if backend in backends and not (backend == "native" and op in COMPILED):
+                composed = backend == "composed" and device == "cpu"
+                if composed or backend in backends and not (backend == "native" and op in COMPILED):
                     room = "_triton" if backend == "triton" else f"_{device}"
                     module = f".{room}.{MODULES.get((room, name), op)}"
                     _library.impl(overload, _late(module, name), device.upper())
@@ -286,18 +309,6 @@ _library.define(
     tags=_TAGS,
 )
 
-_library.define(
-    "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? qk_mask, Tensor? v_mask, Tensor? bias, Tensor? lengths,"
-    " float scale, bool received, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) scores, str variant) -> ()",
-    tags=_TAGS,
-)
-_library.define(
-    "attention_bwd(Tensor dout, Tensor? dscores, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? qk_mask,"
-    " Tensor? v_mask, Tensor? bias, Tensor? lengths, Tensor lse, float scale, bool received, Tensor(a!) dq,"
-    " Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dqk_mask, Tensor(e!) dv_mask, Tensor(f!) dbias, str variant) -> ()",
-    tags=_TAGS,
-)
-
 
 def kernel(name: str, backend: str) -> Any:
     """The registered operator `name` on `backend`: kernel("soft_aggregate_fwd", "triton")."""
@@ -305,7 +316,5 @@ def kernel(name: str, backend: str) -> Any:
 
 
 KERNELS: dict[tuple[str, str], Any] = {
-    (name, backend): getattr(getattr(torch.ops.tokenops, name), backend)
-    for name in _SCHEMAS
-    for backend in ("native", "triton")
+    (name, backend): getattr(getattr(torch.ops.tokenops, name), backend) for name, backend in _overloads()
 }

@@ -1,13 +1,13 @@
 """masked_channel_attention: attention that also says how much each token got, for pruned channels and ragged tokens."""
 
 from itertools import compress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _backends, _checks, reference
+from . import _backends, _checks, _native, reference
 from ._autograd import Operator, gradients, needs_grad
 from ._backends import choose
 from ._schemas import kernel
@@ -18,6 +18,14 @@ WIDEST_HEAD = 128
 _sdpa = reference.keeps_dtypes(F.scaled_dot_product_attention)
 
 SCORES = ("class", "received")
+
+#: how many times as fast as torch's own attention ours runs a plain call on a CPU, where it is faster: measured, by
+#: dtype and instruction set (benchmarks/NOTES.md)
+FASTER: dict[tuple[torch.dtype, str | None], float] = {
+    (torch.bfloat16, "amx"): 2.2,
+    (torch.float32, "avx512"): 1.1,
+    (torch.float16, "avx512"): 1.1,
+}
 
 
 def masked_channel_attention(
@@ -85,53 +93,165 @@ def masked_channel_attention(
     (torch.Size([2, 6, 197, 64]), torch.Size([2, 6, 197]))
     """
     op = "masked_channel_attention"
-    _check(op, q, k, v, qk_mask, v_mask, key_bias, key_lengths, scale, scores, heads, return_lse, return_key_mean)
-    asked = scores is not None, return_lse, return_key_mean
-    given = qk_mask is not None, v_mask is not None, key_bias is not None, key_lengths is not None
-    if not any(asked) and not any(given) and sdpa_serves(q, k, v):
+    sizes = _sizes(op, q, k, v)
+    given = _Given(qk_mask, v_mask, key_bias, key_lengths, scale, scores, heads, return_lse, return_key_mean)
+    given.check(op, q, *sizes)
+    if given.plain and sdpa_serves(q, k, v):
         out = _sdpa(q, k, v, scale=None if scale is None else float(scale))
         return out.transpose(1, 2).contiguous().transpose(1, 2)
-    backend = choose(op, q.device.type, q.dtype)
-    if backend == "reference":
-        _checks.lengths(op, "key_lengths", key_lengths, k.shape[2], f"the {k.shape[2]} keys there are")
-        return reference.masked_channel_attention(
-            q,
-            k,
-            v,
-            qk_mask=qk_mask,
-            v_mask=v_mask,
-            key_bias=key_bias,
-            key_lengths=key_lengths,
-            scale=scale,
-            scores=scores,
-            heads=heads,
-            return_lse=return_lse,
-            return_key_mean=return_key_mean,
+    return _attended(op, q, k, v, sizes, given)
+
+
+def masked_channel_attention_qkv(
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    head_dim: int | None = None,
+    qk_mask: Tensor | None = None,
+    v_mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    scores: str | None = None,
+    heads: str = "each",
+    return_lse: bool = False,
+    return_key_mean: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """:func:`masked_channel_attention` of a packed projection as it is: no views before it, one gradient behind.
+
+    What a compiler makes the projection of stays one contiguous tensor: of three views it makes three.
+
+    Args:
+        qkv: ``(B, N, H * (2 * Dk + Dv))``: of each token all heads of q, then of k, then of v.
+        num_heads: H.
+        head_dim: Dk; ``None`` where heads of v are as wide.
+        **others: as in :func:`masked_channel_attention`.
+
+    Returns:
+        As there.
+
+    Raises:
+        TypeError, ValueError: as there, or the channels of ``qkv`` are no such heads.
+
+    >>> out, scores = masked_channel_attention_qkv(torch.randn(2, 197, 3 * 384), 6, scores="class", heads="mean")
+    >>> out.shape, scores.shape
+    (torch.Size([2, 6, 197, 64]), torch.Size([2, 197]))
+    """
+    op = "masked_channel_attention_qkv"
+    B, N, channels = _checks.tensor(op, "qkv", qkv, "B,N,C")
+    for name, value in (("num_heads", num_heads), ("head_dim", head_dim)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
+            raise TypeError(f"{op}: {name} must be an int, but got {value!r}")
+    if num_heads < 1 or channels % num_heads:
+        raise ValueError(f"{op}: num_heads={num_heads} does not divide the {channels} channels of qkv")
+    of_head = channels // num_heads
+    if head_dim is None and of_head % 3:
+        raise ValueError(
+            f"{op}: qkv has {of_head} channels a head, which are not q, k and v of one width: give head_dim"
         )
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    bias = None if key_bias is None else key_bias.expand(k.shape[0], k.shape[1], 1, k.shape[2]).squeeze(2)
-    arguments = (q, k, v, qk_mask, v_mask, bias, key_lengths, scale, scores or "none", heads == "mean", return_key_mean)
-    if needs_grad(q, k, v, qk_mask, v_mask, bias):
-        results = _MaskedChannelAttention.of(*arguments, backend)
+    Dk = of_head // 3 if head_dim is None else head_dim
+    if Dk < 1 or 2 * Dk >= of_head:
+        raise ValueError(f"{op}: head_dim={Dk} leaves {of_head - 2 * Dk} of {of_head} channels a head for v")
+    _widths(op, ("qkv", Dk), ("qkv", of_head - 2 * Dk))
+    sizes = B, num_heads, N, N, Dk, of_head - 2 * Dk
+    given = _Given(qk_mask, v_mask, key_bias, key_lengths, scale, scores, heads, return_lse, return_key_mean)
+    given.check(op, qkv, *sizes)
+    if given.plain and sdpa_serves(*(apart := reference.heads_of(qkv, num_heads, Dk))):
+        out = _sdpa(*apart, scale=None if scale is None else float(scale))
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return _attended(op, qkv, None, None, sizes, given)
+
+
+def _attended(op: str, q: Tensor, k: Any, v: Any, sizes: Any, given: "_Given") -> Any:
+    """By the operator, of which q alone is the packed projection."""
+    B, H, _, Nk, Dk, _ = sizes
+    packed = (0, 0) if k is not None else (H, Dk)
+    backend = choose("masked_channel_attention", q.device.type, q.dtype)
+    if backend == "reference":
+        _checks.lengths(op, "key_lengths", given.key_lengths, Nk)
+        q, k, v = (q, k, v) if k is not None else reference.heads_of(q, H, Dk)
+        return reference.masked_channel_attention(q, k, v, **given._asdict())
+    scale = Dk**-0.5 if given.scale is None else given.scale
+    bias = None if given.key_bias is None else given.key_bias.expand(B, H, 1, Nk).squeeze(2)
+    tensors = q, k, v, given.qk_mask, given.v_mask, bias
+    options = scale, given.scores or "none", given.heads == "mean", given.return_key_mean, *packed
+    if backend == "native":
+        _checks.lengths(op, "key_lengths", given.key_lengths, Nk)
+        if _native.attention_isa(q.dtype) is None:
+            backend = "composed"
+    if needs_grad(*tensors):
+        results = _MaskedChannelAttention.of(*tensors, given.key_lengths, *options, backend)
     else:
-        results = kernel("masked_channel_attention_fwd", backend)(*arguments)
-    if not any(asked):
-        return results[0]
-    return tuple(compress(results, (True, *asked)))
+        results = kernel("masked_channel_attention_fwd", backend)(*tensors, given.key_lengths, *options)
+    asked = given.scores is not None, given.return_lse, given.return_key_mean
+    return tuple(compress(results, (True, *asked))) if any(asked) else results[0]
 
 
 def sdpa_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether torch's own attention runs a call that asks for nothing else: on a GPU, where no backend is forced."""
-    return (
-        q.device.type == "cuda"
-        and _backends.forced() is None
-        and q.shape[3] == v.shape[3]
-        and q.numel() > 0
-        and k.numel() > 0
-    )
+    """Whether torch's own attention runs a call that asks for nothing else: where ours is not known to be faster."""
+    plain = q.shape[3] == v.shape[3] and q.numel() > 0 and k.numel() > 0
+    return plain and _backends.forced() is None and not faster(q)
 
 
-def _check(op, q, k, v, qk_mask, v_mask, key_bias, key_lengths, scale, scores, heads, return_lse, return_key_mean):
+def faster(x: Tensor) -> float:
+    """How many times as fast as torch's own attention ours runs tokens as these, in a plain call; 0 where it is not
+    known to be faster, or a backend is forced."""
+    if x.device.type != "cpu" or _backends.forced() is not None:
+        return 0.0
+    return FASTER.get((x.dtype, _native.attention_isa(x.dtype)), 0.0)
+
+
+class _Given(NamedTuple):
+    """All but the tokens."""
+
+    qk_mask: Tensor | None
+    v_mask: Tensor | None
+    key_bias: Tensor | None
+    key_lengths: Tensor | None
+    scale: Any
+    scores: str | None
+    heads: str
+    return_lse: bool
+    return_key_mean: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but the result is asked for, of q, k and v alone."""
+        masked = self.qk_mask is not None or self.v_mask is not None or self.key_bias is not None
+        return not (masked or self.key_lengths is not None or self.scores or self.return_lse or self.return_key_mean)
+
+    def check(self, op: str, q: Tensor, B: int, H: int, Nq: int, Nk: int, Dk: int, Dv: int) -> None:
+        for name, mask, other, channels in (("qk_mask", self.qk_mask, "q", Dk), ("v_mask", self.v_mask, "v", Dv)):
+            if mask is not None:
+                sizes = _checks.tensor(op, name, mask, "H,D", like=q)
+                _checks.same(op, "heads", name, sizes[0], other, H)
+                _checks.same(op, "channels", name, sizes[1], other, channels)
+        if self.key_bias is not None:
+            sizes, full = _checks.tensor(op, "key_bias", self.key_bias, "B,1|H,1,Nk", like=q), (B, H, 1, Nk)
+            if any(got not in (1, size) for got, size in zip(sizes, full)) or sizes[3] != Nk:
+                raise ValueError(
+                    f"{op}: key_bias must have shape ({full[0]} or 1, {full[1]} or 1, 1, {full[3]}), but got"
+                    f" {tuple(sizes)}"
+                )
+        if self.key_lengths is not None:
+            (images,) = _checks.tensor(op, "key_lengths", self.key_lengths, "B", like=q, floating=False)
+            if self.key_lengths.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"{op}: key_lengths must be int64 or int32, but got {self.key_lengths.dtype}")
+            _checks.same(op, "images", "key_lengths", images, "q", B)
+        if self.scale is not None:
+            _checks.number(op, "scale", self.scale, "a number or None")
+        if self.scores is not None and self.scores not in SCORES:
+            raise ValueError(f"{op}: scores={self.scores!r}, but it must be None, 'class' or 'received'")
+        _checks.flag(op, "return_lse", self.return_lse)
+        _checks.flag(op, "return_key_mean", self.return_key_mean)
+        if self.heads not in ("each", "mean"):
+            raise ValueError(f"{op}: heads={self.heads!r}, but it must be 'each' or 'mean'")
+        if self.scores is not None and Nq == 0:
+            raise ValueError(f"{op}: scores={self.scores!r} needs a query, but q has none")
+
+
+def _sizes(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int]:
+    """B, H, Nq, Nk, Dk, Dv, checked."""
     B, H, Nq, Dk = _checks.tensor(op, "q", q, "B,H,Nq,Dk")
     of_k = _checks.tensor(op, "k", k, "B,H,Nk,Dk", like=q)
     of_v = _checks.tensor(op, "v", v, "B,H,Nk,Dv", like=q)
@@ -142,50 +262,29 @@ def _check(op, q, k, v, qk_mask, v_mask, key_bias, key_lengths, scale, scores, h
             raise TypeError(f"{op}: {name} must have q's dtype {q.dtype}, but got {value.dtype}")
         _checks.same(op, "images", name, sizes[0], "q", B)
         _checks.same(op, "heads", name, sizes[1], "q", H)
-    Nk, Dv = of_k[2], of_v[3]
     _checks.same(op, "channels", "k", of_k[3], "q", Dk)
-    _checks.same(op, "keys", "v", of_v[2], "k", Nk)
-    for name, channels in (("q", Dk), ("v", Dv)):
+    _checks.same(op, "keys", "v", of_v[2], "k", of_k[2])
+    _widths(op, ("q", Dk), ("v", of_v[3]))
+    return B, H, Nq, of_k[2], Dk, of_v[3]
+
+
+def _widths(op: str, *widths: tuple[str, int]) -> None:
+    for name, channels in widths:
         if not 1 <= channels <= WIDEST_HEAD:
             raise ValueError(f"{op}: {name} has heads of {channels} channels, but 1 to {WIDEST_HEAD} are possible")
-    for name, mask, other, channels in (("qk_mask", qk_mask, "q", Dk), ("v_mask", v_mask, "v", Dv)):
-        if mask is not None:
-            sizes = _checks.tensor(op, name, mask, "H,D", like=q)
-            _checks.same(op, "heads", name, sizes[0], other, H)
-            _checks.same(op, "channels", name, sizes[1], other, channels)
-    if key_bias is not None:
-        sizes, full = _checks.tensor(op, "key_bias", key_bias, "B,1|H,1,Nk", like=q), (B, H, 1, Nk)
-        if any(got not in (1, size) for got, size in zip(sizes, full)) or sizes[3] != Nk:
-            raise ValueError(
-                f"{op}: key_bias must have shape ({full[0]} or 1, {full[1]} or 1, 1, {full[3]}), but got {tuple(sizes)}"
-            )
-    if key_lengths is not None:
-        (images,) = _checks.tensor(op, "key_lengths", key_lengths, "B", like=q, floating=False)
-        if key_lengths.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{op}: key_lengths must be int64 or int32, but got {key_lengths.dtype}")
-        _checks.same(op, "images", "key_lengths", images, "q", B)
-    if scale is not None:
-        _checks.number(op, "scale", scale, "a number or None")
-    if scores is not None and scores not in SCORES:
-        raise ValueError(f"{op}: scores={scores!r}, but it must be None, 'class' or 'received'")
-    _checks.flag(op, "return_lse", return_lse)
-    _checks.flag(op, "return_key_mean", return_key_mean)
-    if heads not in ("each", "mean"):
-        raise ValueError(f"{op}: heads={heads!r}, but it must be 'each' or 'mean'")
-    if scores is not None and Nq == 0:
-        raise ValueError(f"{op}: scores={scores!r} needs a query, but q has none")
 
 
 class _MaskedChannelAttention(Operator):
     @staticmethod
-    def forward(q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, backend):
+    def forward(q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads, channels, backend):
         return kernel("masked_channel_attention_fwd", backend)(
-            q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean
+            q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads, channels
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
-        *tensors, ctx.scale, ctx.scores, ctx.mean, ctx.key_mean, ctx.backend = inputs
+        *tensors, ctx.scale, ctx.scores, ctx.mean, ctx.key_mean, heads, channels, ctx.backend = inputs
+        ctx.packed = heads, channels
         out, _, lse, _ = output
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, out, lse)
@@ -193,12 +292,8 @@ class _MaskedChannelAttention(Operator):
     @staticmethod
     def backward(ctx, dout, dscores, dlse, dkey_mean):
         *tensors, out, lse = ctx.saved_tensors
-        scale, scores, mean, backward = (
-            ctx.scale,
-            ctx.scores,
-            ctx.mean,
-            kernel("masked_channel_attention_bwd", ctx.backend),
-        )
+        scale, scores, mean, packed = ctx.scale, ctx.scores, ctx.mean, ctx.packed
+        backward = kernel("masked_channel_attention_bwd", ctx.backend)
         # torch.compile makes gradients for what was not asked for
         dscores, dkey_mean = dscores if scores != "none" else None, dkey_mean if ctx.key_mean else None
 
@@ -207,13 +302,17 @@ class _MaskedChannelAttention(Operator):
             found = [None] * len(inputs)
             if dout is not None or dscores is not None or dlse is not None:
                 dout = torch.zeros_like(out) if dout is None else dout
-                found = list(backward(dout, dscores, dlse, *inputs, lengths, out, lse, scale, scores, mean))
-            if dkey_mean is not None:
+                found = list(backward(dout, dscores, dlse, *inputs, lengths, out, lse, scale, scores, mean, *packed))
+            if dkey_mean is not None and inputs[1] is None:
+                found[0] = _with_key_mean(found[0], dkey_mean, inputs[0], lengths, *packed)
+            elif dkey_mean is not None:
                 found[1] = _with_key_mean(found[1], dkey_mean, inputs[1], lengths)
+            found = [None if t is None else g for t, g in zip(inputs, found)]
             return [torch.zeros_like(t) if t is not None and g is None else g for t, g in zip(inputs, found)]
 
         def plain(inputs, constants):
             q, k, v, qk_mask, v_mask, bias = inputs
+            q, k, v = (q, k, v) if k is not None else reference.heads_of(q, *packed)
             made = reference.masked_channel_attention(
                 q, k, v, qk_mask=qk_mask, v_mask=v_mask, key_bias=None if bias is None else bias.unsqueeze(2),
                 key_lengths=constants[0], scale=scale, scores=None if scores == "none" else scores,
@@ -225,10 +324,18 @@ class _MaskedChannelAttention(Operator):
         return tuple(gradients(ctx, run, plain, inputs, (dout, dscores, dlse, dkey_mean), constants))
 
 
-def _with_key_mean(dk, dkey_mean, k, lengths):
-    """The gradient of the keys with that of their mean over the heads, which knows nothing beyond a length."""
-    mean = (dkey_mean / k.shape[1]).unsqueeze(1)
+def _with_key_mean(dk, dkey_mean, k, lengths, heads=0, channels=0):
+    """The gradient of the keys with that of their mean over the heads, which knows nothing beyond a length.
+
+    With a number of heads, which have so many channels, the keys are the second part of a packed projection.
+    """
+    mean = dkey_mean / (heads or k.shape[1])
     if lengths is not None:
-        beyond = torch.arange(k.shape[2], device=k.device) >= lengths.unsqueeze(1)
-        mean = mean.masked_fill(beyond[:, None, :, None], 0.0)
-    return mean.expand_as(k) if dk is None else dk + mean
+        beyond = torch.arange(mean.shape[1], device=k.device) >= lengths.unsqueeze(1)
+        mean = mean.masked_fill(beyond.unsqueeze(2), 0.0)
+    if heads:
+        wide = heads * channels
+        mean = F.pad(mean.repeat(1, 1, heads), (wide, k.shape[2] - 2 * wide))
+    else:
+        mean = mean.unsqueeze(1).expand_as(k)
+    return mean if dk is None else dk + mean

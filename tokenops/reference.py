@@ -377,6 +377,14 @@ def attention_logits(
     return logits.masked_fill(~valid, 0.0), valid
 
 
+def heads_of(qkv: Tensor, heads: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k (B,H,N,Dk) and v (B,H,N,Dv), views of a packed projection (B, N, H * (2 Dk + Dv))."""
+    wide = heads * channels
+    parts = qkv.split((wide, wide, qkv.shape[2] - 2 * wide), dim=2)
+    q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
+    return q, k, v
+
+
 @keeps_dtypes
 def masked_channel_attention(
     q: Tensor,

@@ -69,13 +69,14 @@ struct Variant {
   bool here;  // this machine has it, for this dtype
   void (*attend)(const Problem&, int32_t*, int64_t, int64_t);
   void (*attend_backward)(const Problem&, const Gradients&, int32_t*, int64_t, int64_t);
+  void (*mean_keys)(const Problem&, char*, int64_t, int64_t);
   int64_t (*words)(const Problem&);  // of scratch
   int64_t (*words_backward)(const Problem&);
   int64_t width;
 };
 
-// The best that this machine has for the dtype, or the one that is named.
-Variant choose(Type type, const std::string& name);
+// The best that this machine has for the dtype, among those that may be used.
+Variant choose(Type type);
 
 // half precision is converted by its own functions, not inlined (float16.cpp's are as good as any here)
 void from_half(const void* in, float* out, int64_t n);

@@ -190,6 +190,22 @@ INLINE void pack_by_channels(Type type, const char* from, int64_t stride, int64_
   }
 }
 
+// The mean of the keys over the heads, rows begin to end of those of all images; zeros beyond a length.
+static void mean_keys(const Problem& p, char* to, int64_t begin, int64_t end) {
+  const int64_t size = p.size_of_element();
+  float sum[128], row[128];
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t b = t / p.N, n = t % p.N;
+    std::memset(sum, 0, sizeof sum);
+    for (int64_t h = 0; h < p.H && (!p.lengths || n < p.lengths[b]); ++h) {
+      load_floats(p.type, p.head(p.k, b, h) + n * p.k.stride_n * size, p.DK, nullptr, row);
+      for (int64_t d = 0; d < p.DK; ++d) sum[d] += row[d];
+    }
+    for (int64_t d = 0; d < p.DK; ++d) sum[d] /= static_cast<float>(p.H);
+    store_row(p.type, sum, p.DK, to + t * p.DK * size);
+  }
+}
+
 #include "attention_forward.h"
 #include "attention_backward.h"
 

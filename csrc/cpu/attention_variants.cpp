@@ -1,7 +1,10 @@
 // The variants of the CPU attention, one for each instruction set, and the choice among them.
 #include "attention.h"
 
+#include <atomic>
+#include <cstdlib>
 #include <type_traits>
+#include <vector>
 
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
@@ -69,31 +72,67 @@ int64_t words_of(const Problem& p) {
 
 #define TOKENOPS_VARIANT(space, here)                                                               \
   {                                                                                                 \
-#space, here, space::attend, space::attend_backward, words_of<space::Scratch>,                      \
+#space, here, space::attend, space::attend_backward, space::mean_keys, words_of<space::Scratch>,    \
         words_of<space::BackwardScratch>, space::WIDTH                                              \
   }
 
-// The best that this machine has for the dtype, or the one that is named.
-Variant choose(Type type, const std::string& name) {
+// All there are, the best first; those of `here` this machine has, for the dtype.
+std::vector<Variant> variants(Type type) {
 #if TOKENOPS_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16") && type == Type::BFloat16;
 #endif
-  const Variant variants[] = {
+  return {
 #if TOKENOPS_X86
+      {"amx", false},
       TOKENOPS_VARIANT(avx512bf16, pairs),
       TOKENOPS_VARIANT(avx512, avx512),
       TOKENOPS_VARIANT(avx2, avx2),
+#else
+      {"amx", false}, {"avx512bf16", false}, {"avx512", false}, {"avx2", false},
 #endif
       TOKENOPS_VARIANT(baseline, true),
   };
-  for (const Variant& variant : variants) {
-    if (variant.here && (name.empty() || name == variant.name)) return variant;
-  }
-  STD_TORCH_CHECK(false, "this machine has no attention variant ", name, " for this dtype");
-  return variants[0];
+}
+
+// The place of a name among them; that of the best for an empty one, -1 for one that is not there.
+int place_of(const std::string& name) {
+  const std::vector<Variant> all = variants(Type::BFloat16);
+  for (size_t i = 0; i < all.size(); ++i)
+    if (name.empty() || name == all[i].name) return static_cast<int>(i);
+  return -1;
+}
+
+// The best that may be used, by its place, until another is said: that which TOKENOPS_CPU_ISA names.
+std::atomic<int>& most() {
+  static std::atomic<int> place{std::getenv("TOKENOPS_CPU_ISA") ? place_of(std::getenv("TOKENOPS_CPU_ISA")) : 0};
+  return place;
+}
+
+Variant choose(Type type) {
+  const std::vector<Variant> all = variants(type);
+  const int first = most();
+  STD_TORCH_CHECK(first >= 0, "TOKENOPS_CPU_ISA is ", std::getenv("TOKENOPS_CPU_ISA"), ", which is none of ours");
+  size_t i = static_cast<size_t>(first);
+  while (!all[i].here) ++i;
+  return all[i];
 }
 
 }  // namespace tokenops::attention
+
+// For Python, which asks while tensors are traced too: no operators.
+#define TOKENOPS_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The instruction set that a dtype (0: float, 1: bfloat16, 2: half) runs by.
+TOKENOPS_EXPORT const char* tokenops_attention_isa(int type) {
+  return tokenops::attention::choose(static_cast<tokenops::attention::Type>(type)).name;
+}
+
+// From now on none better than the one of this name ("": all); gives the name that this was, null for an unknown one.
+TOKENOPS_EXPORT const char* tokenops_limit_cpu_isa(const char* name) {
+  using namespace tokenops::attention;
+  const int place = place_of(name);
+  return place < 0 ? nullptr : variants(Type::BFloat16)[most().exchange(place)].name;
+}

@@ -1,11 +1,13 @@
 // masked_channel_attention on a CPU, forward and backward: one head after the other, its keys and values packed once,
-// never more than a block of queries' probabilities in memory (attention_variant.h).
+// never more than a block of queries' probabilities in memory (attention_variant.h). An operator is one call from
+// Python: what it takes is brought into shape here, and all that it gives is made here.
 #include "../common.h"
 
 #include <algorithm>
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "attention.h"
 
@@ -14,30 +16,10 @@ namespace {
 
 using attention::Gradients;
 using attention::Problem;
+using attention::Rows;
 using attention::Variant;
 using torch::headeronly::ScalarType;
-
-attention::Rows heads(const char* name, const Tensor& x, const Tensor& q, int64_t rows, int64_t channels) {
-  STD_TORCH_CHECK(!x.is_cuda() && x.dim() == 4 && x.scalar_type() == q.scalar_type(), name, " must be (B, H, N, D) like q");
-  STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == rows && x.size(3) == channels, name,
-                  " has the wrong shape");
-  STD_TORCH_CHECK(x.stride(3) == 1 || channels == 1 || x.numel() == 0, name, " must have its channels side by side");
-  return {static_cast<char*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
-}
-
-const float* floats(const char* name, const std::optional<Tensor>& x, int64_t rows, int64_t columns) {
-  if (!x) return nullptr;
-  STD_TORCH_CHECK(!x->is_cuda() && x->scalar_type() == ScalarType::Float && x->dim() == 2 && x->size(0) == rows &&
-                      x->size(1) == columns && x->is_contiguous(),
-                  name, " must be (H, D), float32, contiguous");
-  return static_cast<const float*>(x->data_ptr());
-}
-
-float* filled(const char* name, Tensor& x, int64_t size) {
-  STD_TORCH_CHECK(!x.is_cuda() && x.scalar_type() == ScalarType::Float && x.numel() == size && x.is_contiguous(), name,
-                  " must be float32, contiguous, of the right size");
-  return static_cast<float*>(x.data_ptr());
-}
+using Maybe = std::optional<Tensor>;
 
 attention::Type type_of(const Tensor& x) {
   if (x.scalar_type() == ScalarType::Float) return attention::Type::Float;
@@ -46,33 +28,95 @@ attention::Type type_of(const Tensor& x) {
   return attention::Type::Half;
 }
 
-// What both passes take, checked. Scores and the like are set by the caller.
-Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& qk_mask,
-                const std::optional<Tensor>& v_mask, const std::optional<Tensor>& bias,
-                const std::optional<Tensor>& lengths, double scale, Tensor& lse) {
-  const int64_t B = q.size(0), H = q.size(1), M = q.size(2), N = k.size(2), DK = q.size(3), DV = v.size(3);
-  Problem p{};
-  p.type = type_of(q), p.H = H, p.M = M, p.N = N, p.DK = DK, p.DV = DV, p.splits = 1;
-  p.q = heads("q", q, q, M, DK), p.k = heads("k", k, q, N, DK), p.v = heads("v", v, q, N, DV);
-  p.qk_mask = floats("qk_mask", qk_mask, H, DK), p.v_mask = floats("v_mask", v_mask, H, DV);
-  if (bias) {
-    STD_TORCH_CHECK(!bias->is_cuda() && bias->scalar_type() == ScalarType::Float && bias->dim() == 3 &&
-                        bias->size(0) == B && bias->size(1) == H && bias->size(2) == N,
-                    "bias must be (B, H, Nk), float32");
-    p.bias = static_cast<const float*>(bias->data_ptr());
-    p.bias_b = bias->stride(0), p.bias_h = bias->stride(1), p.bias_n = bias->stride(2);
-  }
-  if (lengths) {
-    STD_TORCH_CHECK(!lengths->is_cuda() && lengths->scalar_type() == ScalarType::Long && lengths->dim() == 1 &&
-                        lengths->size(0) == B && lengths->is_contiguous(),
-                    "lengths must be (B,), int64");
-    p.lengths = static_cast<const int64_t*>(lengths->data_ptr());
-    for (int64_t b = 0; b < B; ++b) STD_TORCH_CHECK(p.lengths[b] >= 0 && p.lengths[b] <= N, "a length is not in 0..Nk");
-  }
-  p.scale = static_cast<float>(scale);
-  p.lse = filled("lse", lse, B * H * M);
-  return p;
+// Channels side by side in memory.
+Tensor dense(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return last < 0 || x.stride(last) == 1 || x.size(last) == 1 || x.numel() == 0 ? x : torch::stable::contiguous(x);
 }
+
+Tensor as(const Tensor& x, ScalarType type) {
+  return x.scalar_type() == type && x.is_contiguous() ? x : torch::stable::contiguous(torch::stable::to(x, type));
+}
+
+Rows rows_of(const char* name, const Tensor& x, const Tensor& q, int64_t rows, int64_t channels) {
+  STD_TORCH_CHECK(!x.is_cuda() && x.dim() == 4 && x.scalar_type() == q.scalar_type(), name, " must be (B, H, N, D) like q");
+  STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == rows && x.size(3) == channels, name,
+                  " has the wrong shape");
+  return {static_cast<char*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// The heads of q, k and v that lie side by side, (B, N, H * (2 Dk + Dv)).
+void unpack(const Tensor& qkv, const Problem& p, Rows& q, Rows& k, Rows& v) {
+  const int64_t size = p.size_of_element(), deep = p.H * p.DK;
+  char* data = static_cast<char*>(qkv.data_ptr());
+  q = {data, qkv.stride(0), p.DK, qkv.stride(1)};
+  k = {data + deep * size, qkv.stride(0), p.DK, qkv.stride(1)};
+  v = {data + 2 * deep * size, qkv.stride(0), p.DV, qkv.stride(1)};
+}
+
+// A (B,H,N,D) tensor that lies in memory as (B,N,H,D), as every backend makes it.
+Tensor heads_inside(const Tensor& like, int64_t B, int64_t H, int64_t N, int64_t D) {
+  return torch::stable::transpose(torch::stable::new_empty(like, {B, N, H, D}), 1, 2);
+}
+
+const float* floats(const Tensor& x) { return static_cast<const float*>(x.data_ptr()); }
+float* filled(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
+
+// What both passes take: checked, and with the tensors that the pointers lead into.
+struct Call {
+  Tensor q;
+  Maybe k, v, qk_mask, v_mask, bias, lengths;
+  int64_t B;
+  Problem p{};
+
+  Call(Tensor q_, Maybe k_, Maybe v_, Maybe qk_mask_, Maybe v_mask_, Maybe bias_, Maybe lengths_, int64_t heads,
+       int64_t channels, double scale)
+      : q(dense(q_)), B(q.dim() ? q.size(0) : 0) {
+    p.type = type_of(q), p.scale = static_cast<float>(scale), p.splits = 1;
+    STD_TORCH_CHECK(!q.is_cuda(), "q must be on the CPU");
+    STD_TORCH_CHECK(k_.has_value() == v_.has_value(), "k and v are given both, or both in q");
+    if (k_) {
+      k = dense(*k_), v = dense(*v_);
+      STD_TORCH_CHECK(q.dim() == 4 && k->dim() == 4 && v->dim() == 4, "q, k and v must be (B, H, N, D)");
+      p.H = q.size(1), p.M = q.size(2), p.N = k->size(2), p.DK = q.size(3), p.DV = v->size(3);
+      p.q = rows_of("q", q, q, p.M, p.DK), p.k = rows_of("k", *k, q, p.N, p.DK), p.v = rows_of("v", *v, q, p.N, p.DV);
+    } else {
+      STD_TORCH_CHECK(q.dim() == 3 && heads > 0 && channels > 0 && q.size(2) % heads == 0, "q must hold q, k and v");
+      p.H = heads, p.M = p.N = q.size(1), p.DK = channels, p.DV = q.size(2) / heads - 2 * channels;
+      unpack(q, p, p.q, p.k, p.v);
+    }
+    STD_TORCH_CHECK(0 < p.DK && p.DK <= WIDEST && 0 < p.DV && p.DV <= WIDEST, "heads must have 1 to 128 channels");
+    p.qk_mask = mask("qk_mask", qk_mask_, qk_mask, p.DK), p.v_mask = mask("v_mask", v_mask_, v_mask, p.DV);
+    if (bias_) {
+      STD_TORCH_CHECK(!bias_->is_cuda() && bias_->dim() == 3 && bias_->size(0) == B && bias_->size(1) == p.H &&
+                          bias_->size(2) == p.N,
+                      "bias must be (B, H, Nk)");
+      check_float("bias", *bias_);
+      bias = bias_->scalar_type() == ScalarType::Float ? *bias_ : torch::stable::to(*bias_, ScalarType::Float);
+      p.bias = floats(*bias), p.bias_b = bias->stride(0), p.bias_h = bias->stride(1), p.bias_n = bias->stride(2);
+    }
+    if (lengths_) {
+      STD_TORCH_CHECK(!lengths_->is_cuda() && lengths_->dim() == 1 && lengths_->size(0) == B, "lengths must be (B,)");
+      lengths = as(*lengths_, ScalarType::Long);
+      p.lengths = static_cast<const int64_t*>(lengths->data_ptr());
+      for (int64_t b = 0; b < B; ++b) {
+        STD_TORCH_CHECK(p.lengths[b] >= 0 && p.lengths[b] <= p.N, "key_lengths has ", p.lengths[b],
+                        ", but it must be between 0 and the ", p.N, " keys there are");
+      }
+    }
+  }
+
+  const float* mask(const char* name, const Maybe& given, Maybe& kept, int64_t channels) {
+    if (!given) return nullptr;
+    STD_TORCH_CHECK(!given->is_cuda() && given->dim() == 2 && given->size(0) == p.H && given->size(1) == channels, name,
+                    " must be (H, D)");
+    check_float(name, *given);
+    kept = as(*given, ScalarType::Float);
+    return floats(*kept);
+  }
+
+  static constexpr int64_t WIDEST = 128;
+};
 
 // Calls body(scratch, begin, end) for tasks in parallel, each thread with scratch of so many words.
 template <typename F>
@@ -85,52 +129,120 @@ void for_tasks(int64_t tasks, int64_t words, const F& body) {
   });
 }
 
-// Fills out, lse and (unless it is empty) scores, (B,H,Nk); `variant` names an instruction set, "" for the best.
-void attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> qk_mask, std::optional<Tensor> v_mask,
-                   std::optional<Tensor> bias, std::optional<Tensor> lengths, double scale, bool received, Tensor out,
-                   Tensor lse, Tensor scores, std::string variant) {
-  Problem p = problem(q, k, v, qk_mask, v_mask, bias, lengths, scale, lse);
-  const int64_t heads_of_all = q.size(0) * p.H;
-  p.out = heads("out", out, q, p.M, p.DV);
-  if (scores.numel()) p.scores = filled("scores", scores, heads_of_all * p.N), p.received = received;
-  if (heads_of_all * p.M == 0) return;
-  const Variant chosen = attention::choose(p.type, variant);
-  const int64_t blocks = (p.M + chosen.width - 1) / chosen.width, threads = torch::stable::get_num_threads();
-  // few heads: several threads to each, of which every one packs the keys and values
-  if (!p.received) p.splits = std::max<int64_t>(1, std::min(blocks, (threads + heads_of_all - 1) / heads_of_all));
-  for_tasks(heads_of_all * p.splits, chosen.words(p), [&](int32_t* scratch, int64_t begin, int64_t end) {
-    chosen.attend(p, scratch, begin, end);
-  });
+// (B,H,N) to the mean over the heads, (B,N)
+void mean_over_heads(const float* each, int64_t B, int64_t H, int64_t N, float* mean) {
+  for (int64_t b = 0; b < B; ++b, mean += N) {
+    std::fill(mean, mean + N, 0.0f);
+    for (int64_t h = 0; h < H; ++h, each += N)
+      for (int64_t n = 0; n < N; ++n) mean[n] += each[n];
+    for (int64_t n = 0; n < N; ++n) mean[n] /= static_cast<float>(H);
+  }
 }
 
-// Fills dq, dk and dv, and dqk_mask and dv_mask, (B,H,D), and dbias, (B,H,Nk), of what there is. dscores, (B,H,Nk), is
-// the gradient of a query's probabilities: of query 0, or of all where `received`.
-void attention_bwd(Tensor dout, std::optional<Tensor> dscores, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v,
-                   std::optional<Tensor> qk_mask, std::optional<Tensor> v_mask, std::optional<Tensor> bias,
-                   std::optional<Tensor> lengths, Tensor lse, double scale, bool received, Tensor dq, Tensor dk,
-                   Tensor dv, Tensor dqk_mask, Tensor dv_mask, Tensor dbias, std::string variant) {
-  Problem p = problem(q, k, v, qk_mask, v_mask, bias, lengths, scale, lse);
-  const int64_t heads_of_all = q.size(0) * p.H;
-  p.received = received;
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Maybe k, Maybe v, Maybe qk_mask, Maybe v_mask, Maybe bias,
+                                                   Maybe lengths, double scale, std::string scores, bool mean,
+                                                   bool key_mean, int64_t heads, int64_t channels) {
+  Call call(q, k, v, qk_mask, v_mask, bias, lengths, heads, channels, scale);
+  Problem& p = call.p;
+  const Variant chosen = attention::choose(p.type);
+  const int64_t B = call.B, of_all = B * p.H;
+  const bool scored = scores != "none";
+  Tensor out = heads_inside(q, B, p.H, p.M, p.DV);
+  Tensor lse = torch::stable::new_empty(q, {B, p.H, p.M}, ScalarType::Float);
+  Tensor found = !scored ? torch::stable::new_empty(q, {0}, ScalarType::Float)
+                 : mean  ? torch::stable::new_empty(q, {B, p.N}, ScalarType::Float)
+                         : torch::stable::new_empty(q, {B, p.H, p.N}, ScalarType::Float);
+  std::vector<float> each(scored && mean ? of_all * p.N : 0);
+  p.out = rows_of("out", out, out, p.M, p.DV), p.lse = filled(lse);
+  if (scored) p.scores = mean ? each.data() : filled(found), p.received = scores == "received";
+  if (of_all * p.M > 0) {
+    const int64_t blocks = (p.M + chosen.width - 1) / chosen.width, threads = torch::stable::get_num_threads();
+    // few heads: several threads to each, of which every one packs the keys and values
+    if (!p.received) p.splits = std::max<int64_t>(1, std::min(blocks, (threads + of_all - 1) / of_all));
+    for_tasks(of_all * p.splits, chosen.words(p), [&](int32_t* scratch, int64_t begin, int64_t end) {
+      chosen.attend(p, scratch, begin, end);
+    });
+  }
+  if (scored && mean) mean_over_heads(each.data(), B, p.H, p.N, filled(found));
+  Tensor keys = key_mean ? torch::stable::new_empty(q, {B, p.N, p.DK}) : torch::stable::new_empty(q, {0});
+  if (key_mean) {
+    char* to = static_cast<char*>(keys.data_ptr());
+    torch::stable::parallel_for(0, B * p.N, 64, [&](int64_t begin, int64_t end) { chosen.mean_keys(p, to, begin, end); });
+  }
+  return {out, found, lse, keys};
+}
+
+// What a gradient of scores (or of their mean over the heads) gives each query's probabilities, (B,H,Nk).
+std::vector<float> of_each_query(const Tensor& dscores, const Problem& p, int64_t B, bool mean) {
+  const Tensor given = as(dscores, ScalarType::Float);
+  STD_TORCH_CHECK(given.dim() == (mean ? 2 : 3) && given.numel() == B * p.N * (mean ? 1 : p.H), "dscores has the wrong shape");
+  const float share = 1.0f / static_cast<float>((p.received ? p.M : 1) * (mean ? p.H : 1));
+  std::vector<float> each(B * p.H * p.N);
+  for (int64_t bh = 0; bh < B * p.H; ++bh) {
+    const float* row = floats(given) + (mean ? bh / p.H : bh) * p.N;
+    for (int64_t n = 0; n < p.N; ++n) each[bh * p.N + n] = row[n] * share;
+  }
+  return each;
+}
+
+// The gradient of a mask (H,D): the sum over the images of their own.
+Tensor of_mask(const std::vector<float>& each, const Maybe& mask, const Tensor& like) {
+  if (!mask) return torch::stable::new_empty(like, {0});
+  Tensor sum = torch::stable::new_zeros(*mask, {mask->size(0), mask->size(1)}, ScalarType::Float);
+  const int64_t size = sum.numel();
+  for (size_t i = 0; i < each.size(); ++i) filled(sum)[i % size] += each[i];
+  return torch::stable::to(sum, mask->scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    Tensor dout, Maybe dscores, Maybe dlse, Tensor q, Maybe k, Maybe v, Maybe qk_mask, Maybe v_mask, Maybe bias,
+    Maybe lengths, Tensor, Tensor lse, double scale, std::string scores, bool mean, int64_t heads, int64_t channels) {
+  Call call(q, k, v, qk_mask, v_mask, bias, lengths, heads, channels, scale);
+  Problem& p = call.p;
+  const Variant chosen = attention::choose(p.type);
+  const int64_t B = call.B, of_all = B * p.H;
+  p.received = scores == "received";
+  lse = as(lse, ScalarType::Float);  // what was saved may lie otherwise
+  STD_TORCH_CHECK(!lse.is_cuda() && lse.dim() == 3 && lse.numel() == of_all * p.M, "lse has the wrong shape");
+  p.lse = filled(lse);
   Gradients g{};
-  g.dout = heads("dout", dout, q, p.M, p.DV);
-  if (dscores) g.dscores = filled("dscores", *dscores, heads_of_all * p.N);
-  if (dlse) g.dlse = filled("dlse", *dlse, heads_of_all * p.M);
-  g.dq = heads("dq", dq, q, p.M, p.DK), g.dk = heads("dk", dk, q, p.N, p.DK), g.dv = heads("dv", dv, q, p.N, p.DV);
-  if (qk_mask) g.dqk_mask = filled("dqk_mask", dqk_mask, heads_of_all * p.DK);
-  if (v_mask) g.dv_mask = filled("dv_mask", dv_mask, heads_of_all * p.DV);
-  if (bias) g.dbias = filled("dbias", dbias, heads_of_all * p.N);
-  if (heads_of_all == 0) return;
-  const Variant chosen = attention::choose(p.type, variant);
-  for_tasks(heads_of_all, chosen.words_backward(p), [&](int32_t* scratch, int64_t begin, int64_t end) {
+  dout = dense(dout);
+  STD_TORCH_CHECK(!dout.is_cuda() && dout.scalar_type() == q.scalar_type() && dout.dim() == 4 && dout.size(0) == B &&
+                      dout.size(1) == p.H && dout.size(2) == p.M && dout.size(3) == p.DV,
+                  "dout has the wrong shape or dtype");
+  g.dout = rows_of("dout", dout, dout, p.M, p.DV);
+  std::vector<float> each;
+  if (dscores) each = of_each_query(*dscores, p, B, mean), g.dscores = each.data();
+  if (dlse) {
+    dlse = as(*dlse, ScalarType::Float);
+    STD_TORCH_CHECK(dlse->dim() == 3 && dlse->numel() == of_all * p.M, "dlse has the wrong shape");
+    g.dlse = floats(*dlse);
+  }
+  const auto nothing = [&] { return torch::stable::new_empty(q, {0}); };
+  Tensor dq = k ? heads_inside(q, B, p.H, p.M, p.DK) : torch::stable::new_empty(q, {B, p.N, q.size(2)});
+  Tensor dk = k ? heads_inside(q, B, p.H, p.N, p.DK) : nothing(), dv = k ? heads_inside(q, B, p.H, p.N, p.DV) : nothing();
+  if (k) {
+    g.dq = rows_of("dq", dq, dq, p.M, p.DK), g.dk = rows_of("dk", dk, dk, p.N, p.DK);
+    g.dv = rows_of("dv", dv, dv, p.N, p.DV);
+  } else {
+    unpack(dq, p, g.dq, g.dk, g.dv);
+  }
+  std::vector<float> dqk_mask(qk_mask ? of_all * p.DK : 0), dv_mask(v_mask ? of_all * p.DV : 0);
+  if (qk_mask) g.dqk_mask = dqk_mask.data();
+  if (v_mask) g.dv_mask = dv_mask.data();
+  Tensor dbias = bias ? torch::stable::new_zeros(*bias, {B, p.H, p.N}, ScalarType::Float) : nothing();
+  if (bias) g.dbias = filled(dbias);
+  for_tasks(of_all, chosen.words_backward(p), [&](int32_t* scratch, int64_t begin, int64_t end) {
     chosen.attend_backward(p, g, scratch, begin, end);
   });
+  if (bias && bias->scalar_type() != ScalarType::Float) dbias = torch::stable::to(dbias, bias->scalar_type());
+  return {dq, dk, dv, of_mask(dqk_mask, qk_mask, q), of_mask(dv_mask, v_mask, q), dbias};
 }
 
 }  // namespace
 }  // namespace tokenops
 
 STABLE_TORCH_LIBRARY_IMPL(tokenops, CPU, m) {
-  m.impl("attention_fwd", TORCH_BOX(&tokenops::attention_fwd));
-  m.impl("attention_bwd", TORCH_BOX(&tokenops::attention_bwd));
+  m.impl("masked_channel_attention_fwd.native", TORCH_BOX(&tokenops::forward));
+  m.impl("masked_channel_attention_bwd.native", TORCH_BOX(&tokenops::backward));
 }

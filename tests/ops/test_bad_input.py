@@ -114,6 +114,7 @@ def test_every_tensor_argument_is_tried():
 
 x, index = torch.randn(2, 5, 3), torch.arange(4).expand(2, 4).contiguous()
 n, wide = torch.randn(2, 4), torch.randn(2, 5)
+q, masks, rows, lengths = torch.randn(2, 2, 4, 3), torch.ones(2, 3), torch.zeros(2, 2, 4), torch.ones(2).long()
 CALLS = {
     "select_tokens_fwd": (
         x, n, 2, torch.ones(2).long(), [n], torch.ones(3), torch.ones(3), 1, "mean", True, True, 1e-5
@@ -131,9 +132,15 @@ CALLS = {
     "merge_bipartite_bwd": (x, index, wide, wide, 1),
     "unmerge_bipartite_fwd": (x, index, 1),
     "unmerge_bipartite_bwd": (x, index, 4, 1),
+    "masked_channel_attention_fwd": (q, q, q, masks, masks, rows, lengths, 1.0, "received", False, True),
+    "masked_channel_attention_bwd": (
+        q, rows, rows, q, q, q, masks, masks, rows, lengths, q, rows, 1.0, "received", False
+    ),
 }  # fmt: skip
 #: (operator, argument, dimension) that is free: what is made is as large, and nothing else is read
 FREE = {
+    ("masked_channel_attention_fwd", 0, 2),  # queries
+    *(("masked_channel_attention_bwd", 10, dim) for dim in range(4)),  # out is not read on a CPU
     ("restore_tokens_bwd", 0, 2),
     ("restore_tokens_bwd", 1, 1),
     ("merge_bipartite_bwd", 0, 2),
@@ -176,17 +183,9 @@ def test_parts_of_the_cpu_path_check_sizes():
         pytest.skip(_native.why_not("cpu"))
     part = torch.ops.tokenops
     w, mask, partial = torch.randn(2, 4, 3), torch.ones(2, 4).bool(), torch.empty(2, 3)
-    q, lse, rows = torch.randn(2, 2, 4, 3), torch.empty(2, 2, 4), torch.empty(2, 2, 4)
-    masks, bias, lengths = torch.ones(2, 3), torch.zeros(2, 2, 4), torch.ones(2).long()
-    of_masks = torch.empty(2, 2, 3)
     calls = {
         part.aggregation_weights_fwd: (w, 1.0, mask, torch.empty_like(w)),
         part.aggregation_weights_bwd: (w, w, w, 1.0, torch.empty_like(w), partial),
-        part.attention_fwd: (q, q, q, masks, masks, bias, lengths, 1.0, True, torch.empty_like(q), lse, rows, ""),
-        part.attention_bwd: (
-            q, rows, rows, q, q, q, masks, masks, bias, lengths, lse, 1.0, True, *map(torch.empty_like, (q, q, q)),
-            of_masks, of_masks, rows, "",
-        ),
     }  # fmt: skip
     for kernel, arguments in calls.items():
         kernel(*arguments)

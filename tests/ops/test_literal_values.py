@@ -17,8 +17,8 @@ def engine(request, monkeypatch):
     if request.param == "triton":
         pytest.importorskip("triton")
     if request.param == "composed":
-        for name in ("soft_aggregate", "masked_channel_attention"):
-            monkeypatch.setattr(f"tokenops._cpu.{name}._compiled", lambda *tensors: False)
+        monkeypatch.setattr("tokenops._cpu.soft_aggregate._compiled", lambda *tensors: False)
+        monkeypatch.setattr("tokenops._native.attention_isa", lambda dtype: None)
     with use_backend("native" if request.param == "composed" else request.param):
         yield request.param
 

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenops
-from support.attention import EVERYTHING, FLOATS, SCORES, attention, check, double, inputs, run
+from support.attention import EVERYTHING, FLOATS, SCORES, attention, check, double, inputs, limited, run
 from support.cases import ATTEND, DTYPES, Attend
 from tokenops import _native, reference
 
@@ -129,7 +129,7 @@ def test_the_matrix_never_exists(scores, heads, backend, device):
         t = inputs(case, torch.float32, device)
     q, k, v = t.values()
     rest = (None,) * 4
-    room = "_cpu" if backend == "native" else "_triton"
+    room = "_triton" if backend == "triton" else "_cpu"  # of native code no memory is seen: composed in its place
     forward = __import__(f"tokenops.{room}.masked_channel_attention", fromlist=["x"]).masked_channel_attention_fwd
     backward = __import__(
         f"tokenops.{room}.masked_channel_attention" + "_bwd" * (backend == "triton"), fromlist=["x"]
@@ -155,46 +155,40 @@ def test_the_kernel_that_was_asked_for_runs(backend, ran_kernels, device):
     assert names == {f"masked_channel_attention_fwd.{backend}"}
 
 
-def compiled_kernels(monkeypatch, change):
-    """The compiled CPU kernels, called with the arguments that change(name, arguments) makes of theirs."""
-    if _native.why_not("cpu") is not None:
-        pytest.skip(_native.why_not("cpu"))
-    for name in ("attention_fwd", "attention_bwd"):
-        kernel = getattr(torch.ops.tokenops, name)
-        monkeypatch.setattr(
-            torch.ops.tokenops, name, lambda *a, kernel=kernel, name=name: kernel(*change(name, list(a)))
-        )
-
-
-def test_compiled_attention_is_used(monkeypatch):
+def test_compiled_attention_is_used(ran_kernels):
     """Where there is compiled code the CPU path runs it, in the dtypes it takes."""
-    ran = []
-    compiled_kernels(monkeypatch, lambda name, a: (ran.append((name, a[0].dtype)), a)[1])
+    there = _native.why_not("cpu") is None
     for dtype in (*DTYPES, torch.float64):
-        run(attention, inputs(ATTEND[0], dtype, "cpu"))
-    assert ran == [(name, dtype) for dtype in DTYPES for name in ("attention_fwd", "attention_bwd")]
+        with ran_kernels() as names, tokenops.use_backend("native"):
+            run(attention, inputs(ATTEND[0], dtype, "cpu"))
+        path = "native" if there and dtype != torch.float64 else "composed"
+        assert names == {f"masked_channel_attention_fwd.{path}", f"masked_channel_attention_bwd.{path}"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", ["avx512bf16", "avx512", "avx2", "baseline"])
-def test_every_instruction_set(variant, dtype, monkeypatch):
+@pytest.mark.parametrize("isa", ["amx", "avx512bf16", "avx512", "avx2", "baseline"])
+def test_every_instruction_set(isa, dtype):
     """Of those this machine has, each is as good as plain PyTorch; a thousand keys are summed in parts."""
-    compiled_kernels(monkeypatch, lambda name, a: [*a[:-1], variant])
     long = Attend(1, 1, 3, 1100, 9, 11, "keys in several chunks")
     few = (2, 7) if dtype == torch.float32 else ()  # so few numbers that plain PyTorch may be right by luck
-    for case in (*(ATTEND[i] for i in (*few, 3, 4, 8, 9, 10)), long):
-        try:
+    with limited(isa, dtype):
+        for case in (*(ATTEND[i] for i in (*few, 3, 4, 8, 9, 10)), long):
             check(case, dtype, "cpu", "received" if case.M else None, "each", everything=True, draws=8)
-        except RuntimeError as error:
-            if f"this machine has no attention variant {variant} for this dtype" in str(error):
-                assert variant != "baseline"
-                pytest.skip(f"{variant} in {dtype} is not for this machine")
-            raise
 
 
-def test_threads_change_nothing(monkeypatch):
+def test_an_instruction_set_is_one_there_is():
+    if _native.why_not("cpu") is not None:
+        pytest.skip(_native.why_not("cpu"))
+    before = _native.attention_isa(torch.float32)
+    with pytest.raises(ValueError, match="'sse9', but it must be one of amx, .*baseline"):
+        _native.limit_cpu_isa("sse9").__enter__()
+    with _native.limit_cpu_isa("baseline"):
+        assert _native.attention_isa(torch.float32) == "baseline"
+    assert _native.attention_isa(torch.float32) == before and _native.attention_isa(torch.float64) is None
+
+
+def test_threads_change_nothing():
     """Few heads are split between threads: bit for bit the same."""
-    compiled_kernels(monkeypatch, lambda name, a: a)
     before = torch.get_num_threads()
     t = inputs(Attend(1, 1, 150, 70, 24, 40, "one head, many queries"), torch.float32, "cpu")
     results = []
@@ -207,6 +201,57 @@ def test_threads_change_nothing(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+PACKED = Attend(2, 3, 17, 17, 6, 10, "a packed projection whose v is wider")
+
+
+def packed(case, dtype, device):
+    """Arguments of both entries: q, k and v, and the same side by side."""
+    t = inputs(case, dtype, device, everything=True)
+    q, k, v = (t.pop(name) for name in "qkv")
+    return (q, k, v), torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], dim=2), t
+
+
+@pytest.mark.parametrize("case", [PACKED, Attend(2, 2, 5, 5, 8, 8, "of one width")], ids=str)
+def test_a_packed_projection_is_the_same(case, backend, device):
+    """Values, and one gradient of all three; by the reference and without gradients too."""
+    (q, k, v), qkv, rest = packed(case, torch.float32, device)
+    options = dict(rest, scale=0.3, scores="received", heads="mean", return_lse=True, return_key_mean=True)
+    apart = [t.requires_grad_() for t in (q, k, v)]
+    together = qkv.requires_grad_()
+    right = attention(*apart, **options)
+    found = tokenops.masked_channel_attention_qkv(together, q.shape[1], head_dim=q.shape[3], **options)
+    upstream = [torch.randn_like(t) for t in right]
+    expected = torch.autograd.grad(right, apart, upstream)
+    (gradient,) = torch.autograd.grad(found, together, upstream)
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        gradient, torch.cat([g.transpose(1, 2).flatten(2) for g in expected], dim=2), rtol=1e-5, atol=1e-6
+    )
+    with torch.inference_mode():
+        plain = tokenops.masked_channel_attention_qkv(qkv, q.shape[1], head_dim=q.shape[3])
+        torch.testing.assert_close(plain, attention(q, k, v), rtol=1e-6, atol=1e-6)
+
+
+def test_a_packed_projection_says_what_it_must_be():
+    qkv = torch.randn(2, 5, 36)
+    attend = tokenops.masked_channel_attention_qkv
+    for arguments, options, error, words in (
+        ((qkv, 5), {}, ValueError, "num_heads=5 does not divide the 36 channels"),
+        ((qkv, 0), {}, ValueError, "num_heads=0"),
+        ((qkv, True), {}, TypeError, "num_heads must be an int"),
+        ((qkv, 9), {}, ValueError, "4 channels a head, which are not q, k and v of one width"),
+        ((qkv, 3), {"head_dim": 6}, ValueError, "head_dim=6 leaves 0 of 12 channels a head for v"),
+        ((qkv, 3), {"head_dim": 1.0}, TypeError, "head_dim must be an int"),
+        ((qkv[0], 3), {}, ValueError, r"qkv must have shape \(B,N,C\)"),
+        ((qkv.long(), 3), {}, TypeError, "qkv must be float16"),
+        ((qkv, 3), {"key_bias": torch.zeros(2, 1, 1, 4)}, ValueError, "key_bias must have shape"),
+        ((torch.randn(1, 2, 3 * 129), 1), {}, ValueError, "heads of 129 channels"),
+    ):
+        with pytest.raises(error, match=words):
+            attend(*arguments, **options)
+
+
 @pytest.mark.slow_interpreted
 def test_opcheck(backend, device):
     t = inputs(ATTEND[3], torch.float32, device, everything=True)
@@ -214,18 +259,22 @@ def test_opcheck(backend, device):
     forward = getattr(torch.ops.tokenops.masked_channel_attention_fwd, backend)
     backward = getattr(torch.ops.tokenops.masked_channel_attention_bwd, backend)
     bias = bias.expand(2, 3, 1, 17).squeeze(2)
+    _, together, rest = packed(PACKED, torch.float32, device)
+    together_mask = rest["qk_mask"]
     for tensors, kind, mean in (
         ((q, k, v, qk_mask, v_mask, bias, lengths), "received", True),
         ((q, k, v, None, None, None, None), "class", False),
         ((q, k, v, None, v_mask, None, lengths), "class", True),
         ((q[:0], k[:0], v[:0], None, None, None, None), "none", False),
+        ((together, None, None, together_mask, None, None, lengths), "received", True),
     ):
-        arguments = (*tensors, 0.3, kind, mean, True)
+        heads = (PACKED.H, PACKED.DK) if tensors[1] is None else (0, 0)
+        arguments = (*tensors, 0.3, kind, mean, True, *heads)
         library.opcheck(forward, arguments)
         out, score, lse, _ = forward(*arguments)
         given = None if kind == "none" else torch.randn_like(score)
         dlse = torch.randn_like(lse) if mean else None
-        library.opcheck(backward, (torch.randn_like(out), given, dlse, *tensors, out, lse, 0.3, kind, mean))
+        library.opcheck(backward, (torch.randn_like(out), given, dlse, *tensors, out, lse, 0.3, kind, mean, *heads))
 
 
 @pytest.mark.slow_interpreted

@@ -1,10 +1,13 @@
 """What the tests of masked_channel_attention share: inputs, and a run that names everything it gets."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 
 import tokenops
 from support.tolerance import assert_as_good_as_plain
-from tokenops import reference
+from tokenops import _native, reference
 
 INF = float("inf")
 FLOATS = ("q", "k", "v", "qk_mask", "v_mask", "key_bias")
@@ -85,3 +88,15 @@ def compared(case, dtype, device, scores, heads, everything):
         allowed = cancels * reach if what in ("dq", "dk", "dqk_mask", "dkey_bias") else 0.0
         found[what] = (*(value.masked_fill(empty, 0.0) for value in (ours[what], plain[what], right)), allowed)
     return found
+
+
+@contextmanager
+def limited(isa, dtype):
+    """In the block attention of a dtype runs on a CPU by this instruction set; skips where there is no such."""
+    if _native.why_not("cpu") is not None:
+        pytest.skip(_native.why_not("cpu"))
+    with _native.limit_cpu_isa(isa):
+        if _native.attention_isa(dtype) != isa:
+            pytest.skip(f"{isa} in {dtype} is not for this machine")
+        with tokenops.use_backend("native"):
+            yield

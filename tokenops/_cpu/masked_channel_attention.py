@@ -1,20 +1,16 @@
-"""masked_channel_attention on a CPU: compiled code forward where there is some, else matrix products tile by tile."""
+"""masked_channel_attention on a CPU of torch's own kernels, tile by tile: in fp64, and where there is no compiler."""
 
 import torch
 
-from .. import _checks, _native
-from .._schemas import heads_inside
-from ..reference import accumulation_dtype
+from .. import _checks
+from .._schemas import apart, attention_gradients, heads_inside
+from ..reference import accumulation_dtype, heads_of
 
-_kernels, _aten = torch.ops.tokenops, torch.ops.aten
+_aten = torch.ops.aten
 
 #: queries of a tile, and the probabilities that exist together (a few images' tiles, kept in cache)
 QUERIES = 256
 TOGETHER = 2**18
-
-
-def _compiled(q):
-    return _native.why_not("cpu") is None and q.dtype != torch.float64
 
 
 def _plain(q, k, v, *others):
@@ -26,10 +22,6 @@ def _plain(q, k, v, *others):
 def _dense(*tensors):
     """Channels side by side in memory."""
     return [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
-
-
-def _float(tensor, wide):
-    return None if tensor is None else tensor.to(wide).contiguous()
 
 
 def _times(x, mask):
@@ -62,7 +54,7 @@ def _probabilities(q, k, bias, scale):
 
 
 def _composed(q, k, v, bias, lengths, scale, received, out, lse, scores):
-    """Fills out, lse and scores as the compiled kernel does, apart from the masks."""
+    """Fills out, lse and scores, apart from the masks."""
     if not received and _plain(q, k, v, bias, lengths):
         found = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
         out.copy_(found[0]), lse.copy_(found[1])
@@ -82,22 +74,20 @@ def _composed(q, k, v, bias, lengths, scale, received, out, lse, scores):
             scores[images, :, keys] = p[:, :, 0]
 
 
-def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean):
+def masked_channel_attention_fwd(
+    q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0
+):
+    q, k, v = apart(q, k, v, heads, channels)
     (B, H, M, _), N, DV = q.shape, k.shape[2], v.shape[3]
-    _checks.lengths("masked_channel_attention", "key_lengths", lengths, N, f"the {N} keys there are")
+    _checks.lengths("masked_channel_attention", "key_lengths", lengths, N)
     wide = accumulation_dtype(q.dtype)
     q, k, v = _dense(q, k, v)
     out, lse = heads_inside(q, M, DV), q.new_empty((B, H, M), dtype=wide)
     each = q.new_empty((0,) if scores == "none" else (B, H, N), dtype=wide)
     bias = None if bias is None else bias.to(wide)
-    if _compiled(q):
-        masks = _float(qk_mask, wide), _float(v_mask, wide)
-        counts = None if lengths is None else lengths.to(torch.int64).contiguous()
-        _kernels.attention_fwd(q, k, v, *masks, bias, counts, scale, scores == "received", out, lse, each, "")
-    else:
-        _composed(_times(q, qk_mask), k, v, bias, lengths, scale, scores == "received", out, lse, each)
-        if v_mask is not None:
-            out.copy_(_times(out, v_mask))
+    _composed(_times(q, qk_mask), k, v, bias, lengths, scale, scores == "received", out, lse, each)
+    if v_mask is not None:
+        out.copy_(_times(out, v_mask))
     mean_k = _within(k, lengths).mean(dim=1) if key_mean else k.new_empty((0,))
     return out, each.mean(dim=1) if mean and scores != "none" else each, lse, mean_k
 
@@ -110,13 +100,15 @@ def _within(x, lengths):
 
 
 def masked_channel_attention_bwd(
-    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean
+    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean, heads=0, channels=0
 ):
-    (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
+    made = attention_gradients(q, k, v)
+    dq, dk, dv = made if k is not None else heads_of(made[0], heads, channels)
+    q, k, v = apart(q, k, v, heads, channels)
+    (B, H, M, _), N = q.shape, k.shape[2]
     wide = accumulation_dtype(q.dtype)
     dout, q, k, v, out = _dense(dout, q, k, v, out)  # torch 2.11's kernel takes it for granted
     lse = lse.contiguous()  # what was saved may lie otherwise
-    dq, dk, dv = heads_inside(q, M, DK), heads_inside(k, N, DK), heads_inside(v, N, DV)
     dmasks = [
         lse.new_zeros((B, H, t.shape[3]) if mask is not None else (0,)) for t, mask in ((q, qk_mask), (v, v_mask))
     ]
@@ -125,12 +117,7 @@ def masked_channel_attention_bwd(
         share = 1 / ((M if scores == "received" else 1) * (H if mean else 1))
         dscores = (dscores.unsqueeze(1).expand(B, H, N) if mean else dscores) * share
     wide_bias = None if bias is None else bias.to(wide)
-    if _compiled(q):
-        masks = _float(qk_mask, wide), _float(v_mask, wide)
-        counts = None if lengths is None else lengths.to(torch.int64).contiguous()
-        given = dout, _float(dscores, wide), _float(dlse, wide), q, k, v, *masks, wide_bias, counts, lse
-        _kernels.attention_bwd(*given, scale, scores == "received", dq, dk, dv, *dmasks, dbias, "")
-    elif _plain(q, k, v, dscores, dlse, qk_mask, v_mask, bias, lengths):
+    if _plain(q, k, v, dscores, dlse, qk_mask, v_mask, bias, lengths):
         given = dout, q, k, v, out, lse
         found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, 0.0, False, scale=scale)
         dq.copy_(found[0]), dk.copy_(found[1]), dv.copy_(found[2])
@@ -138,9 +125,7 @@ def masked_channel_attention_bwd(
         given = dout, dscores, dlse, q, k, v, qk_mask, v_mask, wide_bias, lengths, scale, scores == "received"
         _composed_bwd(*given, dq, dk, dv, *dmasks, dbias)
     return (
-        dq,
-        dk,
-        dv,
+        *made,
         *(
             q.new_empty((0,)) if mask is None else share.sum(dim=0).to(mask.dtype)
             for share, mask in zip(dmasks, (qk_mask, v_mask))
@@ -152,7 +137,7 @@ def masked_channel_attention_bwd(
 def _composed_bwd(
     dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, scale, received, dq, dk, dv, dqk_mask, dv_mask, dbias
 ):
-    """Fills the gradients as the compiled kernel does."""
+    """Fills the gradients."""
     wide = dbias.dtype
     if bias is not None:  # without a weight, whatever they hold
         out_of_it = bias == float("-inf")

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._schemas import heads_inside
+from .._schemas import apart, heads_inside
 from . import launches
 from .common import (
     ALL_REGISTERS,
@@ -104,12 +104,12 @@ def _masked(x, mask_ptr, h, cs, D, ACC: tl.constexpr, DOT: tl.constexpr, HAS_MAS
 
 
 @triton.jit
-def _store(ptr, x, b, h, n, cs, N, H, D, INDEX: tl.constexpr):
-    """Rows n of head h of image b in (B,N,H,D)."""
+def _store(ptr, x, b, h, n, cs, N, row, D, INDEX: tl.constexpr):
+    """Rows n of head h of image b in (B,N,H,D), of so many elements a row."""
     for i in tl.static_range(len(cs)):
-        offsets = n.to(INDEX)[:, None] * (H * D) + cs[i][None, :]
+        offsets = n.to(INDEX)[:, None] * row + cs[i][None, :]
         inside = (n < N)[:, None] & (cs[i] < D)[None, :]
-        first = b * N * H * D + h * D
+        first = b * N * row + h * D
         tl.store(ptr + first + offsets, x[i].to(ptr.dtype.element_ty), mask=inside)
 
 
@@ -190,7 +190,7 @@ def _mean_key(k_ptr, lengths_ptr, key_mean_ptr, b, tile_n, H, N, stride_b, strid
     for h in range(H):
         head = _head(k_ptr, b, h, stride_b, stride_h, UNIT)
         sums = _added(sums, _rows(head, n, ck, n < length, DK, stride_n, stride_c, DOT, INDEX), ACC)
-    _store(key_mean_ptr, [s / H for s in sums], b, 0, n, ck, N, 1, DK, INDEX)
+    _store(key_mean_ptr, [s / H for s in sums], b, 0, n, ck, N, DK, DK, INDEX)
 
 
 @for_any("B", "M", "N", "stride_bb", "stride_bh")
@@ -253,7 +253,7 @@ def masked_channel_attention_fwd_kernel(
         lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(some))
         tl.store(lse_ptr + (b * H + h) * M + m, lse * LN2, mask=m < M)
         acc = _masked([a * (1 / some)[:, None] for a in acc], v_mask_ptr, h, cv, DV, ACC, ACC, HAS_V_MASK)
-        _store(out_ptr, acc, b, h, m, cv, M, H, DV, INDEX)
+        _store(out_ptr, acc, b, h, m, cv, M, H * DV, DV, INDEX)
 
         if CLASS:
             if tile_m == 0:
@@ -401,7 +401,10 @@ def _fwd_plan(q, k, v, qk_mask, v_mask, bias, lengths, scores, mean, key_mean):
     return _Forward(first, Launch(B * groups * triton.cdiv(N, sizes["BLOCK_N"]), scalars, constants))
 
 
-def masked_channel_attention_fwd(q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean):
+def masked_channel_attention_fwd(
+    q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0
+):
+    q, k, v = apart(q, k, v, heads, channels)
     (B, H, M, DK), N = q.shape, k.shape[2]
     if scale < 0:  # the kernels take the maximum before they scale
         q, scale = -q, -scale

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .._schemas import heads_inside
+from .._schemas import apart, attention_gradients
+from ..reference import heads_of
 from . import launches
 from .common import ALL_REGISTERS, before_hopper, for_any, from_units, tile
 from .launch import Launch, launch, planned
@@ -100,7 +101,7 @@ def masked_channel_attention_bwd_q_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr,
     HAS_QK_MASK: tl.constexpr, HAS_V_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_DLSE: tl.constexpr, HAS_DSCORES: tl.constexpr, RECEIVED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, TAIL_DK: tl.constexpr, TAIL_DV: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, TAIL_DK: tl.constexpr, TAIL_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries, its share of the channel mask's gradient, and what the other kernel takes of a query."""
@@ -166,7 +167,7 @@ def masked_channel_attention_bwd_q_kernel(
         q = _rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, ACC, INDEX)
         _store_mask_gradient(dqk_mask_ptr + program.to(tl.int64) * DK, q, acc, ck, DK)
     acc = _masked(acc, qk_mask_ptr, h, ck, DK, ACC, ACC, HAS_QK_MASK)
-    _store(dq_ptr, acc, b, h, m, ck, M, H, DK, INDEX)
+    _store(dq_ptr, acc, b, h, m, ck, M, H * (2 * DK + DV) if PACKED else H * DK, DK, INDEX)
 
 
 @triton.jit
@@ -214,7 +215,7 @@ def masked_channel_attention_bwd_kv_kernel(
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr,
     HAS_QK_MASK: tl.constexpr, HAS_V_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_DSCORES: tl.constexpr, RECEIVED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, TAIL_DK: tl.constexpr, TAIL_DV: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, TAIL_DK: tl.constexpr, TAIL_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and dbias of a tile of keys, and its share of the value mask's gradient."""
@@ -271,12 +272,12 @@ def masked_channel_attention_bwd_kv_kernel(
         tl.store(dbias_ptr + (b * H + h) * N + n, dbias.to(dbias_ptr.dtype.element_ty), mask=n < N)
     rate = tl.full((), rate, ACC)
     dk = [d * rate for d in dk]
-    _store(dk_ptr, dk, b, h, n, ck, N, H, DK, INDEX)
+    _store(dk_ptr, dk, b, h, n, ck, N, H * (2 * DK + DV) if PACKED else H * DK, DK, INDEX)
     if HAS_V_MASK:
         v = _rows(v_ptr, n, cv, n < length, DV, stride_vn, stride_vc, ACC, INDEX)
         _store_mask_gradient(dv_mask_ptr + program.to(tl.int64) * DV, v, dv, cv, DV)
     dv = _masked(dv, v_mask_ptr, h, cv, DV, ACC, ACC, HAS_V_MASK)
-    _store(dv_ptr, dv, b, h, n, cv, N, H, DV, INDEX)
+    _store(dv_ptr, dv, b, h, n, cv, N, H * (2 * DK + DV) if PACKED else H * DV, DV, INDEX)
 
 
 def _bwd_configs(dtype, M, N, DK, DV, qk_masked, biased):
@@ -317,7 +318,7 @@ class _Backward(NamedTuple):
 
 
 @planned
-def _bwd_plan(dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scores, mean):
+def _bwd_plan(dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scores, mean, packed):
     (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
     of_queries, of_keys = _bwd_configs(q.dtype, M, N, DK, DV, qk_mask is not None, bias is not None)
     received = dscores is not None and scores == "received"
@@ -332,7 +333,7 @@ def _bwd_plan(dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out,
     if dscores is not None:
         score_strides = (dscores.stride()[0], 0, dscores.stride()[1]) if mean else dscores.stride()
     scalars = (H, M, N, *(stride for of_one in strides for stride in of_one), *bias_strides, *score_strides)
-    constants |= {"HAS_DSCORES": dscores is not None, "RECEIVED": scores == "received"}
+    constants |= {"HAS_DSCORES": dscores is not None, "RECEIVED": scores == "received", "PACKED": packed}
     of_queries = of_queries | {
         "HAS_DLSE": dlse is not None,
         "SPLIT": split and lengths is None,
@@ -351,11 +352,13 @@ def _bwd_plan(dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out,
 
 
 def masked_channel_attention_bwd(
-    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean
+    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean, heads=0, channels=0
 ):
-    (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
-    dq, dk, dv = heads_inside(q, M, DK), heads_inside(k, N, DK), heads_inside(v, N, DV)
-    plan = _bwd_plan(dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scores, mean)
+    made, packed = attention_gradients(q, k, v), k is None
+    dq, dk, dv = heads_of(made[0], heads, channels) if packed else made
+    q, k, v = apart(q, k, v, heads, channels)
+    (B, H, M, DK), DV = q.shape, v.shape[3]
+    plan = _bwd_plan(dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scores, mean, packed)
     # what was saved may lie otherwise: under vmap, or from where hooks of saved tensors put it
     out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
     of_rows = lse.new_empty((*lse.shape, 2))  # D, and the log-sum-exp as the kernels subtract it
@@ -370,4 +373,4 @@ def masked_channel_attention_bwd(
     launch(masked_channel_attention_bwd_q_kernel, plan.of_queries, tensors, floats)
     tensors = (*given, of_rows, dscores_, dk, dv, dv_partial, dbias)
     launch(masked_channel_attention_bwd_kv_kernel, plan.of_keys, tensors, floats)
-    return dq, dk, dv, _mask_gradient(dqk_partial, qk_mask, q), _mask_gradient(dv_partial, v_mask, q), dbias
+    return *made, _mask_gradient(dqk_partial, qk_mask, q), _mask_gradient(dv_partial, v_mask, q), dbias

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
-from ..masked_channel_attention import WIDEST_HEAD, masked_channel_attention
+from ..masked_channel_attention import WIDEST_HEAD, masked_channel_attention, masked_channel_attention_qkv
 from ..reference import accumulation_dtype
+from .watched import exact
 
 #: the modules whose Attention is the one this module stands in for
 _TIMM = ("timm.layers.attention", "timm.models.vision_transformer")
@@ -171,8 +172,7 @@ class Attention(nn.Module):
         Returns:
             The result alone, or ``(result, scores)``, ``(result, key_mean)``, ``(result, scores, key_mean)``.
         """
-        q, k, v = self._heads(x)
-        of_keys = attn_mask is None or (attn_mask.dim() == 4 and attn_mask.shape[2:] == (1, k.shape[2]))
+        of_keys = attn_mask is None or (attn_mask.dim() == 4 and attn_mask.shape[2:] == (1, x.shape[1]))
         per_query = is_causal or not of_keys
         dropped = self.attn_drop.p if self.training else 0.0
         if per_query or dropped or max(self.head_dim, self.v_head_dim) > WIDEST_HEAD:
@@ -181,6 +181,7 @@ class Attention(nn.Module):
                 if value is not None and value is not False:
                     why = "a mask of queries" if per_query else "dropout" if dropped else f"heads over {WIDEST_HEAD}"
                     raise ValueError(f"Attention: {name} cannot be had with {why}, which only SDPA does")
+            q, k, v = self._heads(x)
             return self._project(
                 x,
                 F.scaled_dot_product_attention(
@@ -191,11 +192,7 @@ class Attention(nn.Module):
             if attn_mask.dtype == torch.bool:
                 attn_mask = torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill(~attn_mask, float("-inf"))
             key_bias = attn_mask if key_bias is None else key_bias + attn_mask
-        attend = masked_channel_attention if self.fused_attn else reference.masked_channel_attention
-        out = attend(
-            q,
-            k,
-            v,
+        options: Any = dict(
             qk_mask=self.qk_mask,
             v_mask=self.v_mask,
             key_bias=key_bias,
@@ -205,6 +202,13 @@ class Attention(nn.Module):
             heads=heads,
             return_key_mean=return_key_mean,
         )
+        out: Any
+        if not self.fused_attn:
+            out = reference.masked_channel_attention(*self._heads(x), **options)
+        elif exact(self.q_norm, nn.Identity) and exact(self.k_norm, nn.Identity):
+            out = masked_channel_attention_qkv(self.qkv(x), self.num_heads, head_dim=self.head_dim, **options)
+        else:
+            out = masked_channel_attention(*self._heads(x), **options)
         if isinstance(out, tuple):
             return self._project(x, out[0]), *out[1:]
         return self._project(x, out)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..masked_channel_attention import WIDEST_HEAD, masked_channel_attention
+from ..masked_channel_attention import WIDEST_HEAD, masked_channel_attention, masked_channel_attention_qkv
 from ..nn import Attention
 from .families import PATCH_ANEW, Family, family_of
 from .modules import name_of, unwrapped
@@ -82,37 +82,47 @@ def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, rope: Te
         )
     dropout: Any = getattr(attention, family.dropout)  # a module, or a number
     dropped: float = getattr(dropout, "p", dropout) if attention.training else 0.0
-    q, k, v = family.heads(attention, x, ask.rows, rope)
     scale = getattr(attention, family.scale)
-    if not ask.more and (dropped or max(q.shape[3], v.shape[3]) > WIDEST_HEAD):
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, scale=scale)
-    else:
-        ours = isinstance(attention, Attention)
-        masks: Any = {name: getattr(attention, name) if ours else None for name in ("qk_mask", "v_mask")}
-        bias = None if ask.key_bias is None else ask.key_bias[:, None, None]
-        if dropped:
+    widest = max(attention.head_dim, getattr(attention, "v_head_dim", 0))
+    ours = isinstance(attention, Attention)
+    masks: Any = {name: getattr(attention, name) if ours else None for name in ("qk_mask", "v_mask")}
+    bias = None if ask.key_bias is None else ask.key_bias[:, None, None]
+    if dropped or (not ask.more and widest > WIDEST_HEAD):
+        q, k, v = family.heads(attention, x, ask.rows, rope)
+        if ask.more:
             out, ask.looked_at, ask.keys = _dropping(q, k, v, dropped, bias, scale, ask.scores, **masks)
         else:
-            operator: Any = (
-                masked_channel_attention
-                if getattr(attention, "fused_attn", True)
-                else reference.masked_channel_attention
-            )
-            found: Any = operator(
-                q,
-                k,
-                v,
-                **masks,
-                key_bias=bias,
-                scale=scale,
-                scores=ask.scores,
-                heads="mean",
-                return_key_mean=ask.key_mean,
-            )
-            out = found[0] if isinstance(found, tuple) else found
-            ask.looked_at = found[1] if ask.scores is not None else None
-            ask.keys = found[-1] if ask.key_mean else None
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, scale=scale)
+    else:
+        found: Any = attention_of(
+            family,
+            attention,
+            x,
+            ask.rows,
+            rope,
+            **masks,
+            key_bias=bias,
+            scale=scale,
+            scores=ask.scores,
+            heads="mean",
+            return_key_mean=ask.key_mean,
+        )
+        out = found[0] if isinstance(found, tuple) else found
+        ask.looked_at = found[1] if ask.scores is not None else None
+        ask.keys = found[-1] if ask.key_mean else None
     return family.project(attention, x[:, : ask.rows], out.transpose(1, 2).flatten(2))
+
+
+def attention_of(
+    family: type[Family], attention: Any, x: Tensor, rows: int | None, rope: Tensor | None, **options: Any
+) -> Any:
+    """The operator on what the attention makes of the tokens: on its projection as it is, where it can be."""
+    fused = getattr(attention, "fused_attn", True)
+    qkv = family.packed(attention, x) if fused and rows is None else None
+    if qkv is not None:
+        return masked_channel_attention_qkv(qkv, attention.num_heads, head_dim=attention.head_dim, **options)
+    operator: Any = masked_channel_attention if fused else reference.masked_channel_attention
+    return operator(*family.heads(attention, x, rows, rope), **options)
 
 
 def _dropping(

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from ..masked_channel_attention import faster
 from . import families
 from .blocks import Ask, attended
 
@@ -340,9 +341,15 @@ class PatchedAttention:
     """An attention that can be asked for more than its result."""
 
     def forward(self, *args: Any, ask: Ask | None = None, **kwargs: Any) -> Any:
-        """The attention's own result; with `ask` computed so that what is asked for is told."""
+        """The attention's own result; with `ask` computed so that what is asked for is told.
+
+        Without, by our operator too where it is much the faster: less is not worth other bits than the model's own.
+        """
         if ask is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            masked = any(value is not None and value is not False for name, value in kwargs.items() if name != "rope")
+            if len(args) != 1 or masked or faster(args[0]) < 1.5 or torch.is_autocast_enabled("cpu"):
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+            ask = Ask()
         family = type(self).tokenops_family  # type: ignore[attr-defined]
         return family.returned(attended(family, self, ask, args[0], kwargs.get("rope")))
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modules import exact, keeps_forward, name_of, unwrapped
+from ..nn.watched import exact, keeps_forward
+from .modules import name_of, unwrapped
 
 #: what to do where a patched model was changed since
 PATCH_ANEW = "remove_patch, and apply_patch to the model as it is now"
@@ -61,6 +62,12 @@ class Family:
         return out
 
     @staticmethod
+    def packed(attention: Any, x: Tensor) -> Tensor | None:
+        """q, k and v of all tokens side by side, as one projection makes them; None where something comes between."""
+        plain = exact(attention.q_norm, nn.Identity) and exact(attention.k_norm, nn.Identity)
+        return attention.qkv(x) if plain else None
+
+    @staticmethod
     def heads(attention: Any, x: Tensor, rows: int | None, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q ``(B, H, rows, D)`` of the first rows (all for None), k and v ``(B, H, N, D)`` of all."""
         H, wide = attention.num_heads, attention.num_heads * attention.head_dim
@@ -106,6 +113,10 @@ class Eva(Family):
     @staticmethod
     def call(attention: Any, x: Tensor, rope: Tensor | None, **ask: Any) -> Tensor:
         return attention(x, rope=rope, **ask)
+
+    @staticmethod
+    def packed(attention: Any, x: Tensor) -> Tensor | None:
+        return None
 
     @staticmethod
     def heads(attention: Any, x: Tensor, rows: int | None, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,6 +167,10 @@ class Clip(Family):
     @staticmethod
     def returned(out: Tensor) -> Any:
         return out, None
+
+    @staticmethod
+    def packed(attention: Any, x: Tensor) -> Tensor | None:
+        return None
 
     @staticmethod
     def heads(attention: Any, x: Tensor, rows: int | None, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ...merge_bipartite import unmerge_bipartite
 from ...merge_neighbours import unmerge_neighbours
 from ...nn import NeighbourMerging, grid_order
+from ...nn.watched import exact
 from ...patching.blocks import attend, feed, whole
 from ...patching.engine import Flow, Method, Record, Role
-from ...patching.modules import exact
 from .blocks import Mlp, check_model, hidden, project
 
 
