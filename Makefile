@@ -33,14 +33,16 @@ mutants: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest -q benchmarks
+	$(BIN)/python -m pytest -q benchmarks/bench_models.py --dtype bfloat16
 	$(GPU) $(BIN)/python benchmarks/report.py
 
 accuracy: $(READY)
 	$(BIN)/python benchmarks/accuracy.py
 
-# compiles every kernel for every architecture, on all cores and without a GPU
+# compiles every kernel for every architecture, on all cores and without a GPU; counts what the host does on a CPU
 resources: $(READY)
 	$(BIN)/python benchmarks/resources.py
+	$(BIN)/python benchmarks/instructions.py
 
 # torch first, so that the compiled code is built against the one that runs it and is not fetched a second time
 $(READY): $(SOURCES)

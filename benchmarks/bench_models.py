@@ -1,9 +1,14 @@
-"""Whole models: are the operations a method saves saved in time? Against the dense model, and as published."""
+"""Whole models: are the operations a method saves saved in time? Against the dense model, and as published.
+
+On a CPU a plain run takes the headline: every method on DeiT-S, one image and eight, against the strongest that a user
+has there, the dense model compiled with its weights frozen. `--compile all` takes every model, batch and way of
+running, `--compile none` all that is eager; -k chooses among these. A row whose machine did not stay the same is
+refused.
+"""
 
 import copy
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,71 +21,100 @@ from comparison import nbytes
 from published import vit
 from published.evo_vit import PublishedEvoViT
 from published.sit import PublishedSiT
-from timers import Graphed
-from tokenops.cli.comparison import dense_form, made
+from timers import Frozen, Graphed
+from tokenops.cli.comparison import dense_form
 from tokenops.methods import for_inference  # the package registers the models
+from tokenops.methods.patch_slimming import published_counts
 from tokenops.nn import convert_attention
 
 timm = pytest.importorskip("timm")
 
-LVVIT_S = dict(embed_dim=384, num_heads=6, skip_lam=2.0)
-DEIT_S = dict(embed_dim=384, num_heads=6, stem="linear", mlp_ratio=4.0, qkv_bias=True, norm_eps=1e-6, aux_head=False)
-
-#: SiT's models: the dense form, and the sizes of the published one
+#: sizes of SiT as published, on DeiT and on LV-ViT
+SIT_DEIT = dict(stem="linear", mlp_ratio=4.0, qkv_bias=True, norm_eps=1e-6, aux_head=False, stage_blocks=(3, 3, 3, 3))
 SIT = {
-    "sit_deit_small": ("deit_small_patch16_224", dict(DEIT_S, stage_blocks=(3, 3, 3, 3))),
-    "sit_lvvit_xsmall": ("lvvit_small", dict(LVVIT_S, stage_blocks=(1, 1, 1, 13))),
-    "sit_lvvit_small": ("lvvit_small", dict(LVVIT_S, stage_blocks=(9, 3, 2, 2))),
+    "sit_lvvit_xsmall": dict(skip_lam=2.0, stage_blocks=(1, 1, 1, 13)),
+    "sit_lvvit_small": dict(skip_lam=2.0, stage_blocks=(9, 3, 2, 2)),
 }
-QUICK = dict(embed_dim=48, num_heads=3, img_size=64)
+#: models that are no patched timm model: heads of 40 and 52 channels, convolutions
+NARROWED = ("cait_deit_small_patch16_224", "cait_deit_tiny_patch16_224", "evo_levit_256")
 
-METHODS = (
-    "evo_deit_small_patch16_224",
-    "cait_deit_small_patch16_224",
-    "evit_deit_small_patch16_224",
-    "ps_deit_small_patch16_224",
-    "dps_deit_small_patch16_224",
-    "cait_deit_tiny_patch16_224",
-    "evo_levit_256",
-)
 
-#: patches: options by the model, and the method as published
-TOME, EVIT = dict(r=13), dict(keep_rate=0.7)
+def counts(name: str, depth: int = 12, patches: int = 196) -> list[int]:
+    """Published numbers of tokens behind the layers, for a model of another depth or grid."""
+    published = published_counts[name]
+    of_layer = [published[i * len(published) // depth] for i in range(depth)]
+    return [1 + round((n - 1) * patches / 196) for n in of_layer]
+
+
+def methods(ps: str, dps: str, tome: int = 13, depth: int = 12, patches: int = 196) -> dict[str, dict[str, Any]]:
+    """Options of every method, at the papers' own operating points."""
+    return {
+        "tome": dict(r=tome),
+        "evit": dict(keep_rate=0.7),
+        "evo_vit": {},
+        "sit": {},
+        "cait": {},
+        "patch_slimming": dict(schedule=counts(ps, depth, patches)),
+        "dps": dict(counts=counts(dps, depth, patches)),
+    }
+
+
+#: options by the model; the papers have no counts for the last two: those of DeiT, stretched
 PATCHES = {
-    "deit_small_patch16_224": {"tome": TOME, "evit": EVIT},
-    "vit_base_patch16_224": {"tome": TOME, "evit": EVIT, "evo_vit": {}, "sit": {}, "cait": {}},
-    "vit_large_patch16_224": {"tome": dict(r=8), "evit": EVIT, "evo_vit": {}, "sit": {}, "cait": {}},
+    "deit_small_patch16_224": methods("ps_deit_small", "dps_deit_small"),
+    "deit_tiny_patch16_224": methods("ps_deit_tiny", "dps_deit_tiny"),
+    "deit_base_patch16_224": methods("ps_deit_base", "dps_deit_small"),
+    "vit_base_patch16_224": methods("ps_deit_base", "dps_deit_small"),
+    "vit_large_patch16_224": methods("ps_deit_base", "dps_deit_small", tome=8, depth=24),
+    "vit_small_patch14_dinov2": methods("ps_deit_small", "dps_deit_small", tome=16, patches=256),
 }
 PUBLISHED = {"tome": vit.ToMe, "evit": vit.EViT}
+HEADLINE, BATCHES = "deit_small", {"cuda": (256, 32, 1), "cpu": (8, 1, 32)}
 
 FORMS = (
     *((model, method) for model, methods in PATCHES.items() for method in methods),
-    *((name, None) for name in (*SIT, *METHODS)),
+    *((name, None) for name in (*SIT, *NARROWED)),
 )
 #: relative L2 in bf16: where two scores round to one the ways choose and merge other tokens (DeiT-S with ToMe: 5.5e-2)
 CHOICES = 0.25
-HOWS = ("eager", "graph", "compiled", "compiled graph")
+HOWS = ("frozen", "eager", "graph", "compiled", "compiled graph")
 
 
 def name_of(form):
     return " ".join(filter(None, form))
 
 
-def priority(form, batch, how):
+def priority(form, B, how):
     """Small models before large ones, whole batches before single images of these; then what takes long in compiling,
-    and the middle batch."""
+    and the middle batch. What shares its frozen dense forms comes together."""
     model, method = form
-    size = ["deit_small" in model, "base" in model, "large" in model].index(True) if method else 0
-    size += model in (*SIT, *METHODS) and model not in ("sit_deit_small", *METHODS[:2])
-    single = batch == "single" and size > 0
-    return size + 2 * single + 3 * ("compiled" in how) + 3 * (batch == "middle")
+    order = [*PATCHES, *SIT, "evo_levit_256"].index(model.removeprefix("cait_"))
+    if how == "frozen":
+        return 0, order, -B
+    size = min(order, 2) + 2 * (method in ("patch_slimming", "dps"))
+    single = B == 1 and size > 0
+    return size + 2 * single + 3 * ("compiled" in how) + 3 * (B == 32), order, HOWS.index(how), -B
+
+
+def asked(bench, form, B, how):
+    """Whether a session takes this row; others are not collected."""
+    if B not in BATCHES[bench.device]:
+        return False
+    if bench.device == "cpu" and not bench.lines:
+        headline = how == "frozen" and HEADLINE in form[0] and B < 32
+        return {"none": how == "eager", "main": headline, "all": "graph" not in how}[bench.compiled]
+    if bench.task == "compile":  # with its graph it is the same
+        return how == "compiled"
+    if how != "eager" and not bench.lines:  # graphs belong to an evidence run
+        return how == "compiled" and bench.compiled == "all"
+    return how != "frozen" and ("compiled" not in how or bench.compiled != "none")
 
 
 class Sides(NamedTuple):
     ours: nn.Module
-    dense_name: str
-    peers: dict[str, Callable]
-    dense: tuple[str, ...]  # those of the peers that are dense
+    dense: str  # timm's name
+    published: nn.Module | None = None
+    arguments: dict[str, Any] = {}  # of the dense one
 
 
 def flops_of(model, x):
@@ -89,68 +123,107 @@ def flops_of(model, x):
     return counter.get_total_flops()
 
 
-def sit(bench, name):
-    dense_name, sizes = SIT[name]
-    small = QUICK if bench.quick else {}
-    published = PublishedSiT(**sizes | small).eval()
-    model = timm.create_model(name, **small)
+def small(bench, name):
+    """What makes a model of this name quick."""
+    if not bench.quick:
+        return {}
+    return dict(embed_dim=48, num_heads=3) | ({"img_size": 64} if "lvvit" in name else {})
+
+
+def created(bench, name, **arguments):
+    """timm's model for inference, in the session's dtype, its weights the same every time."""
+    if name in NARROWED:
+        name = name.replace("small", "tiny").replace("256", "128s") if bench.quick else name
+    else:
+        arguments = small(bench, name) | arguments
+    if "dinov2" in name:
+        arguments = {"img_size": 224} | arguments
+    torch.manual_seed(0)
+    with torch.device(bench.device):
+        return timm.create_model(name, **arguments).to(bench.dtype).eval()
+
+
+class AsPublished(nn.Module):
+    """SiT's attention computes in fp32 and feeds a layer of the model's dtype: mixed precision only by autocast."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):
+            return self.model(x.float())[0]
+
+
+def sit(bench, name, dense, **sizes):
+    """SiT with the weights of the published form."""
+    model = created(bench, name)
+    with torch.device(bench.device):
+        sizes = dict(embed_dim=model.embed_dim, num_heads=model.blocks[0].attn.num_heads) | sizes | small(bench, name)
+        published = PublishedSiT(**sizes).eval()
     model.load_state_dict(published.state_dict())
-    dense = timm.create_model(dense_name, **small)
-    peers = {}
-    if "deit" in dense_name:
-        peers["sdpa"] = copy.deepcopy(dense).to(bench.dtype).eval()
-        convert_attention(dense)  # both with the best attention there is
-    model, dense = (for_inference(m).to(bench.dtype) for m in (model, dense))
-
-    def as_published(x):
-        # its attention computes in fp32 and feeds a layer of the model's dtype: mixed precision only by autocast
-        with torch.autocast(bench.device, bench.dtype, enabled=bench.dtype != torch.float32):
-            return published(x.float())[0]
-
-    return Sides(model, dense_name, {dense_name: dense, **peers, "published": as_published}, (dense_name, *peers))
+    return Sides(for_inference(model), dense, AsPublished(published))
 
 
-def method(bench, name):
-    dense_name, arguments = dense_form(name)
-    sizes = (name.replace("small", "tiny").replace("256", "128s"), dense_name.replace("small", "tiny"))
-    name_of, dense_of = sizes if bench.quick else (name, dense_name)
-    if arguments:
-        dense_of, dense_name = name_of, f"{dense_name}, all tokens"
-    model, dense = (m.to(bench.dtype) for m in (made(name_of), made(dense_of, **arguments)))
-    peers = {dense_name: dense}
-    if not arguments:  # the same as a user has it
-        peers["sdpa"] = timm.create_model(dense_of).to(bench.dtype).eval()
-    dense = tuple(peers)
-    if name == "evo_deit_small_patch16_224":
-        published = PublishedEvoViT(model.embed_dim, model.embed_dim // 64).to(bench.dtype).eval()
-        model.load_state_dict(published.state_dict())
-        peers["published"] = published
-    return Sides(model, dense_name, peers, dense)
+def evo_vit(bench, name, dense):
+    """Evo-ViT with the weights of the published form."""
+    model = created(bench, name)
+    with torch.device(bench.device):
+        published = PublishedEvoViT(model.embed_dim, model.blocks[0].attn.num_heads).to(bench.dtype).eval()
+    model.load_state_dict(published.state_dict())
+    return Sides(model, dense, published)
 
 
-def patched(bench, name, how):
-    options = PATCHES[name][how]
-    dense = timm.create_model("deit_tiny_patch16_224" if bench.quick else name).to(bench.dtype).eval()
-    published = PUBLISHED[how](copy.deepcopy(dense), **options) if how in PUBLISHED else None
-    converted = copy.deepcopy(dense)
-    convert_attention(converted)  # both with the best attention there is
-    model = tokenops.apply_patch(copy.deepcopy(converted), how, **options).to(bench.device, bench.dtype)
-    peers = {name: converted, "sdpa": dense} | ({"published": published} if published else {})
-    return Sides(model, name, peers, (name, "sdpa"))
+def patched(bench, name, method):
+    """A plain timm model with a method in it; of DeiT with SiT or Evo-ViT in it, the model that takes the published
+    weights, which is one."""
+    size = name.split("_")[1]
+    if name.startswith("deit") and method == "sit":
+        return sit(bench, f"sit_deit_{size}", name, **SIT_DEIT)
+    if name.startswith("deit") and method == "evo_vit":
+        return evo_vit(bench, f"evo_deit_{size}_patch16_224", name)
+    options = PATCHES[name][method]
+    published = PUBLISHED[method](created(bench, name), **options) if method in PUBLISHED else None
+    model = tokenops.apply_patch(created(bench, name), method, **options)
+    return Sides(model.to(bench.device, bench.dtype), name, published)
 
 
 @functools.lru_cache(maxsize=1)
 def sides_of(bench, form):
-    name, patch = form
-    with torch.device(bench.device):
-        torch.manual_seed(0)
-        return patched(bench, name, patch) if patch else sit(bench, name) if name in SIT else method(bench, name)
+    name, method = form
+    if method:
+        return patched(bench, name, method)
+    if name in SIT:
+        return sit(bench, name, "lvvit_small", **SIT[name])
+    dense, arguments = dense_form(name)
+    return Sides(for_inference(created(bench, name)), dense, arguments=arguments)
+
+
+@functools.lru_cache(maxsize=1)
+def dense_forms(bench, name, arguments, how, B):
+    """The dense model as it is with our attention, and as timm makes it; compiled once for all the methods on it."""
+    torch._dynamo.reset()
+    model = for_inference(created(bench, name, **dict(arguments)))
+    if arguments:  # a form of ours that keeps all tokens
+        return {f"{name}, all tokens": run_as(how, model, bench.clock)}
+    converted = copy.deepcopy(model)
+    convert_attention(converted)
+    return {name: run_as(how, converted, bench.clock), "sdpa": run_as(how, model, bench.clock)}
 
 
 def run_as(how, side, clock):
+    if how == "frozen":
+        return Frozen(side)
     if "compiled" in how:
         side = torch.compile(side, dynamic=False)
     return Graphed(side, clock) if "graph" in how else side
+
+
+@pytest.fixture
+def fresh():
+    """The dense forms stay compiled: `dense_forms` begins anew. One code is compiled for all models of a class."""
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        yield
 
 
 class Counter(TorchDispatchMode):
@@ -184,51 +257,46 @@ def operators_a_block(model, vit, images):
 
 
 @pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("batch", ["batch", "single", "middle", "eight"])
+@pytest.mark.parametrize("B", sorted({B for sizes in BATCHES.values() for B in sizes}), ids=lambda B: f"B{B}")
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: name_of(form).replace(" ", "-"))
-def test_model(bench, compare, form, batch, how, capsys):
-    if how != "eager" and not bench.lines and (bench.compiled != "all" or how != "compiled"):
-        pytest.skip("compiled models are asked for by --compile all; graphs belong to an evidence run")
-    if "compiled" in how and bench.compiled == "none":
-        pytest.skip("--compile none")
-    if bench.task == "compile" and how != "compiled":
-        pytest.skip("nothing to compile, or the same as without the graph")
-    name, patch = form
-    of_a_cpu = batch != "eight" if name in SIT else batch != "batch" and "base" not in name and "large" not in name
-    if bench.device == "cpu" and not of_a_cpu and not bench.quick:
-        pytest.skip("on a CPU: SiT at 16 images and 1, the others at 8 and 1, but ViT-B and ViT-L")
-    B = bench.batch(batch)
+def test_model(bench, compare, form, B, how, capsys):
+    B = min(B, 2) if bench.quick else B
     sides = sides_of(bench, form)
-    size = 64 if bench.quick and name in SIT else 224
+    dense = dense_forms(bench, sides.dense, tuple(sides.arguments.items()), how, B)
+    size = 64 if bench.quick and "lvvit" in name_of(form) else 224
 
     def inputs():
         return (bench.random(B, 3, size, size),)
 
-    (x,) = inputs()
-    flops, dense_flops = flops_of(sides.ours, x), flops_of(sides.peers[sides.dense_name], x)
+    x = bench.random(1, 3, size, size)
+    flops = B * flops_of(sides.ours, x)
+    dense_flops = B * flops_of(created(bench, sides.dense, **sides.arguments), x)
+    peers = dict(dense)
+    if sides.published is not None:
+        peers["published"] = run_as(how, sides.published, bench.clock)
     row = compare(
-        f"{name_of(form)} {how}" if not patch or how != "eager" else name_of(form),
+        f"{name_of(form)} {how}" if not form[1] or how != "eager" else name_of(form),
         shape=dict(B=B),
         inputs=inputs,
         ours=run_as(how, sides.ours, bench.clock),
-        peers={peer: run_as(how, side, bench.clock) for peer, side in sides.peers.items()},
-        bytes=nbytes(*sides.ours.parameters(), x) + B * 1000 * x.element_size(),
+        peers=peers,
+        bytes=nbytes(*sides.ours.parameters()) + B * (x.numel() + 1000) * x.element_size(),
         flops=flops,
-        peer_flops=dict.fromkeys(sides.dense, dense_flops),
+        peer_flops=dict.fromkeys(dense, dense_flops),
         device_time=False,
         tolerance=CHOICES if bench.dtype.itemsize < 4 else None,
+        steady=True,
     )
     assert bench.task == "compile" or row["kernels"] or how != "eager"
-    if patch and how == "eager" and "published" in sides.peers:
-        count_operators(row, sides, x, capsys)
+    if form[1] in PUBLISHED and how == "eager":
+        count_operators(row, sides, dense["sdpa"], x, capsys)
 
 
-def count_operators(row, sides, x, capsys):
+def count_operators(row, sides, dense, x, capsys):
     """How many operators a block dispatches, into the row; fewer than as published."""
-    published = sides.peers["published"]
     counts = {
-        "dense": operators_a_block(sides.peers["sdpa"], sides.peers["sdpa"], x),
-        "published": operators_a_block(published, published.vit, x),
+        "dense": operators_a_block(dense, dense, x),
+        "published": operators_a_block(sides.published, sides.published.vit, x),
         "ours": operators_a_block(sides.ours, sides.ours, x),
     }
     row["operators_a_block"] = {side: round(count, 2) for side, count in counts.items()}

@@ -18,7 +18,7 @@ RELATIVE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torc
 
 
 #: images by the name of a batch: on a GPU, on a CPU (where the middle one would tell nothing new)
-BATCHES = {"cuda": {"batch": 256, "middle": 32, "single": 1}, "cpu": {"batch": 16, "eight": 8, "single": 1}}
+BATCHES = {"cuda": {"batch": 256, "middle": 32, "single": 1}, "cpu": {"batch": 16, "single": 1}}
 
 
 class Size(NamedTuple):
@@ -60,6 +60,7 @@ class Comparison(NamedTuple):
     truth: Callable[..., Any] | None = None
     errors: bool = False
     tolerance: float | None = None
+    steady: bool = False
 
     @property
     def op(self) -> str:

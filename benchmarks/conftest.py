@@ -50,10 +50,18 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The most telling first: the main sizes, a single image and few of them, then the others."""
+    """What its module does not ask for goes; the most telling come first: the main sizes, a single image and few of
+    them, then the others."""
+
+    def params_of(item):
+        return item.callspec.params if hasattr(item, "callspec") else {}
+
+    def asked(item):
+        of_module = getattr(item.module, "asked", None)
+        return of_module is None or of_module(config.bench, **params_of(item))
 
     def priority(item):
-        params = item.callspec.params if hasattr(item, "callspec") else {}
+        params = params_of(item)
         of_module = getattr(item.module, "priority", None)
         if of_module:
             return of_module(**params)
@@ -61,7 +69,8 @@ def pytest_collection_modifyitems(config, items):
         main = any(getattr(p, "main", False) for p in params.values())
         return 0 if main else 1 if "single" in said else 2 if "middle" in said else 3
 
-    items.sort(key=priority)
+    config.hook.pytest_deselected(items=[item for item in items if not asked(item)])
+    items[:] = sorted(filter(asked, items), key=priority)
     # pytest-xdist cuts the list into as many pieces as there are processes: each piece begins with what is telling
     processes = getattr(config, "workerinput", {}).get("workercount", 1)
     items[:] = [item for first in reversed(range(processes)) for item in items[first::processes]]
@@ -107,20 +116,25 @@ def pytest_terminal_summary(terminalreporter, config):
     bench, folder = config.bench, config.getoption("--results")
     if folder is None and not bench.quick:
         folder = RESULTS
-    if not bench.rows or bench.task != "measure" or bench.lines:
+    if not (bench.rows or bench.refused) or bench.task != "measure" or bench.lines:
         return
     terminalreporter.section(f"side by side on {bench.device}, {bench.dtype_name}")
     for line in bench.text():
         terminalreporter.write_line(line)
-    if folder is not None:
+    if folder is not None and bench.rows:
         terminalreporter.write_line(f"{len(bench.rows)} rows written to {bench.write(folder)}")
 
 
 @pytest.fixture
-def bench(request):
+def fresh():
+    """Every benchmark compiles its peers anew, none hits the recompilation limit."""
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def bench(request, fresh):
     """The session's settings, and what makes its inputs: see `measure.Bench`."""
     torch.manual_seed(0)
-    torch._dynamo.reset()  # every benchmark compiles its peers anew, none hits the recompilation limit
     bench = request.config.bench
     if key(request.node) in bench.tried:
         pytest.skip("an earlier session of this run has tried it, and its line says how it ended")

@@ -12,6 +12,7 @@ A driver's launch (some 3 us) and torch's CUDA allocator are in none of them. No
 import argparse
 import importlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,9 +74,11 @@ def plain_launches() -> Iterator[list[tuple]]:
         yield found
 
 
-def calls(dtype: torch.dtype = torch.bfloat16) -> dict[str, tuple[Callable, tuple, dict]]:
-    """Operator -> function, the tensors that may want gradients, and other arguments: DeiT-S, one image."""
-    N, M, C, H, D = 196, 98, 384, 6, 64
+def calls(
+    dtype: torch.dtype = torch.bfloat16, N: int = 196, M: int = 98, C: int = 384, H: int = 6, r: int = 13
+) -> dict[str, tuple[Callable, tuple, dict]]:
+    """Operator -> function, the tensors that may want gradients, and other arguments: one image, DeiT-S's sizes."""
+    D, side = C // H, math.isqrt(N)
     random = partial(torch.randn, dtype=dtype)
     x = random(1, N + 1, C)
     q, k, v = random(1, N + 1, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
@@ -88,9 +91,9 @@ def calls(dtype: torch.dtype = torch.bfloat16) -> dict[str, tuple[Callable, tupl
         "token_mlp": (tokenops.token_mlp, (mlp(1, 2, 4), *weights), {}),
         "select_tokens": (tokenops.select_tokens, (x, torch.randn(1, N)), {"k": M, "rest": "weighted"}),
         "restore_tokens": (tokenops.restore_tokens, (x, random(1, M, C), index), {}),
-        "merge_neighbours": (tokenops.merge_neighbours, (x,), {"grid": (14, 14), "axis": "horizontal"}),
-        "match_bipartite": (tokenops.match_bipartite, (random(1, N + 1, D),), {"r": 13}),
-        "merge_bipartite": (tokenops.merge_bipartite, (x, random(1, N + 1, D)), {"r": 13}),
+        "merge_neighbours": (tokenops.merge_neighbours, (x,), {"grid": (side, side), "axis": "horizontal"}),
+        "match_bipartite": (tokenops.match_bipartite, (random(1, N + 1, D),), {"r": r}),
+        "merge_bipartite": (tokenops.merge_bipartite, (x, random(1, N + 1, D)), {"r": r}),
         "unmerge_bipartite": (tokenops.unmerge_bipartite, (x[:, : M + 1], torch.arange(N)[None] % M), {}),
     }
 

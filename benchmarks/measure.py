@@ -6,6 +6,7 @@ The same comparison can be checked against fp64 instead, or its peers only compi
 """
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +30,8 @@ from comparison import (
     poisoned,
     relative,
 )
-from result_file import rounded, store
-from timers import QUEUED, clock_of
+from result_file import rounded, store, strongest
+from timers import QUEUED, Pulse, clock_of
 from tokenops import _backends
 from tokenops.cli import machine
 from tokenops.cli.timing import Spread, ratio, recorded_kernels
@@ -38,6 +39,18 @@ from tokenops.cli.timing import Spread, ratio, recorded_kernels
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 COMPILED = re.compile("compiled|flex")  # peers of operators
 ROTATED_BYTES = 256 * 2**20  # on a GPU inputs rotate through more bytes than any L2 holds
+MOVED = 0.15  # a steady row is refused where the machine's own rates differ by more within it
+TRIES = 3  # of a steady row
+
+
+class Unsteady(Exception):
+    """The machine did not stay the same while a row was taken, as often as it was tried."""
+
+
+def held() -> str:
+    """To what a CPU is held, in words, behind a row's name too: "", "1 thread", "1 thread up to AVX2"."""
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return " ".join(["1 thread"] * (torch.get_num_threads() == 1) + [f"up to {most}"] * bool(most))
 
 
 class Bench:
@@ -56,6 +69,7 @@ class Bench:
         # seconds of timing a row, and its fewest rounds
         self.budget, self.rounds = (0.02, 3) if quick else (0.3, 5) if lines else (2.0, 9)
         self.rows: dict[str, dict[str, Any]] = {}
+        self.refused: list[str] = []  # a line each
         self.lines = lines
         self.done = set() if not lines else lines.compiled() if task == "compile" else lines.done()
         self.tried = lines.tried() if lines else set()
@@ -98,6 +112,8 @@ class Bench:
             truth: what is right (the peer "reference", where that is None); called in fp64 it tells errors.
             tolerance: relative L2 between a peer's results and ours; default: RELATIVE of the dtype.
             errors: whether a row has each side's error (relative L2, of the first result) and peak memory.
+            steady: on a CPU, take the machine's own rates beside the row, for longer than others, and refuse it where
+                they moved by more than MOVED.
 
         A side gives one tensor or several; those that both sides give are compared, the first gets a gradient.
 
@@ -107,9 +123,17 @@ class Bench:
         comparison = Comparison(operator, **fields)
         sizes = " ".join(f"{name}{size}" for name, size in comparison.shape.items())
         name = f"{operator} {comparison.passes} {sizes} {self.dtype_name}"
+        to = held() if self.device == "cpu" else ""
+        name += f" {to}" if to else ""
         if name in self.done:
             pytest.skip("resumed: an earlier run has measured it")
-        row = rounded({"measure": self._measured, "check": self._checked, "compile": self._made}[self.task](comparison))
+        do = {"measure": self._measured, "check": self._checked, "compile": self._made}[self.task]
+        try:
+            row = rounded(do(comparison))
+        except Unsteady as error:
+            self.refused.append(f"{name}: refused, {error}")
+            pytest.skip(self.refused[-1])
+        row |= {"held": to} if to else {}
         self.rows[name] = row
         if self.lines:
             outcome = "failed" if row.get("wrong") else "ok"
@@ -123,7 +147,10 @@ class Bench:
         sets = [c.inputs() for _ in range(copies)]
         sides, kernels, failed = self._sides(c, sets)
         extra = self._errors_and_memory(sides, c, sets[0]) if c.errors else {}
-        times = self.clock.side_by_side(sides, self.budget, self.rounds, c.device_time)
+        if c.steady and self.device == "cpu":
+            times, machine_itself = self._steady(sides)
+        else:
+            times, machine_itself = self.clock.side_by_side(sides, self.budget, self.rounds, c.device_time), {}
         us = {name: Spread.of([1e6 * t for t in ts]) for name, ts in times.items()}
         floor = 1e6 * max(c.bytes / self.copy_bytes_per_s, c.flops / self.flops_per_s)
         row: dict[str, Any] = {
@@ -139,6 +166,8 @@ class Bench:
             "of_floor": floor / us["ours"].median,
             "peers": {name: {"us": us[name], "ratio": ratio(times[name], times["ours"])} for name in sides},
         }
+        if machine_itself:
+            row |= {"threads": torch.get_num_threads(), "rounds": len(times["ours"]), "machine": machine_itself}
         del row["peers"]["ours"]
         if c.device_time and (self.device == "cuda" or self.lines):
             for name, calls in sides.items():
@@ -150,10 +179,30 @@ class Bench:
                 flop_ratio = theirs / c.flops
                 realised = row["peers"][name]["ratio"].median / flop_ratio
                 row["peers"][name] |= {"flop_ratio": flop_ratio, "realised": realised}
+        if row["peers"].keys() & c.peer_flops.keys():
+            dense = times[strongest(row)]
+            for name in row["peers"].keys() - c.peer_flops.keys():
+                row["peers"][name]["speed_up"] = ratio(dense, times[name])
         if failed:
             row["failed"] = failed
         self.once = lambda: (sides["ours"][0](), self.clock.synchronize())
         return row
+
+    def _steady(
+        self, sides: Mapping[str, Sequence[Callable[[], Any]]]
+    ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+        """Times of every side, and the machine's own rates meanwhile."""
+        budget, rounds = (self.budget, self.rounds) if self.quick else (3 * self.budget, self.rounds + 2)
+        for _ in range(TRIES):
+            pulse = Pulse(self.clock, self.dtype, self.quick)
+            pulse.beat()
+            times = self.clock.side_by_side(sides, budget, rounds, False, pulse.beat_again)
+            pulse.beat()
+            found = pulse.found()
+            if self.quick or self.lines or all(figures["moved"] <= MOVED for figures in found.values()):
+                return times, found
+        said = (f"{name} by {figures['moved']:.0%}" for name, figures in found.items())
+        raise Unsteady(f"the machine's own rates moved by more than {MOVED:.0%}, {TRIES} times: {', '.join(said)}")
 
     def _sides(
         self, c: Comparison, sets: Sequence[tuple[Tensor, ...]]
@@ -237,7 +286,7 @@ class Bench:
             + _errors_and_memory(row)
             for name, row in self.rows.items()
             if "us" in row
-        ]
+        ] + self.refused
 
     def _errors_and_memory(
         self, sides: Mapping[str, Sequence[Callable[[], Any]]], c: Comparison, inputs: Sequence[Tensor]

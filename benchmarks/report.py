@@ -2,9 +2,10 @@
 
 A README says where tables go: between `<!-- results:cpu -->` and `<!-- /results -->` come those of the result files
 whose names begin with "cpu"; `<!-- results:cpu models -->` takes only the models, `operators` only the operators,
-`main` only the operators at DeiT-S's size, `strongest` the models against the fastest that the dense model can be
-made, and `evidence` what ran on the device and how it ended. With `--lines` the lines of an evidence run are merged
-into the result file of their machine before; of a rehearsal's only plots are made, beside the lines.
+`main` only the operators at DeiT-S's size, `frozen` the models compiled with frozen weights, `strongest` the models
+against the fastest that the dense model can be made, and `evidence` what ran on the device and how it ended. With
+`--lines` the lines of an evidence run are merged into the result file of their machine before; of a rehearsal's only
+plots are made, beside the lines.
 """
 
 import argparse
@@ -17,16 +18,21 @@ from pathlib import Path
 from gpu.record import parsed
 from gpu.results import launches, launches_text
 from gpu.results import results as results_of
-from result_file import store
+from result_file import store, strongest
 
 ROOT = Path(__file__).parents[1]
 LAUNCHES = ROOT / "tokenops/_triton/launches.json"
-KINDS = "operators|models|main|strongest|evidence"
+KINDS = "operators|models|main|frozen|strongest|evidence"
 MARKED = re.compile(rf"(<!-- results:(\S+)(?: ({KINDS}))? -->\n).*?(<!-- /results -->)", re.DOTALL)
 #: the order of columns; others come behind
 PEERS = ("reference", "published", "naive", "topk", "scatter", "eager", "sdpa flash", "sdpa + row", "compiled")
 MARKERS = "osD^vP*Xhd<>"
-HOW = re.compile(r"(.*?)(?: (eager|graph|compiled|compiled graph))?")
+LEGEND = "Columns with an x: times as fast as that, median and quartiles of interleaved rounds."
+FROZEN = """\
+Speed-up over the faster dense form (timm's, or the same with our attention); which part of the FLOP ratio that is; and
+the published form's own speed-up. All are compiled with frozen weights. Medians and quartiles of interleaved rounds, in
+which the machine's own copy and product rates moved by less than 15 %."""
+HOW = re.compile(r"(.*?)(?: (eager|graph|frozen|compiled|compiled graph))?")
 
 
 def main() -> None:
@@ -66,7 +72,7 @@ def plot(folder: Path, stem: str, result: dict) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed")
         return
-    for kind, draw in (("operators", draw_operators), ("models", draw_models)):
+    for kind, draw in (("operators", draw_operators), ("models", draw_models), ("frozen", draw_models)):
         if rows := rows_of(result, kind):
             draw(rows, result).savefig(folder / f"{stem}-{kind}.png")
             print(folder / f"{stem}-{kind}.png")
@@ -82,7 +88,7 @@ def filled(text: str, results: dict) -> str:
                 f"results:{match[2]} stays as it is: no result file begins so ({', '.join(results) or 'there is none'})"
             )
             return match[0]
-        kinds = [match[3]] if match[3] else ["models", "operators"]
+        kinds = [match[3]] if match[3] else ["models", "frozen", "operators"]
         if match[3] == "evidence":
             texts = [evidence(result) for result in chosen if "evidence" in result]
         else:
@@ -95,9 +101,11 @@ def filled(text: str, results: dict) -> str:
 
 
 def rows_of(result: dict, kind: str) -> list[dict]:
-    rows = [row for row in result["rows"].values() if is_model(row) == (kind in ("models", "strongest"))]
+    rows = [row for row in result["rows"].values() if is_model(row) == (kind in ("models", "frozen", "strongest"))]
     # a model whose dense form could not run is compared with nothing
     rows = [row for row in rows if not is_model(row) or any("realised" in peer for peer in row["peers"].values())]
+    if kind in ("models", "frozen"):
+        return [row for row in rows if (HOW.fullmatch(row["operator"])[2] == "frozen") == (kind == "frozen")]
     return [row for row in rows if is_main(row)] if kind == "main" else rows
 
 
@@ -126,10 +134,11 @@ def evidence(result: dict) -> str:
 
 def table(rows: list[dict], result: dict, kind: str) -> str:
     """A Markdown table and, below it, where its figures come from."""
-    lines_of = {"models": model_lines, "strongest": strongest_lines, "main": main_lines}.get(kind, operator_lines)
-    header, lines = lines_of(rows)
+    lines_of = {"models": model_lines, "frozen": frozen_lines, "strongest": strongest_lines, "main": main_lines}
+    header, lines = lines_of.get(kind, operator_lines)(rows)
     body = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
-    return "\n".join(body) + "\n\n" + origins([result["runs"][run] for run in sorted({row["run"] for row in rows})])
+    runs = [result["runs"][run] for run in sorted({row["run"] for row in rows})]
+    return "\n".join(body) + "\n\n" + (FROZEN if kind == "frozen" else LEGEND) + "\n\n" + origins(runs)
 
 
 def main_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
@@ -166,17 +175,42 @@ def model_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
         "FLOP ratio",
         "realised",
         "x published",
-        "x dense with SDPA",
     ]
     lines = []
     for row in sorted(rows, key=order):
         batch = row["shape"]["B"]
-        dense, figures = next((name, peer) for name, peer in row["peers"].items() if "realised" in peer)
-        others = [ratio(row["peers"][peer]) if peer in row["peers"] else "" for peer in ("published", "sdpa")]
+        dense = strongest(row)
+        figures = row["peers"][dense]
+        published = ratio(row["peers"]["published"]) if "published" in row["peers"] else ""
         speed, macs = 1e6 * batch / row["us"][0], row["flops"] / 2e9 / batch
-        start = [row["operator"], str(batch), row["dtype"], f"{speed:.4g}", f"{macs:.2f}", dense, ratio(figures)]
-        lines.append([*start, f"{figures['flop_ratio']:.2f}", f"{figures['realised']:.2f}", *others])
+        start = [
+            row["operator"] + held(row),
+            str(batch),
+            row["dtype"],
+            f"{speed:.4g}",
+            f"{macs:.2f}",
+            dense,
+            ratio(figures),
+        ]
+        lines.append([*start, f"{figures['flop_ratio']:.2f}", f"{figures['realised']:.2f}", published])
     return header, lines
+
+
+def frozen_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """A line a model, with all its batches and dtypes."""
+    columns = sorted({(row["dtype"], -row["shape"]["B"]) for row in rows})
+    forms: dict[tuple, dict[tuple, str]] = {}
+    for row in sorted(rows, key=order):
+        dense, published = row["peers"][strongest(row)], row["peers"].get("published")
+        parts = [ratio(dense), spread([r / dense["flop_ratio"] for r in dense["ratio"]])]
+        parts += [spread(published["speed_up"])] if published else []
+        form = HOW.fullmatch(row["operator"])[1] + held(row), f"{dense['flop_ratio']:.2f}"
+        forms.setdefault(form, {})[row["dtype"], -row["shape"]["B"]] = ", ".join(parts)
+    header = ["model", "FLOP ratio", *(f"{dtype}, batch {-B}" for dtype, B in columns)]
+    return header, [
+        [name, flop_ratio, *(found.get(column, "") for column in columns)]
+        for (name, flop_ratio), found in sorted(forms.items())
+    ]
 
 
 def strongest_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
@@ -184,7 +218,9 @@ def strongest_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     forms: dict[tuple, dict[str, list]] = {}
     for row in rows:
         form, how = HOW.fullmatch(row["operator"]).groups()
-        sides = forms.setdefault((form, row["dtype"], row["shape"]["B"]), {"ours": [], "dense": [], "published": []})
+        sides = forms.setdefault(
+            (form + held(row), row["dtype"], row["shape"]["B"]), {"ours": [], "dense": [], "published": []}
+        )
         sides["ours"].append((row["us"][0], how or "eager", 1.0))
         for name, peer in row["peers"].items():
             side = "published" if name == "published" else "dense"
@@ -202,9 +238,7 @@ def strongest_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 def origins(runs: list[dict]) -> str:
     """Where the figures come from, a run an item."""
     items = [textwrap.fill(f"- {origin(run)}", 118, subsequent_indent="  ", break_on_hyphens=False) for run in runs]
-    return "Columns with an x: times as fast as that, median and quartiles of interleaved rounds.\n\n" + "\n".join(
-        items
-    )
+    return "\n".join(items)
 
 
 def origin(run: dict) -> str:
@@ -215,7 +249,7 @@ def origin(run: dict) -> str:
         if key.startswith("flops_per_s_")
     ]
     parts = [
-        run["device"],
+        run["device"] + (f" with {run['instructions']}" if run.get("instructions") else ""),
         f"threads {run['threads']}" if run["driver"] is None else f"driver {run['driver']}",
         f"torch {run['torch']}",
         f"triton {run['triton']}",
@@ -229,6 +263,11 @@ def order(row: dict) -> tuple:
     return row["operator"], row["dtype"], -row["shape"]["B"], *list(row["shape"].values())[1:], row["passes"]
 
 
+def held(row: dict) -> str:
+    """To how many threads or which instructions the processor was held."""
+    return f", {row['held']}" if "held" in row else ""
+
+
 def sizes(row: dict) -> str:
     return " ".join(f"{name}={size}" for name, size in row["shape"].items())
 
@@ -238,7 +277,11 @@ def label(row: dict) -> str:
 
 
 def ratio(peer: dict) -> str:
-    return "{:.2f} ({:.2f}..{:.2f})".format(*peer["ratio"])
+    return spread(peer["ratio"])
+
+
+def spread(values: list[float]) -> str:
+    return "{:.2f} ({:.2f}..{:.2f})".format(*values)
 
 
 def peers_of(rows: list[dict]) -> list[str]:
@@ -281,12 +324,12 @@ def draw_models(rows: list[dict], result: dict):
     figure, axes = new_figure(10, 5.6)
     best: dict[tuple, dict] = {}  # of eager, compiled and graph
     for row in sorted(rows, key=order):
-        key = HOW.fullmatch(row["operator"])[1], row["dtype"], row["shape"]["B"]
+        key = HOW.fullmatch(row["operator"])[1] + held(row), row["dtype"], row["shape"]["B"]
         best[key] = min(best.get(key, row), row, key=lambda r: r["us"][0])
-    points = [(row, next(p for p in row["peers"].values() if "realised" in p)) for row in best.values()]
+    points = [(row, row["peers"][strongest(row)]) for row in best.values()]
     for i, (row, dense) in enumerate(points):
         middle, low, high = dense["ratio"]
-        name = f"{row['operator']}, batch {row['shape']['B']}, {row['dtype']}"
+        name = f"{row['operator']}{held(row)}, batch {row['shape']['B']}, {row['dtype']}"
         error = [[middle - low], [high - middle]]
         axes.errorbar(dense["flop_ratio"], middle, yerr=error, fmt=MARKERS[i % len(MARKERS)], capsize=3, label=name)
     end = 1.1 * max(max(d["flop_ratio"], d["ratio"][2]) for _, d in points)

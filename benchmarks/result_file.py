@@ -34,3 +34,8 @@ def rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: rounded(v) for key, v in value.items()}
     return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def strongest(row: Mapping[str, Any]) -> str:
+    """Of the dense forms in a model's row the one that ours is least ahead of."""
+    return min((n for n, peer in row["peers"].items() if "realised" in peer), key=lambda n: row["peers"][n]["ratio"][0])

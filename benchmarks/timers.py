@@ -1,5 +1,7 @@
-"""Clocks: what a call costs the device, what it costs the host, and what is left of both in a CUDA graph."""
+"""Clocks: what a call costs the device, what it costs the host, and what is left of both in a CUDA graph; modules made
+faster in ways that begin with the first call; and the pulse of a machine that others use too."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +81,12 @@ class Clock:
         return min(times)
 
     def side_by_side(
-        self, sides: Mapping[str, Sequence[Call]], budget: float, fewest: int, device_time: bool
+        self,
+        sides: Mapping[str, Sequence[Call]],
+        budget: float,
+        fewest: int,
+        device_time: bool,
+        after_round: Call = lambda: None,
     ) -> dict[str, list[float]]:
         """Seconds a call, of every side in every round, in about `budget` seconds and no fewer rounds than `fewest`;
         short calls are repeated until a sample takes a millisecond."""
@@ -90,7 +97,7 @@ class Clock:
         for batch in batches.values():
             seconds(batch)
         rounds = math.ceil(budget / (time.perf_counter() - start))
-        times = interleaved(batches, min(max(rounds, fewest), 101), seconds)
+        times = interleaved(batches, min(max(rounds, fewest), 101), seconds, after_round)
         return {name: [t / loops[name] for t in ts] for name, ts in times.items()}
 
     def repeats(self, seconds: float) -> int:
@@ -178,3 +185,63 @@ class Graphed:
         self.x.copy_(x)
         self.replay()
         return self.y
+
+
+class Frozen:
+    """A module for inference compiled with its weights as constants, at the first call: a copy, as they are packed."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.compiled = torch.compile(copy.deepcopy(module), dynamic=False)
+        self.made = False
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.made:
+            return self.compiled(x)
+        with torch._inductor.config.patch(freezing=True):
+            y = self.compiled(x)
+        self.made = True
+        return y
+
+
+class Pulse:
+    """What the machine itself does, taken before, while and after something is timed.
+
+    A beat copies a buffer and multiplies two matrices a few times each, some 20 ms in all. How far the rates moved is
+    the largest over the smallest, without a tenth of the beats at each end, as medians and quartiles do without them.
+    """
+
+    EVERY = 0.5  # seconds at least between beats
+    TIMES = 5
+
+    def __init__(self, clock: Clock, dtype: torch.dtype, quick: bool = False) -> None:
+        size, n = (2**16, 64) if quick else (2**25, 1024 if dtype.itemsize < 4 else 768)
+        source = torch.empty(size, dtype=torch.uint8).random_()
+        target, a, b = torch.empty_like(source), torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+        self.seconds = clock.seconds
+        self.work = {
+            "copy_bytes_per_s": (2 * size, lambda: target.copy_(source)),
+            "flops_per_s": (2 * n**3, lambda: torch.mm(a, b)),
+        }
+        self.rates: dict[str, list[float]] = {name: [] for name in self.work}
+        self.last = -math.inf
+
+    def beat(self) -> None:
+        for name, (amount, call) in self.work.items():
+            call()
+            self.rates[name].append(amount / Spread.of([self.seconds(call) for _ in range(self.TIMES)]).median)
+        self.last = time.perf_counter()
+
+    def beat_again(self) -> None:
+        """Unless the last one was just now."""
+        if time.perf_counter() - self.last > self.EVERY:
+            self.beat()
+
+    def found(self) -> dict[str, dict[str, float]]:
+        """Of each rate the median, and by which part of it the beats differ."""
+        figures = {}
+        for name, rates in self.rates.items():
+            cut = len(rates) // 10
+            kept = sorted(rates)[cut : len(rates) - cut]
+            figures[name] = {"median": Spread.of(rates).median, "moved": kept[-1] / kept[0] - 1}
+        return figures

@@ -5,7 +5,7 @@ import sys
 from . import options, sessions
 
 #: of a rehearsal
-FORMS = "deit_small_patch16_224-tome-single or sit_deit_small-single"
+FORMS = "deit_small_patch16_224-tome-B1 or deit_small_patch16_224-sit-B1"
 
 
 def main() -> int:

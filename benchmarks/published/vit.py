@@ -64,33 +64,34 @@ class ToMe(Published):
         for block in self.vit.blocks:
             q, k, v = heads_of(block.attn, block.norm1(x))
             bias = None if size is None else size.log().transpose(1, 2).unsqueeze(1)
-            x = x + projected(block.attn, F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+            x = x + block.ls1(projected(block.attn, F.scaled_dot_product_attention(q, k, v, attn_mask=bias)))
             r = min(self.r, (x.shape[1] - 1) // 2)
             if r > 0:
                 size = torch.ones_like(x[..., :1]) if size is None else size
                 x, size = merge_as_published(k.mean(dim=1), r, x, size)
-            x = x + block.mlp(block.norm2(x))
+            x = x + block.ls2(block.mlp(block.norm2(x)))
         return x
 
 
 class EViT(Published):
-    """EViT: in three blocks the tokens the class token attends to most stay, the others are fused."""
+    """EViT: in three blocks, at the quarters of the depth, the tokens that the class token attends to most stay, the
+    others are fused."""
 
-    def __init__(self, vit, keep_rate, blocks=(3, 6, 9)):
+    def __init__(self, vit, keep_rate):
         super().__init__(vit)
-        self.keep_rate, self.blocks = keep_rate, blocks
+        self.keep_rate, self.blocks = keep_rate, [i * len(vit.blocks) // 4 for i in (1, 2, 3)]
 
     def run(self, x):
         for i, block in enumerate(self.vit.blocks):
             q, k, v = heads_of(block.attn, block.norm1(x))
             out = F.scaled_dot_product_attention(q, k, v)
-            x = x + projected(block.attn, out)
+            x = x + block.ls1(projected(block.attn, out))
             if i in self.blocks:
                 looked_at = (
                     ((q[:, :, :1] * block.attn.scale) @ k.transpose(-1, -2)).softmax(dim=-1)[:, :, 0, 1:].mean(1)
                 )
                 x = self.fused(x, looked_at)
-            x = x + block.mlp(block.norm2(x))
+            x = x + block.ls2(block.mlp(block.norm2(x)))
         return x
 
     def fused(self, x, looked_at):

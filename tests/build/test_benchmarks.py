@@ -40,7 +40,7 @@ def results(tmp_path_factory):
     bench(folder, *operators, "-k", "single or M98-C384")
     (file,) = folder.glob("*.json")
     before = json.loads(file.read_text())
-    bench(folder, "bench_models.py", "-k", "sit_lvvit_xsmall and batch and eager")
+    bench(folder, "bench_models.py", "-k", "sit_lvvit_xsmall and B8 and eager", "--compile", "none")
     return folder, before, json.loads(file.read_text())
 
 
@@ -54,7 +54,7 @@ def test_every_row_is_complete(results):
     assert operators >= {"soft_aggregate", "soft_scatter", "restore_tokens", "token_mlp", "sit_lvvit_xsmall eager"}
     assert operators >= {"attention class"}
     for name, row in after["rows"].items():
-        assert name.startswith(f"{row['operator']} {row['passes']} ") and name.endswith(row["dtype"])
+        assert name.startswith(f"{row['operator']} {row['passes']} ") and name.endswith(f"{row['dtype']} 1 thread")
         assert row["run"] in after["runs"] and row["dtype"] == "float32"
         assert row["kernels"], f"{name}: none of our kernels ran"
         assert is_spread(row["us"]) and row["bytes"] > 0 and row["flops"] >= 0 and row["floor_us"] > 0
@@ -88,11 +88,112 @@ def test_a_second_session_keeps_the_rows_of_the_first(results):
 
 
 def test_a_model_row_says_what_is_realised(results):
-    row = results[2]["rows"]["sit_lvvit_xsmall eager forward B2 float32"]
+    row = results[2]["rows"]["sit_lvvit_xsmall eager forward B2 float32 1 thread"]
     dense = row["peers"]["lvvit_small"]
     assert dense["flop_ratio"] > 1
     assert dense["realised"] == pytest.approx(dense["ratio"][0] / dense["flop_ratio"], rel=1e-2)
-    assert "realised" not in row["peers"]["published"]
+    published = row["peers"]["published"]
+    assert "realised" not in published and is_spread(published["speed_up"])
+    assert row["threads"] == 1 and row["rounds"] >= 3
+    assert all(figures["median"] > 0 and figures["moved"] >= 0 for figures in row["machine"].values())
+
+
+@pytest.mark.slow
+def test_a_headline_row(tmp_path):
+    """What a plain run takes: dense forms, ours and the published form, compiled with frozen weights."""
+    bench(tmp_path, "bench_models.py", "-k", "deit_small and tome and B8")
+    (file,) = tmp_path.glob("*.json")
+    (row,) = json.loads(file.read_text())["rows"].values()
+    assert row["operator"] == "deit_small_patch16_224 tome frozen"
+    assert set(row["peers"]) == {"deit_small_patch16_224", "sdpa", "published"}
+
+
+def session_of(rates):
+    """A session that measures for real, where the machine's copies and products have these rates, beat by beat."""
+    import measure
+    import timers
+
+    class Pulse(timers.Pulse):
+        beats = iter(rates)
+
+        def beat_again(self):
+            pass
+
+        def beat(self):
+            for name in self.rates:
+                self.rates[name].append(next(self.beats))
+
+    session = measure.Bench("cpu", torch.float32, quick=False, compiled="none")
+    session.budget, session.rounds = 0.01, 1
+    return session, Pulse
+
+
+STEADY = dict(
+    shape={"B": 1}, inputs=lambda: (torch.ones(3),), bytes=12, flops=6, ours=lambda x: x, steady=True, device_time=False
+)
+
+
+def test_a_row_of_a_machine_that_moved_is_refused(monkeypatch):
+    import measure
+
+    session, pulse = session_of([100.0, 50.0, 116.0, 50.0] * measure.TRIES)
+    monkeypatch.setattr(measure, "Pulse", pulse)
+    with pytest.raises(pytest.skip.Exception, match="refused, the machine's own rates moved by more than 15%"):
+        session.compare("nothing", peers={"dense": lambda x: x}, peer_flops={"dense": 12}, **STEADY)
+    assert session.rows == {} and session.text() == session.refused
+    assert "copy_bytes_per_s by 16%, flops_per_s by 0%" in session.refused[0]
+
+
+def test_a_row_is_tried_again(monkeypatch):
+    import measure
+
+    session, pulse = session_of([100.0, 50.0, 116.0, 50.0, 100.0, 50.0, 114.0, 49.0])
+    monkeypatch.setattr(measure, "Pulse", pulse)
+    monkeypatch.setattr(measure.Bench, "copy_bytes_per_s", 1.0)
+    monkeypatch.setattr(measure.Bench, "flops_per_s", 1.0)
+    row = session.compare("nothing", peers={"dense": lambda x: x}, peer_flops={"dense": 12}, **STEADY)
+    assert row["machine"] == {
+        "copy_bytes_per_s": {"median": 107.0, "moved": 0.14},
+        "flops_per_s": {"median": 49.5, "moved": 0.02041},
+    }
+    assert not session.refused and row["peers"]["dense"]["flop_ratio"] == 2
+
+
+def frozen_row(dtype, B, ours, dense, sdpa, published):
+    def peer(us, **more):
+        return {"us": [us] * 3, "ratio": [us / ours, 0.9 * us / ours, 1.1 * us / ours], **more}
+
+    realised = [{"flop_ratio": 2.0, "realised": us / ours / 2} for us in (dense, sdpa)]
+    speed_up = min(dense, sdpa) / published
+    return {
+        "operator": "vit tome frozen",
+        "passes": "forward",
+        "dtype": dtype,
+        "shape": {"B": B},
+        "held": "up to AVX2",
+        "run": "now",
+        "us": [ours] * 3,
+        "peers": {
+            "vit": peer(dense, **realised[0]),
+            "sdpa": peer(sdpa, **realised[1]),
+            "published": peer(published, speed_up=[speed_up, speed_up - 0.1, speed_up + 0.1]),
+        },
+    }
+
+
+def test_a_table_of_frozen_models():
+    """A line a model; the faster dense form counts."""
+    run = {"device": "Xeon", "instructions": "AMX", "threads": 2, "driver": None, "torch": "2", "triton": "3"}
+    rows = {
+        "a": frozen_row("bfloat16", 8, ours=100.0, dense=180.0, sdpa=160.0, published=120.0),
+        "b": frozen_row("float32", 1, ours=100.0, dense=150.0, sdpa=200.0, published=120.0),
+    }
+    text = "<!-- results:cpu frozen -->\n<!-- /results -->\n"
+    text = report().filled(text, {"cpu-x": {"runs": {"now": run | {"commit": "a"}}, "rows": rows}})
+    assert "| model | FLOP ratio | bfloat16, batch 8 | float32, batch 1 |\n" in text
+    cells = "1.60 (1.44..1.76), 0.80 (0.72..0.88), 1.33 (1.23..1.43)", "1.50 (1.35..1.65), 0.75 (0.68..0.82), 1.25"
+    assert f"| vit tome, up to AVX2 | 2.00 | {cells[0]} | {cells[1]} (1.15..1.35) |\n" in text
+    assert "- Xeon with AMX; threads 2; torch 2;" in text
 
 
 def test_a_wrong_peer_is_not_timed(monkeypatch):
@@ -178,7 +279,7 @@ def test_report_fills_the_readme_and_draws(results, tmp_path):
     subprocess.run(command, check=True, capture_output=True, text=True)
     text = readme.read_text()
     assert text.startswith("# title\n<!-- results:cpu -->\n\n|") and "old" not in text and "between" in text
-    assert text.count("| sit_lvvit_xsmall eager |") == 2
+    assert text.count("| sit_lvvit_xsmall eager, 1 thread |") == 2
     rows = after["rows"].values()
     assert text.count("| soft_aggregate |") == sum(row["operator"] == "soft_aggregate" for row in rows)
     assert text.endswith("<!-- /results -->\nend\n")

@@ -105,3 +105,29 @@ def test_a_graphed_module_takes_new_inputs():
     module = timers.Graphed(lambda x: 2 * x, timers.Clock())
     for value in (1.0, 3.0):
         assert module(torch.full((2,), value)).tolist() == [2 * value] * 2
+
+
+def test_a_frozen_module_is_a_copy_with_constant_weights():
+    module, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU()).eval(), torch.randn(2, 8)
+    before, expected = {name: t.clone() for name, t in module.state_dict().items()}, module(x).detach()
+    frozen = timers.Frozen(module)
+    torch.testing.assert_close(frozen(x), expected)
+    assert not torch._inductor.config.freezing, "only while it is compiled"
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+    with torch.no_grad():
+        for parameter in (*module.parameters(), *frozen.compiled.parameters()):
+            parameter.zero_()
+    linear = torch.nn.functional.linear(-x, before["0.weight"], before["0.bias"])
+    torch.testing.assert_close(frozen(-x), torch.nn.functional.gelu(linear))
+
+
+def test_a_pulse_without_its_outliers():
+    pulse = timers.Pulse(timers.Clock(), torch.float32, quick=True)
+    pulse.beat()
+    pulse.beat_again()
+    assert all(len(rates) == 1 and rates[0] > 0 for rates in pulse.rates.values()), "the last beat was just now"
+    pulse.rates = {"of ten": [1.0, *[10.0] * 7, 11.0, 99.0], "of nine": [8.0, *[10.0] * 8]}
+    assert pulse.found() == {
+        "of ten": {"median": 10.0, "moved": pytest.approx(0.1)},
+        "of nine": {"median": 10.0, "moved": pytest.approx(0.25)},
+    }

@@ -104,6 +104,14 @@ def test_settings_may_change(method, whole):
         close(run(x), twin(x))
 
 
+@methods("tome", "evit", "sit")
+def test_with_weights_as_constants(method):
+    """Dynamo then keeps every module as a new one of its class, made by `__new__` without arguments."""
+    model, x = apply_patch(model_of("plain"), method, **METHODS[method][1]).eval(), images()
+    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        close(torch.compile(model, fullgraph=True, backend=Counting())(x), model(x))
+
+
 @methods("tome")
 def test_one_graph_for_batches_of_any_size(method):
     """torch makes a second one, where the size is a variable, as of any model."""

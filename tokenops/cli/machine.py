@@ -29,6 +29,14 @@ def device_name(device: str) -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
+def instructions() -> str | None:
+    """The widest that this processor has of those that matter here: AVX2, AVX-512, with bf16, AMX."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512-bf16", "avx512bw": "AVX-512", "avx2": "AVX2"}
+    return next((name for flag, name in names.items() if flag in flags), None)
+
+
 def slug(device: str) -> str:
     """The device as a file name: nvidia-h200, cpu-amd-epyc."""
     return slug_of(device_name(device), device)
@@ -70,6 +78,7 @@ def facts(device: str) -> dict[str, Any]:
     """Device and versions, as the benchmarks store them."""
     return {
         "device": device_name(device),
+        "instructions": instructions() if device == "cpu" else None,
         "threads": torch.get_num_threads(),
         "driver": driver() if device == "cuda" else None,
         "tokenops": tokenops.__version__,

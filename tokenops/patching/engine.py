@@ -157,17 +157,12 @@ class Patched:
 
     tokenops_made: ClassVar[tuple[Any, ...]]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        if "tokenops_made" not in vars(cls):  # a class that was derived since, of parametrized modules say
-            return super().__new__(cls)
-        return cls.tokenops_made[0](*args, **kwargs)
-
-    def _replicate_for_data_parallel(self) -> Any:
-        """As every module's, which makes the new one by `__new__`."""
-        replica: Any = object.__new__(type(self))
-        vars(replica).update(vars(self), _parameters={}, _is_replica=True)
-        replica._buffers, replica._modules = replica._buffers.copy(), replica._modules.copy()
-        return replica
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "tokenops_made" in vars(type(self)):  # not a class that was derived since, of parametrized modules say
+            self.__class__ = type(self).tokenops_made[0]
+            self.__init__(*args, **kwargs)  # type: ignore[misc]
+        else:
+            super().__init__(*args, **kwargs)
 
     def __prepare_scriptable__(self) -> Any:
         raise ValueError("a patched model cannot be scripted: use torch.export or torch.jit.trace")
