@@ -17,6 +17,23 @@ namespace tokenops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// A contiguous tensor, not filled, of the dtype of another. (torch::stable::new_empty looks its operator up by name.)
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                         std::optional<ScalarType> type = std::nullopt) {
+  int32_t dtype, device, index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  if (type) dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
+  else TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  int64_t strides[8], stride = 1;
+  STD_TORCH_CHECK(dims <= 8, "at most 8 dimensions");
+  for (int64_t d = dims - 1; d >= 0; --d) strides[d] = stride, stride *= sizes[d] > 1 ? sizes[d] : 1;
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides, dtype, device, index, &made));
+  return Tensor(made);
+}
+
 // (B, N, C) of any strides
 inline Strided strided(const Tensor& x) {
   const int64_t bytes = static_cast<int64_t>(x.element_size());
@@ -50,13 +67,19 @@ inline void check_float(const char* name, const Tensor& t) {
                   name, " must be of a float dtype");
 }
 
-// A layer norm's weight or bias, in the accumulation dtype
+// A layer norm's weight or bias
+inline void check_channels(const char* name, const Tensor& t, const Tensor& x) {
+  check_float(name, t);
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == x.size(2) && t.is_cuda() == x.is_cuda() &&
+                      t.get_device_index() == x.get_device_index(),
+                  name, " must be (C,), on the other tensors' device");
+}
+// The same in the accumulation dtype, without gaps
 inline const void* checked_channels(const char* name, const std::optional<Tensor>& t, const Tensor& x) {
   if (!t) return nullptr;
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(2) && t->is_contiguous() &&
-                      t->scalar_type() == wide_type(x) && t->is_cuda() == x.is_cuda() &&
-                      t->get_device_index() == x.get_device_index(),
-                  name, " must be (C,), contiguous, in the accumulation dtype");
+  check_channels(name, *t, x);
+  STD_TORCH_CHECK(t->is_contiguous() && t->scalar_type() == wide_type(x), name,
+                  " must be contiguous, in the accumulation dtype");
   return t->data_ptr();
 }
 

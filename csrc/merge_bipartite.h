@@ -33,7 +33,7 @@ inline Sides checked_sides(const Tensor& metric, int64_t r, int64_t prefix) {
 
 // (B, N) int64
 inline Tensor new_index(const Tensor& metric, const Sides& sides) {
-  return torch::stable::new_empty(metric, {metric.size(0), sides.tokens}, ScalarType::Long);
+  return new_tensor(metric, {metric.size(0), sides.tokens}, ScalarType::Long);
 }
 
 // x is (B, P + its tokens, C)
@@ -58,7 +58,7 @@ inline void check_sizes(const char* name, const Tensor& sizes, const Tensor& lik
 // (B, P + tokens, C) like x: of a gather from it, or a sum by index
 inline Tensor new_tokens(const Tensor& x, int64_t prefix, int64_t tokens) {
   STD_TORCH_CHECK(tokens >= 0, "tokens must be at least 0");
-  return torch::stable::new_empty(x, {x.size(0), prefix + tokens, x.size(2)});
+  return new_tensor(x, {x.size(0), prefix + tokens, x.size(2)});
 }
 
 // Like the results of merge_bipartite_fwd, in its order.
@@ -83,11 +83,11 @@ struct MergedTokens {
   }
 
   MergedTokens(const Tensor& x, int64_t rows, bool norm)
-      : y(torch::stable::new_empty(x, {x.size(0), rows, x.size(2)})),
-        sizes(torch::stable::new_empty(x, {x.size(0), rows}, wide_type(x))),
-        log_sizes(torch::stable::new_empty(x, {x.size(0), rows}, wide_type(x))),
-        normed(torch::stable::new_empty(x, norm ? Shape{x.size(0), rows, x.size(2)} : Shape{0})),
-        statistics(torch::stable::new_empty(x, norm ? Shape{2, x.size(0), rows} : Shape{0}, wide_type(x))) {}
+      : y(new_tensor(x, {x.size(0), rows, x.size(2)})),
+        sizes(new_tensor(x, {x.size(0), rows}, wide_type(x))),
+        log_sizes(new_tensor(x, {x.size(0), rows}, wide_type(x))),
+        normed(new_tensor(x, norm ? Shape{x.size(0), rows, x.size(2)} : Shape{0})),
+        statistics(new_tensor(x, norm ? Shape{2, x.size(0), rows} : Shape{0}, wide_type(x))) {}
 };
 
 // dx of merge_bipartite_bwd, (B, P + N, C), its arguments checked; merged is (B, P + M) in the accumulation dtype

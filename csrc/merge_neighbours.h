@@ -59,10 +59,10 @@ struct Merged {
   Tensor y, sizes, normed, statistics;
 
   Merged(const Tensor& x, const std::optional<Tensor>& given, const Grid& grid, int64_t prefix, bool norm)
-      : y(torch::stable::new_empty(x, {x.size(0), prefix + grid.merged(), x.size(2)})),
-        sizes(torch::stable::new_empty(given ? *given : x, only_if(given.has_value(), {x.size(0), grid.merged()}))),
-        normed(torch::stable::new_empty(x, only_if(norm, {x.size(0), prefix + grid.merged(), x.size(2)}))),
-        statistics(torch::stable::new_empty(x, only_if(norm, {2, x.size(0), prefix + grid.merged()}), wide_type(x))) {}
+      : y(new_tensor(x, {x.size(0), prefix + grid.merged(), x.size(2)})),
+        sizes(new_tensor(given ? *given : x, only_if(given.has_value(), {x.size(0), grid.merged()}))),
+        normed(new_tensor(x, only_if(norm, {x.size(0), prefix + grid.merged(), x.size(2)}))),
+        statistics(new_tensor(x, only_if(norm, {2, x.size(0), prefix + grid.merged()}), wide_type(x))) {}
 };
 
 struct MergedGradients {
@@ -71,7 +71,7 @@ struct MergedGradients {
   MergedGradients(const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& first,
                   const std::optional<Tensor>& second, const std::optional<Tensor>& logits, const Grid& grid,
                   int64_t prefix)
-      : dx(torch::stable::new_empty(dy, {dy.size(0), prefix + grid.height * grid.width, dy.size(2)})),
+      : dx(new_tensor(dy, {dy.size(0), prefix + grid.height * grid.width, dy.size(2)})),
         dfirst(like(first, x, dy)),
         dsecond(like(second, x, dy)),
         dlogits(like(logits, x, dy)) {
@@ -83,9 +83,9 @@ struct MergedGradients {
  private:
   // of a tensor that is there and learns, which x tells
   static Tensor like(const std::optional<Tensor>& t, const std::optional<Tensor>& x, const Tensor& dy) {
-    if (!x || !t) return torch::stable::new_empty(dy, {0});
-    if (t->dim() == 1) return torch::stable::new_empty(*t, {t->size(0)});
-    return torch::stable::new_empty(*t, {t->size(0), t->size(1)});
+    if (!x || !t) return new_tensor(dy, {0});
+    if (t->dim() == 1) return new_tensor(*t, {t->size(0)});
+    return new_tensor(*t, {t->size(0), t->size(1)});
   }
 };
 

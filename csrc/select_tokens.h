@@ -44,7 +44,7 @@ struct Selected {
       : Selected(x, shape(x, k, prefix, rest), k, rest, norm) {
     check_scores(scores, x, x.size(1) - prefix);
     check_companions("companions", followers, x, x.size(1) - prefix);
-    for (const Tensor& c : followers) companions.push_back(torch::stable::new_empty(c, {x.size(0), k}));
+    for (const Tensor& c : followers) companions.push_back(new_tensor(c, {x.size(0), k}));
   }
 
   auto tuple() { return std::make_tuple(tokens, index, normed, statistics, fused, companions); }
@@ -58,12 +58,12 @@ struct Selected {
   }
 
   Selected(const Tensor& x, const std::vector<int64_t>& shape, int64_t k, Rest rest, bool norm)
-      : tokens(torch::stable::new_empty(x, shape)),
-        index(torch::stable::new_empty(x, {x.size(0), k}, ScalarType::Long)),
-        normed(torch::stable::new_empty(x, norm ? shape : std::vector<int64_t>{0})),
-        statistics(torch::stable::new_empty(
+      : tokens(new_tensor(x, shape)),
+        index(new_tensor(x, {x.size(0), k}, ScalarType::Long)),
+        normed(new_tensor(x, norm ? shape : std::vector<int64_t>{0})),
+        statistics(new_tensor(
             x, norm ? std::vector<int64_t>{2, shape[0], shape[1]} : std::vector<int64_t>{0}, wide_type(x))),
-        fused(torch::stable::new_empty(
+        fused(new_tensor(
             x, rest == Rest::Normalized ? std::vector<int64_t>{shape[0], 1 + shape[2]} : std::vector<int64_t>{0},
             wide_type(x))) {}
 };
@@ -77,9 +77,9 @@ struct SelectedGradients {
 
   SelectedGradients(const Tensor& dtokens, const std::vector<Tensor>& given, const Tensor& index, const Tensor& scores,
                     const std::optional<Tensor>& x, const std::optional<Tensor>& fused, int64_t prefix, Rest rest)
-      : dx(torch::stable::new_empty(checked(dtokens, scores),
+      : dx(new_tensor(checked(dtokens, scores),
                                    {scores.size(0), std::max<int64_t>(prefix, 0) + scores.size(1), dtokens.size(2)})),
-        dscores(torch::stable::new_empty(
+        dscores(new_tensor(
             scores, weighted(rest) ? std::vector<int64_t>{scores.size(0), scores.size(1)} : std::vector<int64_t>{0})) {
     const int64_t N = scores.size(1);
     check_index("index", index, dtokens);
@@ -98,7 +98,7 @@ struct SelectedGradients {
                           fused->is_cuda() == dtokens.is_cuda(),
                       "fused must be (B, 1 + C), contiguous, in the accumulation dtype");
     }
-    for (const Tensor& d : given) dcompanions.push_back(torch::stable::new_empty(d, {scores.size(0), N}));
+    for (const Tensor& d : given) dcompanions.push_back(new_tensor(d, {scores.size(0), N}));
   }
 
   static const Tensor& checked(const Tensor& dtokens, const Tensor& scores) {

@@ -103,7 +103,7 @@ def test_operator(operator, path, ran_kernels, poisoned):
     if path == "reference":
         assert names == set()
     else:
-        passes = ("fwd",) if operator == "match_bipartite" else ("fwd", "bwd")
+        passes = {"match_bipartite": ("fwd",), "merge_bipartite": ("matched", "bwd")}.get(operator, ("fwd", "bwd"))
         shared = "soft_aggregate" if operator == "soft_scatter" else operator
         assert {f"{shared}_{name}.{path}" for name in passes} <= names
         assert {name.rpartition(".")[2] for name in names} == {path}

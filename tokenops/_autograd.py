@@ -27,6 +27,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def apart(tensor: Tensor) -> Tensor:
+    """Unknown to autograd; itself where that is so already, which saves a call."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 def distinct(arguments: Sequence[Any]) -> list[Any]:
     """The same arguments, tensors that came before as views: torch.compile gives autograd.Function no tensor twice."""
     repeated = [isinstance(a, Tensor) and any(a is b for b in arguments[:i]) for i, a in enumerate(arguments)]

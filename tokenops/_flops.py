@@ -66,6 +66,11 @@ def _match_bipartite_fwd(metric, r, prefix, *args, **kwargs):
     return 2 * b * (n // 2) * (n - n // 2) * d if r else 0
 
 
+@register_flop_formula(_ops.merge_bipartite_matched)
+def _merge_bipartite_matched(x, metric, r, sizes, weight, bias, prefix, *args, **kwargs):
+    return _match_bipartite_fwd(metric, r, prefix)
+
+
 # what moves tokens, or adds them up, multiplies no matrices
 for _name in {name for name, _ in KERNELS}:
     if getattr(_ops, _name) not in flop_registry:

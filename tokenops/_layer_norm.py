@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from .reference import accumulation_dtype
 
 
 def arguments(op: str, norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float]:
@@ -26,9 +27,12 @@ def arguments(op: str, norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | No
     return norm[0], norm[1], float(norm[2])
 
 
-def widened(dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
-    """Weight and bias as kernels take them: in the accumulation dtype, without gaps, unknown to autograd."""
-    return [None if t is None else t.detach().to(dtype).contiguous() for t in parameters]
+def as_taken(x: Tensor, backend: str, *parameters: Tensor | None) -> Sequence[Tensor | None]:
+    """Weight and bias as kernels take them: compiled code on a CPU as they are, others in the accumulation dtype."""
+    if backend == "native" and x.device.type == "cpu":
+        return parameters
+    wide = accumulation_dtype(x.dtype)
+    return [None if t is None else t.detach().to(wide).contiguous() for t in parameters]
 
 
 def added(

@@ -50,6 +50,9 @@ _SCHEMAS = {
     "merge_bipartite_fwd": "(Tensor x, Tensor index, SymInt tokens, Tensor? sizes, Tensor? weight, Tensor? bias,"
     " SymInt prefix, bool norm, float eps)"
     " -> (Tensor y, Tensor sizes, Tensor log_sizes, Tensor normed, Tensor statistics)",
+    "merge_bipartite_matched": "(Tensor x, Tensor metric, SymInt r, Tensor? sizes, Tensor? weight, Tensor? bias,"
+    " SymInt prefix, bool norm, float eps)"
+    " -> (Tensor y, Tensor index, Tensor sizes, Tensor log_sizes, Tensor normed, Tensor statistics)",
     "merge_bipartite_bwd": "(Tensor dy, Tensor index, Tensor? sizes, Tensor merged, SymInt prefix) -> Tensor",
     "unmerge_bipartite_fwd": "(Tensor y, Tensor index, SymInt prefix) -> Tensor",
     "unmerge_bipartite_bwd": "(Tensor dx, Tensor index, SymInt tokens, SymInt prefix) -> Tensor",
@@ -226,6 +229,12 @@ def _merge_bipartite_fwd(x, index, tokens, sizes, weight, bias, prefix, norm, ep
         x.new_empty((B, rows, C) if norm else (0,)),
         x.new_empty((2, B, rows) if norm else (0,), dtype=wide),  # mean and inverse standard deviation
     )
+
+
+def _merge_bipartite_matched(x, metric, r, sizes, weight, bias, prefix, norm, eps):
+    index = _match_bipartite_fwd(metric, r, prefix)
+    y, *others = _merge_bipartite_fwd(x, index, index.shape[1] - r, sizes, weight, bias, prefix, norm, eps)
+    return y, index, *others
 
 
 def _merge_bipartite_bwd(dy, index, sizes, merged, prefix):

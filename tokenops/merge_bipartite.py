@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _layer_norm, reference
-from ._autograd import Operator, gradients, needs_grad, zeros_like_tokens
+from ._autograd import Operator, apart, gradients, needs_grad, zeros_like_tokens
 from ._backends import choose
 from ._schemas import kernel
 
@@ -74,7 +74,7 @@ def _matched(metric: Tensor, r: int, prefix: int) -> Tensor:
     if backend == "reference":
         with torch.no_grad():
             return reference.match_bipartite(metric, r, prefix=prefix)
-    return kernel("match_bipartite_fwd", backend)(metric.detach(), r, prefix)
+    return kernel("match_bipartite_fwd", backend)(apart(metric), r, prefix)
 
 
 def merge_bipartite(
@@ -127,9 +127,33 @@ def merge_bipartite(
     _checks.same(op, "images", "metric", of_metric[0], "x", B)
     _checks.same(op, "tokens", "metric", of_metric[1], "x", rows)
     _check_r(op, r, rows, prefix)
-    index = _matched(metric, r, prefix)
-    y, totals, logs, normed = merge_by_index(op, x, index, rows - prefix - r, prefix, sizes, norm)
-    return Merged(y, index, totals, logs, normed)
+    sizes, weight, bias, eps = _arguments(op, x, sizes, norm)
+    backend = choose(op, x.device.type, x.dtype)
+    if backend == "reference":
+        with torch.no_grad():
+            index = reference.match_bipartite(metric, r, prefix=prefix)
+        y, totals, logs, normed = reference.merge_bipartite(
+            x, index, rows - prefix - r, prefix=prefix, sizes=sizes, norm=norm
+        )
+        return Merged(y, index, totals, logs, normed)
+    metric, options = apart(metric), (prefix, norm is not None, eps)
+    if needs_grad(x, weight, bias):
+        y, index, totals, logs, normed, _ = _MatchAndMerge.of(x, metric, r, sizes, weight, bias, options, backend)
+    else:
+        y, index, totals, logs, normed, _ = _run_matched(x, metric, r, sizes, weight, bias, options, backend)
+    return Merged(y, index, totals, logs, None if norm is None else normed)
+
+
+def _arguments(
+    op: str, x: Tensor, sizes: Tensor | None, norm: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, float]:
+    """Sizes, and the norm's weight, bias and eps, checked."""
+    if sizes is not None:
+        images, rows = _checks.tensor(op, "sizes", sizes, "B,P+N", like=x)
+        _checks.same(op, "images", "sizes", images, "x", x.shape[0])
+        _checks.same(op, "tokens", "sizes", rows, "x", x.shape[1])
+        sizes = apart(sizes)
+    return sizes, *_layer_norm.arguments(op, norm, x)
 
 
 def merge_by_index(
@@ -142,12 +166,7 @@ def merge_by_index(
     norm: tuple[Tensor | None, Tensor | None, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The mean of the tokens that go into each of `tokens`, the sizes, their logarithms, and the norm if asked for."""
-    if sizes is not None:
-        images, rows = _checks.tensor(op, "sizes", sizes, "B,P+N", like=x)
-        _checks.same(op, "images", "sizes", images, "x", x.shape[0])
-        _checks.same(op, "tokens", "sizes", rows, "x", x.shape[1])
-        sizes = sizes.detach()
-    weight, bias, eps = _layer_norm.arguments(op, norm, x)
+    sizes, weight, bias, eps = _arguments(op, x, sizes, norm)
     backend = choose("merge_bipartite", x.device.type, x.dtype)
     if backend == "reference":
         _check_places(op, index, tokens)
@@ -235,31 +254,57 @@ class _MergeBipartite(Operator):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, index, ctx.tokens, sizes, weight, bias, (ctx.prefix, norm, _), ctx.backend = inputs
-        y, merged, logs, normed, statistics = output
-        of_x, *of_norm = (ctx.needs_input_grad[place] for place in (0, 4, 5))
-        of_norm = norm and (of_x or any(of_norm))
-        fixed = [t for t, wanted in ((y, of_x), (normed, of_norm)) if not wanted]
-        ctx.mark_non_differentiable(merged, logs, statistics, *fixed)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(index, sizes, merged, *((y, statistics, weight, bias) if norm else ()))
+        _keep(ctx, inputs, inputs[1], inputs[2], *output)
 
     @staticmethod
     def backward(ctx, dy, dmerged, dlogs, dnormed, dstatistics):
-        index, sizes, merged, *of_norm = ctx.saved_tensors
-        tokens, prefix, backward = ctx.tokens, ctx.prefix, kernel("merge_bipartite_bwd", ctx.backend)
+        return _merge_gradients(ctx, dy, dnormed)
 
-        def run(inputs, cotangents, constants):
-            return (backward(*cotangents, *constants, prefix),)
 
-        def plain(inputs, constants):
-            index, sizes, _ = constants
-            return (reference.merge_bipartite(*inputs, index, tokens, prefix=prefix, sizes=sizes)[0],)
+class _MatchAndMerge(Operator):
+    """The same of tokens that are matched in the same launch."""
 
-        dy, dweight, dbias = _layer_norm.added(dy, dnormed, of_norm)
-        x = zeros_like_tokens(dy, prefix + index.shape[1])
-        dx = gradients(ctx, run, plain, {0: x}, (dy,), (index, sizes, merged))[0]
-        return dx, None, None, None, dweight, dbias, None, None
+    @staticmethod
+    def forward(x, metric, r, sizes, weight, bias, options, backend):
+        return _run_matched(x, metric, r, sizes, weight, bias, options, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y, index, *others = output
+        _keep(ctx, inputs, index, index.shape[1] - inputs[2], y, *others, index)
+
+    @staticmethod
+    def backward(ctx, dy, dindex, dmerged, dlogs, dnormed, dstatistics):
+        return _merge_gradients(ctx, dy, dnormed)
+
+
+def _keep(ctx, inputs, index, tokens, y, merged, logs, normed, statistics, *others):
+    """What the gradients need; of the results only y and normed, and `others` not, have any."""
+    _, _, _, sizes, weight, bias, (ctx.prefix, norm, _), ctx.backend = inputs
+    ctx.tokens = tokens
+    of_x, *of_norm = (ctx.needs_input_grad[place] for place in (0, 4, 5))
+    of_norm = norm and (of_x or any(of_norm))
+    fixed = [t for t, wanted in ((y, of_x), (normed, of_norm)) if not wanted]
+    ctx.mark_non_differentiable(merged, logs, statistics, *others, *fixed)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(index, sizes, merged, *((y, statistics, weight, bias) if norm else ()))
+
+
+def _merge_gradients(ctx, dy, dnormed):
+    index, sizes, merged, *of_norm = ctx.saved_tensors
+    tokens, prefix, backward = ctx.tokens, ctx.prefix, kernel("merge_bipartite_bwd", ctx.backend)
+
+    def run(inputs, cotangents, constants):
+        return (backward(*cotangents, *constants, prefix),)
+
+    def plain(inputs, constants):
+        index, sizes, _ = constants
+        return (reference.merge_bipartite(*inputs, index, tokens, prefix=prefix, sizes=sizes)[0],)
+
+    dy, dweight, dbias = _layer_norm.added(dy, dnormed, of_norm)
+    x = zeros_like_tokens(dy, prefix + index.shape[1])
+    dx = gradients(ctx, run, plain, {0: x}, (dy,), (index, sizes, merged))[0]
+    return dx, None, None, None, dweight, dbias, None, None
 
 
 def _unmerged(y, index, prefix, backend):
@@ -308,6 +353,10 @@ class _Sum(Operator):
 
 
 def _run(x, index, tokens, sizes, weight, bias, options, backend):
-    weight, bias = _layer_norm.widened(reference.accumulation_dtype(x.dtype), weight, bias)
-    prefix, norm, eps = options
-    return kernel("merge_bipartite_fwd", backend)(x, index, tokens, sizes, weight, bias, prefix, norm, eps)
+    weight, bias = _layer_norm.as_taken(x, backend, weight, bias)
+    return kernel("merge_bipartite_fwd", backend)(x, index, tokens, sizes, weight, bias, *options)
+
+
+def _run_matched(x, metric, r, sizes, weight, bias, options, backend):
+    weight, bias = _layer_norm.as_taken(x, backend, weight, bias)
+    return kernel("merge_bipartite_matched", backend)(x, metric, r, sizes, weight, bias, *options)

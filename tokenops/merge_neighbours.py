@@ -258,6 +258,6 @@ class _MergeNeighbours(Operator):
 
 
 def _run(x, first, second, logits, sizes, weight, bias, options, norm, backend):
-    weight, bias = _layer_norm.widened(reference.accumulation_dtype(x.dtype), weight, bias)
+    weight, bias = _layer_norm.as_taken(x, backend, weight, bias)
     sizes = None if sizes is None else sizes.detach()
     return kernel("merge_neighbours_fwd", backend)(x, first, second, logits, sizes, weight, bias, *options, *norm)

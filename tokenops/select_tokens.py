@@ -226,5 +226,5 @@ class _SelectTokens(Operator):
 
 
 def _run(x, scores, k, counts, companions, weight, bias, options, backend):
-    weight, bias = _layer_norm.widened(reference.accumulation_dtype(x.dtype), weight, bias)
+    weight, bias = _layer_norm.as_taken(x, backend, weight, bias)
     return kernel("select_tokens_fwd", backend)(x, scores, k, counts, list(companions), weight, bias, *options)

@@ -147,7 +147,7 @@ struct Weights {
 };
 
 template <typename T, typename Wide>
-void merge(const Tensor& x, const Weights<Wide>& weights, int64_t prefix, bool norm, const Norm<Wide>& affine,
+void merge(const Tensor& x, const Weights<Wide>& weights, int64_t prefix, bool norm, const Norm<T, Wide>& affine,
            const Merged& out) {
   const int64_t B = x.size(0), C = x.size(2), rows = out.y.size(1);
   const Strided from = strided(x);
@@ -186,11 +186,7 @@ void merge(const Tensor& x, const Weights<Wide>& weights, int64_t prefix, bool n
         }
       }
     }
-    if (norm) {
-      const Wide* values = widened<T>(reinterpret_cast<const char*>(target), row.bytes, C, room);
-      normalize(values, sum, C, affine, mean + r, deviation + r);
-      store(sum, normed + r * C, C);
-    }
+    if (norm) normalize(target, normed + r * C, C, affine, mean + r, deviation + r);
   });
 }
 
@@ -223,8 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_neighbours_fwd(
     using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
     const Weights<Wide> weights(grid, x.size(2), alpha, beta, first, second, logits, sizes);
     if (sizes) add_sizes(weights, *sizes, out.sizes);
-    const Norm<Wide> affine{static_cast<const Wide*>(checked_channels("weight", weight, x)),
-                            static_cast<const Wide*>(checked_channels("bias", bias, x)), eps};
+    const Norm<T, Wide> affine(norm, weight, bias, x, eps);
     if (out.y.numel() || out.statistics.numel()) merge<T>(x, weights, prefix, norm, affine, out);
   });
   return {out.y, out.sizes, out.normed, out.statistics};

@@ -46,10 +46,10 @@ std::tuple<Tensor, std::vector<Tensor>> restore_tokens_fwd(Tensor base, Tensor t
   const int64_t N = rows - prefix;
   check_pairs(olds, news, base, N, index.size(1));
   const auto owner = owners(index, rows, prefix, carried);
-  Tensor y = torch::stable::new_empty(base, {B, rows, C});
+  Tensor y = new_tensor(base, {B, rows, C});
   std::vector<Tensor> made;
   for (size_t c = 0; c < olds.size(); ++c) {
-    made.push_back(torch::stable::new_empty(olds[c], {B, N}));
+    made.push_back(new_tensor(olds[c], {B, N}));
     const Matrix old(olds[c]), fresh(news[c]), out(made[c]);
     for (int64_t b = 0; b < B; ++b) {
       for (int64_t n = 0; n < N; ++n) {
@@ -80,11 +80,11 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> restore_tok
   const int64_t N = rows - prefix;
   check_companions("dcompanions", dcompanions, dy, N);
   const auto owner = owners(index, rows, prefix, carried);
-  Tensor dbase = torch::stable::new_empty(dy, {B, rows, C}), dtokens = torch::stable::new_empty(dy, {B, given, C});
+  Tensor dbase = new_tensor(dy, {B, rows, C}), dtokens = new_tensor(dy, {B, given, C});
   std::vector<Tensor> dolds, dnews;
   for (size_t c = 0; c < dcompanions.size(); ++c) {
-    dolds.push_back(torch::stable::new_empty(dcompanions[c], {B, N}));
-    dnews.push_back(torch::stable::new_empty(dcompanions[c], {B, k}));
+    dolds.push_back(new_tensor(dcompanions[c], {B, N}));
+    dnews.push_back(new_tensor(dcompanions[c], {B, k}));
     const Matrix from(dcompanions[c]), old(dolds[c]), fresh(dnews[c]);
     if (B * k) std::memset(fresh.at(0, 0), 0, B * k * fresh.bytes);
     for (int64_t b = 0; b < B; ++b) {

@@ -16,6 +16,7 @@
 #else
 #define CLONES
 #endif
+#define ALWAYS_INLINE __attribute__((always_inline))
 #define INLINE static inline __attribute__((always_inline))
 
 namespace tokenops {
@@ -45,6 +46,30 @@ struct Row {
     if (C != 0) std::memset(out, 0, C * bytes);
   }
 };
+
+// f(b, begin, end) for the rows of each image after prepare(b), which fills what they need: image by image where there
+// are enough of them to keep every thread busy, else all images are prepared first and threads share their rows.
+template <typename P, typename F>
+void for_images_and_rows(int64_t B, int64_t rows, int64_t row_bytes, int64_t prepare_bytes, const P& prepare,
+                         const F& f) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t each = std::max<int64_t>(1, rows * row_bytes + prepare_bytes);
+  if (B % threads == 0 || B >= 4 * threads) {
+    torch::stable::parallel_for(0, B, std::max<int64_t>(1, GRAIN_BYTES / each), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) prepare(b), f(b, 0, rows);
+    });
+    return;
+  }
+  for (int64_t b = 0; b < B; ++b) prepare(b);
+  const int64_t grain = std::max<int64_t>(1, GRAIN_BYTES / std::max<int64_t>(1, row_bytes));
+  torch::stable::parallel_for(0, B * rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end;) {
+      const int64_t b = r / rows, stop = std::min(end, (b + 1) * rows);
+      f(b, r - b * rows, stop - b * rows);
+      r = stop;
+    }
+  });
+}
 
 template <typename F>
 void for_rows(int64_t B, int64_t rows, int64_t row_bytes, const F& f) {

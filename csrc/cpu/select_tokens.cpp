@@ -1,6 +1,7 @@
-// select_tokens on a CPU: the choice image by image, then one pass over the rows of the result, each of which is copied,
-// or summed from the tokens that were left out, and normalised while it is at hand.
+// select_tokens on a CPU: the choice image by image, then one pass over the rows of the result, which are copied, as
+// many at once as lie together, or summed from the tokens that were left out, and normalised while they are at hand.
 #include "../select_tokens.h"
+#include "choice.h"
 #include "vector_rows.h"
 
 #include <stdexcept>
@@ -8,66 +9,19 @@
 namespace tokenops {
 namespace {
 
-constexpr int64_t CHOOSING_NS = 5;      // a token's part in a choice, about
-constexpr int64_t GRAIN_NS = 10'000;     // less than this is not worth a second thread
+constexpr int64_t CHOOSING_BYTES = 8;     // a token's part in a choice, about, as bytes that are copied
+constexpr int64_t LONGEST_RUN = 1 << 13;  // bytes that are copied at once, and are in the first cache for their norm
 constexpr int32_t ZEROS = -1, REST = -2;  // rows of the result that are no row of x
 
-// Integers in the order of the scores: NaN the least of all, -0 and 0 alike.
-template <typename Score, typename Bits>
-INLINE void order(const Score* scores, Bits* keys, int64_t n) {
-  constexpr Bits sign = Bits{1} << (8 * sizeof(Bits) - 1);
-  for (int64_t i = 0; i < n; ++i) {
-    const Score score = scores[i] + Score{0};
-    Bits bits;
-    std::memcpy(&bits, &score, sizeof bits);
-    bits = bits & sign ? ~bits : bits | sign;
-    keys[i] = score != score ? 0 : bits;
-  }
-}
-template <typename Bits>
-INLINE int64_t count_reaching(const Bits* keys, int64_t n, Bits bound) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < n;) {  // in parts whose counts fit in a key's bits
-    Bits part = 0;
-    const int64_t end = std::min<int64_t>(n, i + (int64_t{1} << 30));
-    for (; i < end; ++i) part += keys[i] >= bound;
-    count += static_cast<int64_t>(part);
-  }
-  return count;
-}
-CLONES void keys_of(const float* scores, uint32_t* keys, int64_t n) { order(scores, keys, n); }
-CLONES void keys_of(const double* scores, uint64_t* keys, int64_t n) { order(scores, keys, n); }
-CLONES int64_t reaching(const uint32_t* keys, int64_t n, uint32_t bound) { return count_reaching(keys, n, bound); }
-CLONES int64_t reaching(const uint64_t* keys, int64_t n, uint64_t bound) { return count_reaching(keys, n, bound); }
-
-// The places of the best `count` of N scores. The last of them is found bit by bit: counting is faster than sorting.
+// The places of the best `count` of N scores
 template <typename T, typename Wide>
 void choose(const T* scores, int64_t stride, int64_t N, int64_t count, bool best_first, int64_t* places) {
-  using Bits = std::conditional_t<std::is_same_v<Wide, double>, uint64_t, uint32_t>;
   if (count == 0) return;
-  thread_local std::vector<Wide> room;
-  thread_local std::vector<Bits> keys;
+  thread_local std::vector<KeyOf<Wide>> keys;
   thread_local std::vector<int64_t> kept;
-  room.resize(N), keys.resize(N), kept.resize(N + 1);
-  const T* values = scores;
-  if (stride != 1) for (int64_t n = 0; n < N; ++n) room[n] = static_cast<Wide>(scores[n * stride]);
-  else if constexpr (!std::is_same_v<T, Wide>) load(values, room.data(), N);
-  if constexpr (std::is_same_v<T, Wide>) keys_of(stride == 1 ? values : room.data(), keys.data(), N);
-  else keys_of(room.data(), keys.data(), N);
-
-  Bits last = 0;
-  for (int bit = 8 * sizeof(Bits) - 1; bit >= 0; --bit) {
-    const Bits candidate = last | Bits{1} << bit;
-    if (reaching(keys.data(), N, candidate) >= count) last = candidate;
-  }
-  const int64_t above = last == ~Bits{0} ? 0 : reaching(keys.data(), N, last + 1);
-  int64_t found = 0, ties = count - above;
-  for (int64_t n = 0; n < N; ++n) {  // without a branch, which would be a coin's toss
-    const bool level = keys[n] == last && ties > 0;
-    kept[found] = n;
-    found += keys[n] > last || level;
-    ties -= level;
-  }
+  keys.resize(N), kept.resize(N + 1);
+  keys_of(widened<T>(reinterpret_cast<const char*>(scores), stride * sizeof(T), N, room_for<Wide>(N)), keys.data(), N);
+  best_places(keys.data(), N, count, kept.data());
   if (best_first) {
     std::sort(kept.begin(), kept.begin() + count,
               [&](int64_t a, int64_t b) { return keys[a] != keys[b] ? keys[a] > keys[b] : a < b; });
@@ -122,59 +76,69 @@ std::vector<char> kept_flags(const int64_t* places, int64_t k, int64_t N) {
 
 template <typename F>
 void for_images(int64_t B, int64_t N, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, GRAIN_NS / (CHOOSING_NS * std::max<int64_t>(1, N)));
+  const int64_t grain = std::max<int64_t>(1, GRAIN_BYTES / (CHOOSING_BYTES * std::max<int64_t>(1, N)));
   torch::stable::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) f(b);
   });
 }
 
+// The rest token of an image: written to `target`; what its gradient needs to `fused`.
 template <typename T, typename Wide>
+void sum_rest(const Tensor& scores, int64_t b, const int64_t* places, int64_t count, Rest rest, const char* tokens,
+              const Strided& from, int64_t C, T* target, Wide* fused) {
+  const int64_t N = scores.size(1);
+  std::vector<double> weights(N);
+  const double total = weigh<Wide>(scores, b, rest, places, count, weights.data());
+  const double by = rest == Rest::Normalized && total != 0 ? 1 / total : 1;
+  const auto kept = kept_flags(places, count, N);
+  RowSum<T, Wide> sum(C);
+  for (int64_t j = 0; j < N; ++j) {
+    if (!kept[j]) sum.add(tokens + j * from.stride_n, from.stride_c, static_cast<Wide>(weights[j] * by));
+  }
+  sum.store(target);
+  if (rest == Rest::Normalized) fused[0] = static_cast<Wide>(total), sum.copy(fused + 1);
+}
+
+template <typename T, typename Wide, typename P>
 void fill(const Tensor& x, const Tensor& scores, int64_t k, const int64_t* counts, int64_t prefix, Rest rest, bool norm,
-          const Norm<Wide>& affine, Selected& out) {
+          const Norm<T, Wide>& affine, const P& choose, Selected& out) {
   const int64_t B = x.size(0), N = scores.size(1), C = x.size(2), rows = out.tokens.size(1);
-  const int64_t* index = static_cast<const int64_t*>(out.index.data_ptr());
+  const int64_t* const index = static_cast<const int64_t*>(out.index.data_ptr());
   const Strided from = strided(x);
   const Row row{C, sizeof(T)};
-  T *tokens = static_cast<T*>(out.tokens.data_ptr()), *normed = static_cast<T*>(out.normed.data_ptr());
-  Wide *mean = static_cast<Wide*>(out.statistics.data_ptr()), *deviation = mean + B * rows;
-  Wide* fused = static_cast<Wide*>(out.fused.data_ptr());
+  const int64_t bytes = C * row.bytes;
+  const bool close = from.stride_n == bytes && from.stride_c == row.bytes;
+  const int64_t together = close ? std::max<int64_t>(1, LONGEST_RUN / std::max<int64_t>(1, bytes)) : 1;
+  T *const tokens = static_cast<T*>(out.tokens.data_ptr()), *const normed = static_cast<T*>(out.normed.data_ptr());
+  Wide *const mean = static_cast<Wide*>(out.statistics.data_ptr()), *const deviation = mean + B * rows;
+  Wide* const fused = static_cast<Wide*>(out.fused.data_ptr());
 
-  for_rows(B, rows, C * row.bytes, [&](int64_t r, int64_t b, int64_t n) {
-    const int64_t *places = index + b * k, count = counts ? counts[b] : k;
-    const char* image = from.data + b * from.stride_b;
-    int64_t source = n < prefix ? n : ZEROS;
-    if (n >= prefix && n - prefix < count) source = prefix + places[n - prefix];
-    else if (rest != Rest::None && n - prefix == count) source = REST;
-
-    T* const target = tokens + r * C;
-    if (source >= 0) row.copy(reinterpret_cast<char*>(target), image + source * from.stride_n, from.stride_c);
-    else row.zero(reinterpret_cast<char*>(target));
-    if (source != REST && !norm) return;
-
-    thread_local std::vector<Wide> memory;
-    memory.resize(std::max<size_t>(memory.size(), 2 * C));
-    Wide *sum = memory.data(), *room = sum + C;
-    if (source == REST) {
-      std::fill_n(sum, C, Wide{0});
-      std::vector<double> weights(N);
-      const double total = weigh<Wide>(scores, b, rest, places, count, weights.data());
-      const double by = rest == Rest::Normalized && total != 0 ? 1 / total : 1;
-      const auto kept = kept_flags(places, count, N);
-      for (int64_t j = 0; j < N; ++j) {
-        if (kept[j]) continue;
-        const char* other = image + (prefix + j) * from.stride_n;
-        add_scaled(sum, widened<T>(other, from.stride_c, C, room), static_cast<Wide>(weights[j] * by), C);
+  const int64_t row_bytes = bytes * (norm ? 4 : 1);  // as long as a row takes
+  for_images_and_rows(B, rows, row_bytes, CHOOSING_BYTES * N, choose, [&](int64_t b, int64_t begin, int64_t end) {
+    const int64_t *const places = index + b * k, count = counts ? counts[b] : k;
+    const char* const image = from.data + b * from.stride_b;
+    const auto source = [&](int64_t n) {
+      if (n < prefix) return n;
+      if (n - prefix < count) return prefix + places[n - prefix];
+      return int64_t{rest != Rest::None && n - prefix == count ? REST : ZEROS};
+    };
+    for (int64_t n = begin, run; n < end; n += run) {
+      const int64_t first = source(n);
+      T* const target = tokens + (b * rows + n) * C;
+      run = 1;
+      if (first >= 0) {
+        while (run < together && n + run < end && source(n + run) == first + run) ++run;
+        if (run > 1) std::memcpy(target, image + first * from.stride_n, run * bytes);
+        else row.copy(reinterpret_cast<char*>(target), image + first * from.stride_n, from.stride_c);
+      } else if (first == REST) {
+        const char* const others = image + prefix * from.stride_n;
+        sum_rest<T>(scores, b, places, count, rest, others, from, C, target, fused + b * (1 + C));
+      } else {
+        row.zero(reinterpret_cast<char*>(target));
       }
-      store(sum, target, C);
-      if (rest == Rest::Normalized) {
-        fused[b * (1 + C)] = static_cast<Wide>(total);
-        std::copy_n(sum, C, fused + b * (1 + C) + 1);
+      for (int64_t r = b * rows + n; norm && r < b * rows + n + run; ++r) {
+        normalize(tokens + r * C, normed + r * C, C, affine, mean + r, deviation + r);
       }
-    }
-    if (norm) {
-      const Wide* values = widened<T>(reinterpret_cast<const char*>(target), row.bytes, C, room);
-      normalize(values, sum, C, affine, mean + r, deviation + r);
-      store(sum, normed + r * C, C);
     }
   });
 }
@@ -188,26 +152,26 @@ SelectedTuple select_tokens_fwd(Tensor x, Tensor scores, int64_t k, std::optiona
   const int64_t* counted = checked_counts(counts, x);
   const int64_t B = x.size(0), N = scores.size(1);
   for (int64_t b = 0; b < B; ++b) count_of(counted, b, k);
-  int64_t* index = static_cast<int64_t*>(out.index.data_ptr());
-  with_float(scores.scalar_type(), [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    using Wide = std::conditional_t<std::is_same_v<S, double>, double, float>;
-    for_images(B, N, [&](int64_t b) {
-      const S* from = static_cast<const S*>(scores.data_ptr()) + b * scores.stride(0);
-      const int64_t count = count_of(counted, b, k);
-      int64_t* places = index + b * k;
-      std::fill(places + count, places + k, -1);
+  int64_t* const index = static_cast<int64_t*>(out.index.data_ptr());
+  const auto choose_of = [&](int64_t b) {
+    const int64_t count = counted ? counted[b] : k;
+    int64_t* const places = index + b * k;
+    std::fill(places + count, places + k, -1);
+    with_float(scores.scalar_type(), [&](auto* type) {
+      using S = std::remove_pointer_t<decltype(type)>;
+      using Wide = std::conditional_t<std::is_same_v<S, double>, double, float>;
+      const S* const from = static_cast<const S*>(scores.data_ptr()) + b * scores.stride(0);
       choose<S, Wide>(from, scores.stride(1), N, count, best_first, places);
-      for (size_t c = 0; c < companions.size(); ++c) follow(Matrix(companions[c]), out.companions[c], b, places, k, false);
     });
-  });
-  if (out.tokens.numel() == 0 && out.statistics.numel() == 0 && out.fused.numel() == 0) return out.tuple();
+    for (size_t c = 0; c < companions.size(); ++c) {
+      follow(Matrix(companions[c]), out.companions[c], b, places, k, false);
+    }
+  };
   with_float(x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    const Norm<Wide> affine{static_cast<const Wide*>(checked_channels("weight", weight, x)),
-                            static_cast<const Wide*>(checked_channels("bias", bias, x)), eps};
-    fill<T, Wide>(x, scores, k, counted, prefix, rest, norm, affine, out);
+    const Norm<T, Wide> affine(norm, weight, bias, x, eps);
+    fill<T, Wide>(x, scores, k, counted, prefix, rest, norm, affine, choose_of, out);
   });
   return out.tuple();
 }
@@ -279,7 +243,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> select_tokens_bwd(
       places[j] = n < N ? n : -1;
       if (n >= 0 && n < N) slots[b * N + n] = static_cast<int32_t>(prefix + j);
     }
-    for (size_t c = 0; c < dcompanions.size(); ++c) follow(Matrix(dcompanions[c]), out.dcompanions[c], b, places.data(), k, true);
+    for (size_t c = 0; c < dcompanions.size(); ++c) {
+      follow(Matrix(dcompanions[c]), out.dcompanions[c], b, places.data(), k, true);
+    }
   });
   if (out.dx.numel() == 0 && out.dscores.numel() == 0) return out.tuple();
   with_float(dtokens.scalar_type(), [&](auto* type) {

@@ -37,7 +37,7 @@ Tensor match_bipartite_fwd(Tensor metric, int64_t r, int64_t prefix) {
   const Tensor index = new_index(metric, sides);
   if (index.numel() == 0) return index;
   const OnDevice on(OP, metric);
-  const Tensor edges = torch::stable::new_empty(metric, {metric.size(0), r ? sides.evens : 0}, wide_type(metric));
+  const Tensor edges = new_tensor(metric, {metric.size(0), r ? sides.evens : 0}, wide_type(metric));
   MatchBipartite p{};
   p.metric = strided(metric), p.edges = edges.data_ptr(), p.index = static_cast<int64_t*>(index.data_ptr());
   p.scores = static_cast<const char*>(edges.data_ptr()), p.score_type = float_of(edges);
@@ -119,6 +119,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_bipartite_fwd(Tensor x,
   return out.tuple();
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_bipartite_matched(
+    Tensor x, Tensor metric, int64_t r, std::optional<Tensor> sizes, std::optional<Tensor> weight,
+    std::optional<Tensor> bias, int64_t prefix, bool norm, double eps) {
+  const Tensor index = match_bipartite_fwd(metric, r, prefix);
+  auto [y, totals, logs, normed, statistics] =
+      merge_bipartite_fwd(x, index, index.size(1) - r, sizes, weight, bias, prefix, norm, eps);
+  return {y, index, totals, logs, normed, statistics};
+}
+
 Tensor merge_bipartite_bwd(Tensor dy, Tensor index, std::optional<Tensor> sizes, Tensor merged, int64_t prefix) {
   const Tensor dx = new_merge_gradient(dy, index, sizes, merged, prefix);
   MergeBipartite p = common(dx, dy, index, prefix);
@@ -149,6 +158,7 @@ Tensor unmerge_bipartite_bwd(Tensor dx, Tensor index, int64_t tokens, int64_t pr
 STABLE_TORCH_LIBRARY_IMPL(tokenops, CUDA, m) {
   m.impl("match_bipartite_fwd.native", TORCH_BOX(&tokenops::match_bipartite_fwd));
   m.impl("merge_bipartite_fwd.native", TORCH_BOX(&tokenops::merge_bipartite_fwd));
+  m.impl("merge_bipartite_matched.native", TORCH_BOX(&tokenops::merge_bipartite_matched));
   m.impl("merge_bipartite_bwd.native", TORCH_BOX(&tokenops::merge_bipartite_bwd));
   m.impl("unmerge_bipartite_fwd.native", TORCH_BOX(&tokenops::unmerge_bipartite_fwd));
   m.impl("unmerge_bipartite_bwd.native", TORCH_BOX(&tokenops::unmerge_bipartite_bwd));

@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_neighbours_bwd(
   if (!p.summed) {
     run(p, chosen, dy, true, on.stream);
   } else {
-    const Tensor sums = torch::stable::new_empty(dy, {chosen.blocks, 2, p.C}, wide_type(dy));
+    const Tensor sums = new_tensor(dy, {chosen.blocks, 2, p.C}, wide_type(dy));
     p.sums = sums.data_ptr();
     run(p, chosen, dy, true, on.stream);
     gather(sums, out);

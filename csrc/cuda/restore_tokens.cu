@@ -49,9 +49,9 @@ std::tuple<Tensor, Tensors> restore_tokens_fwd(Tensor base, Tensor tokens, Tenso
   check_index("index", index, base);
   check_carried(tokens.size(1) - index.size(1), prefix, base.size(1));
   check_pairs(olds, news, base, base.size(1) - prefix, index.size(1));
-  Tensor y = torch::stable::new_empty(base, {base.size(0), base.size(1), base.size(2)});
+  Tensor y = new_tensor(base, {base.size(0), base.size(1), base.size(2)});
   Tensors made;
-  for (const Tensor& old : olds) made.push_back(torch::stable::new_empty(old, {old.size(0), old.size(1)}));
+  for (const Tensor& old : olds) made.push_back(new_tensor(old, {old.size(0), old.size(1)}));
   run(base, tokens, y, index, prefix, olds, news, made, false);
   return {y, made};
 }
@@ -62,12 +62,12 @@ std::tuple<Tensor, Tensor, Tensors, Tensors> restore_tokens_bwd(Tensor dy, Tenso
   check_index("index", index, dy);
   check_carried(carried, prefix, dy.size(1));
   check_companions("dcompanions", dcompanions, dy, dy.size(1) - prefix);
-  Tensor dbase = torch::stable::new_empty(dy, {dy.size(0), dy.size(1), dy.size(2)});
-  Tensor dtokens = torch::stable::new_empty(dy, {dy.size(0), carried + index.size(1), dy.size(2)});
+  Tensor dbase = new_tensor(dy, {dy.size(0), dy.size(1), dy.size(2)});
+  Tensor dtokens = new_tensor(dy, {dy.size(0), carried + index.size(1), dy.size(2)});
   Tensors dolds, dnews;
   for (const Tensor& d : dcompanions) {
-    dolds.push_back(torch::stable::new_empty(d, {d.size(0), d.size(1)}));
-    dnews.push_back(torch::stable::new_empty(d, {d.size(0), index.size(1)}));
+    dolds.push_back(new_tensor(d, {d.size(0), d.size(1)}));
+    dnews.push_back(new_tensor(d, {d.size(0), index.size(1)}));
   }
   run(dbase, dtokens, dy, index, prefix, dolds, dnews, dcompanions, true);
   return {dbase, dtokens, dolds, dnews};

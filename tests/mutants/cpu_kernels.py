@@ -65,29 +65,49 @@ MUTANTS = [
         ),
     ),
     *of_file(
+        "csrc/cpu/choice.h",
+        ("keys[i] = score != score ? 0 : bits;", "keys[i] = bits;", "NaN is the best of all", "test_table"),
+        (
+            "ties -= keys[i] == last;",
+            "",
+            "all that are level with the last of the best are taken",
+            "test_table",
+        ),
+    ),
+    *of_file(
         "csrc/cpu/match_bipartite.cpp",
         (
-            "column < places[t])",
-            "column > places[t])",
-            "of equal goals in a block the last is taken",
-            "test_matching or far_apart or without_numbers",
+            "best[i] = least, places[i] = 0;",
+            "best[i] = least;",
+            "an infinite token goes where its products say",
+            "test_matching",
         ),
         (
             "std::numeric_limits<Wide>::quiet_NaN()",
             "Wide{0}",
-            "columns that are none are at a right angle to all",
+            "rows that are none are at a right angle to all",
             "test_matching and not any_numbers",
         ),
         (
-            "dots[t][v] > top[t][v];",
-            "dots[t][v] >= top[t][v];",
-            "of equal goals in two blocks the last is taken",
-            "far_apart",
+            "better = likeness > top[v];",
+            "better = likeness >= top[v];",
+            "of equal goals the last is taken",
+            "test_matching or far_apart",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/match_tiles.h",
+        ("_CMP_GT_OQ", "_CMP_GE_OQ", "of equal goals the last is taken", "test_matching or far_apart"),
+        (
+            "if (const float power = Powers<float>::of(squares); power != 1) {",
+            "if (const float power = 1; power != 1) {",
+            "squares overflow and vanish",
+            "lengths_do_not_count",
         ),
     ),
     *of_file(
         "csrc/cpu/merge_bipartite.cpp",
-        ("      if (total == 0) {\n", "      if (merged.size() == 0) {\n", "sizes of 0 give NaN", "test_merging"),
+        ("        if (total == 0) {\n", "        if (merged.size() == 0) {\n", "sizes of 0 give NaN", "test_merging"),
         (
             "for (int64_t n = N - 1; n >= 0; --n) found",
             "for (int64_t n = 0; n < N; ++n) found",
@@ -130,7 +150,6 @@ MUTANTS = [
     ),
     *of_file(
         "csrc/cpu/select_tokens.cpp",
-        ("keys[i] = score != score ? 0 : bits;", "keys[i] = bits;", "NaN is the best of all", "test_table"),
         (
             "double weight = 1.0 / std::max<int64_t>(1, N - count), by",
             "double weight = 1.0 / std::max<int64_t>(1, N - k), by",
@@ -150,7 +169,7 @@ MUTANTS = [
     *of_file(
         "csrc/cpu/vector_rows.h",
         (
-            "  if (i < n) total += tail<Wide>(a + i, n - i, 0) * tail<Wide>(b + i, n - i, 0);\n",
+            "  if (i < n) total += tail(a + i, n - i) * tail(b + i, n - i);\n",
             "",
             "the last channels are not in a product",
             "gradcheck",

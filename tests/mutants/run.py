@@ -42,7 +42,9 @@ LIMIT = 600.0  # seconds of a mutant's tests
 OPERATORS = {
     "csrc/cpu/aggregation_weights.cpp": ("soft_aggregate",),
     "csrc/cpu/attention*.h": ("masked_channel_attention",),
+    "csrc/cpu/choice.h": ("select_tokens",),
     "csrc/cpu/match_bipartite.cpp": ("merge_bipartite",),
+    "csrc/cpu/match_tiles.h": ("merge_bipartite",),
     "csrc/cpu/rows.h": ("merge_neighbours", "restore_tokens"),
     "csrc/cpu/vector_math.h": ("soft_aggregate",),
     "csrc/cpu/vector_rows.h": ("merge_neighbours",),

@@ -129,6 +129,7 @@ CALLS = {
     ),
     "merge_neighbours_bwd": (x[:, :3], x, torch.ones(3), torch.ones(1), None, n, 2, 2, True, 1, 1.0, 1.0),
     "merge_bipartite_fwd": (x, index, 4, wide, torch.ones(3), torch.ones(3), 1, True, 1e-5),
+    "merge_bipartite_matched": (x, x, 2, wide, torch.ones(3), torch.ones(3), 1, True, 1e-5),
     "merge_bipartite_bwd": (x, index, wide, wide, 1),
     "unmerge_bipartite_fwd": (x, index, 1),
     "unmerge_bipartite_bwd": (x, index, 4, 1),
@@ -143,6 +144,7 @@ FREE = {
     *(("masked_channel_attention_bwd", 10, dim) for dim in range(4)),  # out is not read on a CPU
     ("restore_tokens_bwd", 0, 2),
     ("restore_tokens_bwd", 1, 1),
+    ("merge_bipartite_matched", 1, 2),
     ("merge_bipartite_bwd", 0, 2),
     ("unmerge_bipartite_fwd", 0, 2),
     ("unmerge_bipartite_fwd", 1, 1),

@@ -63,6 +63,7 @@ def test_opcheck(backend, device):
         library.opcheck(kernel("merge_bipartite_fwd", backend), arguments)
         y, merged, *_ = kernel("merge_bipartite_fwd", backend)(*arguments)
         library.opcheck(kernel("merge_bipartite_bwd", backend), (y, index, some, merged, 1))
+        library.opcheck(kernel("merge_bipartite_matched", backend), (x, metric, 2, some, weight, None, 1, norm, 1e-5))
     library.opcheck(kernel("unmerge_bipartite_fwd", backend), (y, index, 1))
     library.opcheck(kernel("unmerge_bipartite_bwd", backend), (x, index, 4, 1))
 
@@ -286,6 +287,14 @@ def test_the_compiled_code_checks_again(device):
         ],
     )  # fmt: skip
     refuses(
+        "merge_bipartite_matched",
+        dict(x=x, metric=x, r=2, sizes=sizes, weight=w, bias=None, prefix=1, norm=True, eps=0.0),
+        [
+            {"x": x[0]}, {"x": x.int()}, {"x": x[:, 1:]}, {"metric": x[:1]}, {"metric": x.int()}, {"r": 4}, {"r": -1},
+            {"sizes": sizes[:, 1:]}, {"sizes": sizes.long()}, {"weight": w[:3]}, {"weight": w.long()}, {"prefix": 8},
+        ],
+    )  # fmt: skip
+    refuses(
         "merge_bipartite_bwd",
         {"dy": x, "index": index, "sizes": sizes, "merged": sizes, "prefix": 1},
         [{"dy": x[0]}, {"index": index[:1]}, {"sizes": sizes[:, 1:]}, {"merged": sizes[:, 1:]},
@@ -311,7 +320,8 @@ def test_automatic_choice(device, ran_kernels):
         merged = merge_bipartite(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in good().items()})
         unmerge_bipartite(merged.tokens, merged.index)
     reason = _backends.why_not("merge_bipartite", "native", device, torch.float32)
-    assert names == ({f"{op}_fwd.native" for op in OPS} if reason is None else set())
+    expected = {"merge_bipartite_matched.native", "unmerge_bipartite_fwd.native"}
+    assert names == (expected if reason is None else set())
 
 
 def test_tome_is_public():

@@ -11,6 +11,7 @@ import triton.language as tl
 from ..reference import accumulation_dtype
 from .common import FUSION, cast, for_any, tile, write_rows
 from .launch import Launch, launch, planned
+from .match_bipartite import match_bipartite_fwd
 
 
 @triton.jit
@@ -191,6 +192,12 @@ def merge_bipartite_fwd(x, index, tokens, sizes, weight, bias, prefix, norm, eps
     made = totals, logs, normed, *(statistics if norm else (statistics, statistics))
     y = _sum_rows(x, index, tokens, prefix, sizes, (weight, bias), made, norm, eps)
     return y, totals, logs, normed, statistics
+
+
+def merge_bipartite_matched(x, metric, r, sizes, weight, bias, prefix, norm, eps):
+    index = match_bipartite_fwd(metric, r, prefix)
+    y, *others = merge_bipartite_fwd(x, index, index.shape[1] - r, sizes, weight, bias, prefix, norm, eps)
+    return y, index, *others
 
 
 def merge_bipartite_bwd(dy, index, sizes, merged, prefix):
