@@ -61,6 +61,17 @@ void to_half(const float* in, void* out, int64_t n) {
 #define PAIRS 1
 #include "attention_variant.h"
 #pragma GCC pop_options
+
+#if __GNUC__ >= 11 && defined(__linux__)
+#define TOKENOPS_AMX 1
+#include "tiles.h"
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of GCC 12's own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+#include "attention_amx.h"
+#pragma GCC pop_options
+#endif
 #endif
 
 namespace tokenops::attention {
@@ -70,10 +81,10 @@ int64_t words_of(const Problem& p) {
   return Scratch::layout(p, nullptr, nullptr);
 }
 
-#define TOKENOPS_VARIANT(space, here)                                                               \
+#define TOKENOPS_VARIANT(space, back, here)                                                         \
   {                                                                                                 \
-#space, here, space::attend, space::attend_backward, space::mean_keys, words_of<space::Scratch>,    \
-        words_of<space::BackwardScratch>, space::WIDTH                                              \
+#space, here, space::attend, back::attend_backward, back::mean_keys, words_of<space::Scratch>,      \
+        words_of<back::BackwardScratch>, space::WIDTH                                               \
   }
 
 // All there are, the best first; those of `here` this machine has, for the dtype.
@@ -83,17 +94,24 @@ std::vector<Variant> variants(Type type) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16") && type == Type::BFloat16;
+#if TOKENOPS_AMX
+  const bool tiles = pairs && amx::here();
+#endif
 #endif
   return {
 #if TOKENOPS_X86
+#if TOKENOPS_AMX
+      TOKENOPS_VARIANT(amx, avx512bf16, tiles),
+#else
       {"amx", false},
-      TOKENOPS_VARIANT(avx512bf16, pairs),
-      TOKENOPS_VARIANT(avx512, avx512),
-      TOKENOPS_VARIANT(avx2, avx2),
+#endif
+      TOKENOPS_VARIANT(avx512bf16, avx512bf16, pairs),
+      TOKENOPS_VARIANT(avx512, avx512, avx512),
+      TOKENOPS_VARIANT(avx2, avx2, avx2),
 #else
       {"amx", false}, {"avx512bf16", false}, {"avx512", false}, {"avx2", false},
 #endif
-      TOKENOPS_VARIANT(baseline, true),
+      TOKENOPS_VARIANT(baseline, baseline, true),
   };
 }
 

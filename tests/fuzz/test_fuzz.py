@@ -88,13 +88,14 @@ def test_enough_calls():
 
 @pytest.fixture(scope="session")
 def sanitized_package(tmp_path_factory):
-    """A folder with tokenops whose compiled CPU code has AddressSanitizer and UBSan in it."""
+    """A folder with tokenops whose compiled CPU code has AddressSanitizer and UBSan in it, and tiles in memory."""
     folder = tmp_path_factory.mktemp("sanitized")
     torch_folder = Path(torch.__file__).parent
     flags = (
         "-std=c++17 -O1 -g1 -fPIC -fvisibility=hidden -fsanitize=address,undefined -fno-sanitize-recover=all".split()
     )
-    command = [emulation.CXX, *flags, "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", f"-I{torch_folder / 'include'}"]
+    defined = ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-DTOKENOPS_EMULATED_TILES"]
+    command = [emulation.CXX, *flags, *defined, f"-I{torch_folder / 'include'}"]
 
     def run(*arguments):
         done = subprocess.run([str(a) for a in (*command, *arguments)], capture_output=True, text=True)

@@ -1,0 +1,154 @@
+// Tiles of AMX for the CPU attention in bfloat16. Included once, between pragmas that set the target. A tile is 16 rows of
+// 64 bytes: 16 x 16 floats, or 16 rows of 32 bfloat16. A product C += A B of tiles takes A by rows, and B as words of two
+// rows, one above the other: packed so by `pack_transposed` and `pack_pairs`.
+namespace tokenops::attention::amx {
+
+constexpr int64_t SIDE = 16;           // rows of a tile, and its columns of floats
+constexpr int64_t DEEP = 32;           // bfloat16 of a row of a tile: the depth of one product
+constexpr int64_t TILE = SIDE * DEEP;  // bfloat16 of a tile
+constexpr int64_t BLOCK = 2 * SIDE;    // queries worked on together
+constexpr int64_t WIDTH = BLOCK;
+constexpr float LOG2_E = 1.44269504088896341f;
+
+INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// to[j][i] = from[i][j], 16 x 16 words; rows from `rows` on, and the words that `words` lacks, are zeros
+INLINE void transpose(const void* from, int64_t bytes, int64_t rows, __mmask16 words, int32_t* to, int64_t to_stride) {
+  __m512i r[16], t[16];
+  const char* p = static_cast<const char*>(from);
+  const auto row = [&](int i) { return _mm512_maskz_loadu_epi32(words, p + i * bytes); };
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = i < rows ? row(i) : _mm512_setzero_si512();
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, r[i]);
+}
+
+// The B of a product along the channels, `count` rows as columns: [row / 16][channel / 32] tiles, zeros behind both.
+INLINE void pack_transposed(const uint16_t* from, int64_t stride, int64_t count, int64_t channels, uint16_t* to) {
+  const int64_t deep = padded(channels, DEEP) / DEEP;
+  for (int64_t n = 0; n < count; n += SIDE) {
+    const int64_t rows = count - n < SIDE ? count - n : SIDE;
+    for (int64_t d = 0; d < deep; ++d) {
+      const int64_t left = channels - d * DEEP;
+      const __mmask16 words = left >= DEEP ? 0xffff : (1u << (left / 2)) - 1;
+      int32_t* tile = reinterpret_cast<int32_t*>(to + ((n / SIDE) * deep + d) * TILE);
+      transpose(from + n * stride + d * DEEP, 2 * stride, rows, words, tile, SIDE);
+      if (left < DEEP && left % 2)  // the last channel is half a word
+        for (int64_t i = 0; i < rows; ++i) tile[left / 2 * SIDE + i] = from[(n + i) * stride + channels - 1];
+    }
+  }
+}
+
+// The B of a product along `count` rows, channels as columns: [row / 32][channel / 16] tiles, zeros behind both. There
+// are an even number of columns of tiles.
+INLINE void pack_pairs(const uint16_t* from, int64_t stride, int64_t count, int64_t channels, uint16_t* to) {
+  const int64_t wide = padded(channels, 2 * SIDE) / SIDE;
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // unpacking takes halves of 16 bytes
+  for (int64_t d = 0; d < wide; d += 2) {
+    const int64_t left = channels - d * SIDE;
+    const __mmask32 m = left >= 2 * SIDE ? ~0u : (1u << left) - 1;
+    const auto row = [&](int64_t n) {
+      const uint16_t* at = from + n * stride + d * SIDE;
+      return n < count ? _mm512_permutexvar_epi64(order, _mm512_maskz_loadu_epi16(m, at)) : _mm512_setzero_si512();
+    };
+    for (int64_t n = 0; n < padded(count, DEEP); n += 2) {
+      uint16_t* at = to + ((n / DEEP) * wide + d) * TILE + n % DEEP / 2 * DEEP;
+      const __m512i low = row(n), high = row(n + 1);
+      _mm512_storeu_si512(at, _mm512_unpacklo_epi16(low, high));
+      _mm512_storeu_si512(at + TILE, _mm512_unpackhi_epi16(low, high));
+    }
+  }
+}
+
+// masks of the first n of 16 lanes
+INLINE __mmask16 lanes(int64_t n) { return n >= SIDE ? 0xffff : n > 0 ? (1u << n) - 1 : 0; }
+
+// 2^x by a polynomial on [0, 1): to 7e-5 (degree 3) or 8e-8 (degree 5, of 0 exact); 0 for -inf, NaN for NaN
+template <int DEGREE>
+INLINE __m512 exp2_of(__m512 x) {
+  static_assert(DEGREE == 3 || DEGREE == 5, "");
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p;
+  if constexpr (DEGREE == 3) {
+    p = _mm512_set1_ps(7.802452118e-02f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.260671575e-01f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.958335398e-01f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.999252186e-01f));
+  } else {
+    p = _mm512_set1_ps(1.867141713e-03f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.017005667e-03f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.579993074e-02f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.401644453e-01f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931513122e-01f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  }
+  return _mm512_scalef_ps(p, x);
+}
+
+// The sums of 16 vectors.
+INLINE __m512 row_sums(const float* at) {
+  __m512 r[SIDE];
+#pragma GCC unroll 16
+  for (int i = 0; i < SIDE; ++i) r[i] = _mm512_loadu_ps(at + i * SIDE);
+#pragma GCC unroll 8
+  for (int i = 0; i < SIDE; i += 2) {
+    r[i / 2] = _mm512_add_ps(_mm512_unpacklo_ps(r[i], r[i + 1]), _mm512_unpackhi_ps(r[i], r[i + 1]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    const __m512d a = (__m512d)r[i], b = (__m512d)r[i + 1];
+    r[i / 2] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(a, b), (__m512)_mm512_unpackhi_pd(a, b));
+  }
+  for (int i = 0; i < 2; ++i) {  // four rows in each quarter; quarters of a and b, and what is opposite
+    const __m512 a = r[2 * i], b = r[2 * i + 1];
+    r[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  return _mm512_add_ps(_mm512_shuffle_f32x4(r[0], r[1], 0x88), _mm512_shuffle_f32x4(r[0], r[1], 0xdd));
+}
+
+// The log of a vector of sums, to a few units of the last place.
+INLINE __m512 log_of(__m512 x) {
+  const __m512 m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+  const __mmask16 halved = _mm512_cmp_ps_mask(m, _mm512_set1_ps(1.0f), _CMP_LT_OQ);
+  __m512 e = _mm512_getexp_ps(x);
+  e = _mm512_mask_add_ps(e, halved, e, _mm512_set1_ps(1.0f));
+  const __m512 one = _mm512_set1_ps(1.0f), f = _mm512_sub_ps(m, one), t = _mm512_div_ps(f, _mm512_add_ps(m, one));
+  const __m512 t2 = _mm512_mul_ps(t, t);
+  __m512 q = _mm512_set1_ps(2.0f / 9);
+  q = _mm512_fmadd_ps(q, t2, _mm512_set1_ps(2.0f / 7));
+  q = _mm512_fmadd_ps(q, t2, _mm512_set1_ps(2.0f / 5));
+  q = _mm512_fmadd_ps(q, t2, _mm512_set1_ps(2.0f / 3));
+  q = _mm512_mul_ps(_mm512_mul_ps(q, t2), t);
+  q = _mm512_fmadd_ps(_mm512_set1_ps(2.0f), t, q);
+  return _mm512_fmadd_ps(e, _mm512_set1_ps(0.693147181f), q);
+}
+
+#include "attention_amx_forward.h"
+
+}  // namespace tokenops::attention::amx
