@@ -151,4 +151,6 @@ INLINE __m512 log_of(__m512 x) {
 
 #include "attention_amx_forward.h"
 
+#include "attention_amx_backward.h"
+
 }  // namespace tokenops::attention::amx

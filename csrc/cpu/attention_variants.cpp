@@ -81,10 +81,10 @@ int64_t words_of(const Problem& p) {
   return Scratch::layout(p, nullptr, nullptr);
 }
 
-#define TOKENOPS_VARIANT(space, back, here)                                                         \
+#define TOKENOPS_VARIANT(space, plain, here)                                                        \
   {                                                                                                 \
-#space, here, space::attend, back::attend_backward, back::mean_keys, words_of<space::Scratch>,      \
-        words_of<back::BackwardScratch>, space::WIDTH                                               \
+#space, here, space::attend, space::attend_backward, plain::mean_keys, words_of<space::Scratch>,    \
+        words_of<space::BackwardScratch>, space::WIDTH                                              \
   }
 
 // All there are, the best first; those of `here` this machine has, for the dtype.
