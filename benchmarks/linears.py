@@ -2,7 +2,7 @@
 
 Every linear layer of a dense and of a slim DeiT-S is taken from a run of the model with its number of rows, and run
 alone as torch.compile with freezing runs it (weights packed once; in bf16 GELU in the same primitive), one after the
-other, both models interleaved. A sample is two runs behind four that are not timed: only then are the weights in the
+other, both models interleaved. A sample is a run behind four that are not timed: only then are the weights in the
 caches that the other model has filled. A line a method:
   cap       dense time / slim time, with quartiles: the speed-up if all else cost nothing, or as much in proportion
   ratio     the same of these layers' FLOPs
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import tokenops
+from timers import Clock
 from tokenops.cli.comparison import made
-from tokenops.cli.timing import Spread, clock, interleaved, ratio
+from tokenops.cli.timing import Spread, interleaved, ratio
 
 DENSE = "deit_small_patch16_224"
 HEAD_WIDTHS = (40, 52)  # of q and k, and of v: what CAIT leaves of 64
@@ -123,13 +124,6 @@ def alone(found: list[Layer]) -> Callable[[], None]:
     return call
 
 
-def steady(call: Callable[[], object]) -> float:
-    """Seconds of a call when nothing else has run for a while."""
-    for _ in range(4):
-        call()
-    return sum(clock("cpu")(call) for _ in range(2)) / 2
-
-
 class Cap(NamedTuple):
     """What the linear layers of two models allow."""
 
@@ -146,7 +140,7 @@ def cap(dense: nn.Module, slim: nn.Module, images: Tensor, rounds: int = 11) -> 
     """Of two models on the same images, on a CPU."""
     found = {"dense": layers(dense, images), "slim": layers(slim, images)}
     sides = {name: alone(side) for name, side in found.items()}
-    times = interleaved(sides, rounds, steady)
+    times = interleaved(sides, rounds, Clock().settled)
     flops = {name: sum(layer.flops for layer in side) for name, side in found.items()}
     return Cap(ratio(times["dense"], times["slim"]), flops["dense"] / flops["slim"])
 

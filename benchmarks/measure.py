@@ -196,7 +196,7 @@ class Bench:
         for _ in range(TRIES):
             pulse = Pulse(self.clock, self.dtype, self.quick)
             pulse.beat()
-            times = self.clock.side_by_side(sides, budget, rounds, False, pulse.beat_again)
+            times = self.clock.side_by_side(sides, budget, rounds, False, pulse.beat_again, settled=True)
             pulse.beat()
             found = pulse.found()
             if self.quick or self.lines or all(figures["moved"] <= MOVED for figures in found.values()):

@@ -18,20 +18,25 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // A contiguous tensor, not filled, of the dtype of another. (torch::stable::new_empty looks its operator up by name.)
-inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                         std::optional<ScalarType> type = std::nullopt) {
+inline Tensor new_tensor(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims,
+                         std::optional<ScalarType> type) {
   int32_t dtype, device, index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   if (type) dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*type));
   else TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, device, index, &made));
+  return Tensor(made);
+}
+
+inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                         std::optional<ScalarType> type = std::nullopt) {
   const int64_t dims = static_cast<int64_t>(sizes.size());
   int64_t strides[8], stride = 1;
   STD_TORCH_CHECK(dims <= 8, "at most 8 dimensions");
   for (int64_t d = dims - 1; d >= 0; --d) strides[d] = stride, stride *= sizes[d] > 1 ? sizes[d] : 1;
-  AtenTensorHandle made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.data(), strides, dtype, device, index, &made));
-  return Tensor(made);
+  return new_tensor(like, sizes.data(), strides, dims, type);
 }
 
 // (B, N, C) of any strides

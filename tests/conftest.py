@@ -1,5 +1,6 @@
 """Fixtures every test shares. Without a GPU the Triton kernels run interpreted; `--device cuda` runs them for real."""
 
+import contextlib
 import inspect
 import os
 import re
@@ -167,8 +168,9 @@ def pytest_runtest_makereport(item):
     return report
 
 
-#: operators whose CPU path is torch's own kernels with compiled code between them, or without it: "composed"
-COMPOSED = ("soft_aggregate", "masked_channel_attention")
+#: operators whose CPU path has two forms: torch's own kernels with compiled code between them, or without it; with code
+#: for AVX-512 and AMX, or without it. "composed" is without
+COMPOSED = ("soft_aggregate", "token_mlp", "masked_channel_attention")
 
 
 @pytest.fixture
@@ -182,17 +184,19 @@ def backend(request, device, monkeypatch):
 
     operator, name = request.module.OPERATOR, request.param
     asked = "native" if name == "composed" else name
+    limited = contextlib.nullcontext()
     if name == "composed" and operator in _backends.COMPOSED:  # an overload of its own
         monkeypatch.setattr("tokenops._native.attention_isa", lambda dtype: None)
     elif name == "composed":
-        monkeypatch.setattr(f"tokenops._cpu.{operator}._compiled", lambda *tensors: False)
         name = "native"
+        if _native.why_not("cpu") is None:
+            limited = _native.limit_cpu_isa("avx2")
     reason = _backends.why_not(operator, asked, device, torch.float32)
     if name == "native" and operator in _backends.COMPOSED:
         reason = _native.why_not(device)
     if device == "cpu" and reason is not None and "no C++ compiler" in reason:
         pytest.skip(reason)
-    with tokenops.use_backend(asked):
+    with limited, tokenops.use_backend(asked):
         yield name
 
 

@@ -44,6 +44,9 @@ COMPILED = frozenset(
 #: operators compiled for what most ask, and composed of torch's kernels for the rest: fp64, and without a compiler
 COMPOSED = frozenset({"masked_channel_attention"})
 
+#: with those that are compiled on a CPU and have no native path on a GPU
+COMPILED_ON_CPU = COMPILED | {"soft_aggregate", "soft_scatter"}
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -97,7 +100,7 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
         return f"{op} has no {backend} path on {device}"
     if dtype not in FLOATS:
         return f"{op} takes {', '.join(str(d)[6:] for d in FLOATS)}, not {str(dtype)[6:]}"
-    if backend == "native" and op in COMPILED - COMPOSED:
+    if backend == "native" and op in COMPILED_ON_CPU - COMPOSED:
         return _native.why_not(device)
     if backend == "triton":
         if not HAS_TRITON:

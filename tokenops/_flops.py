@@ -42,7 +42,7 @@ def _token_mlp_bwd(dy, z, w1, b1, w2, *args, **kwargs):
 
 @register_flop_formula(_ops.masked_channel_attention_fwd)
 def _masked_channel_attention_fwd(q, k, v, *args, **kwargs):
-    return 2 * _attention(q, k, v, args[-2:], 1, 1)
+    return 2 * _attention(q, k, v, args[8:10], 1, 1)
 
 
 @register_flop_formula(_ops.masked_channel_attention_bwd)

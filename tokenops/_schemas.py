@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _vmap
-from ._backends import COMPILED, COMPOSED, TABLE
+from ._backends import COMPILED_ON_CPU, COMPOSED, TABLE
 from .reference import accumulation_dtype, heads_of
 
 _SCHEMAS = {
@@ -23,9 +23,10 @@ _SCHEMAS = {
     "token_mlp_fwd": "(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2) -> Tensor",
     "token_mlp_bwd": "(Tensor dy, Tensor z, Tensor w1, Tensor? b1, Tensor w2)"
     " -> (Tensor dz, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
-    # without k and v, q is all three side by side, of so many heads with so many channels of q
+    # without k and v, q is all three side by side, of so many heads with so many channels of q; lse is empty if not kept
     "masked_channel_attention_fwd": "(Tensor q, Tensor? k, Tensor? v, Tensor? qk_mask, Tensor? v_mask, Tensor? bias,"
-    " Tensor? lengths, float scale, str scores, bool mean, bool key_mean, SymInt heads=0, SymInt channels=0)"
+    " Tensor? lengths, float scale, str scores, bool mean, bool key_mean, SymInt heads=0, SymInt channels=0,"
+    " bool keep=True)"
     " -> (Tensor out, Tensor scores, Tensor lse, Tensor key_mean)",
     "masked_channel_attention_bwd": "(Tensor dout, Tensor? dscores, Tensor? dlse, Tensor q, Tensor? k, Tensor? v,"
     " Tensor? qk_mask, Tensor? v_mask, Tensor? bias, Tensor? lengths, Tensor out, Tensor lse, float scale, str scores,"
@@ -122,7 +123,7 @@ def apart(q, k, v, heads, channels):
 
 
 def _masked_channel_attention_fwd(
-    q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0
+    q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0, keep=True
 ):
     q, k, v = apart(q, k, v, heads, channels)
     (B, H, M, _), (N, D) = q.shape, k.shape[2:]
@@ -130,7 +131,7 @@ def _masked_channel_attention_fwd(
     return (
         heads_inside(q, M, v.shape[3]),
         q.new_empty((0,) if scores == "none" else (B, N) if mean else (B, H, N), dtype=wide),
-        q.new_empty((B, H, M), dtype=wide),
+        q.new_empty((B, H, M) if keep else (0,), dtype=wide),
         k.new_empty((B, N, D) if key_mean else (0,)),
     )
 
@@ -301,7 +302,7 @@ def _register() -> None:
             )
             for device, backends in TABLE[op].items():
                 composed = backend == "composed" and device == "cpu"
-                if composed or backend in backends and not (backend == "native" and op in COMPILED):
+                if composed or backend in backends and not (backend == "native" and op in COMPILED_ON_CPU):
                     room = "_triton" if backend == "triton" else f"_{device}"
                     module = f".{room}.{MODULES.get((room, name), op)}"
                     _library.impl(overload, _late(module, name), device.upper())
@@ -311,10 +312,11 @@ def _register() -> None:
 
 _register()
 
-# Parts of the CPU path, compiled; they fill the tensors they are given and are called below autograd only.
-_library.define("aggregation_weights_fwd(Tensor w, float scale, Tensor? mask, Tensor(a!) a) -> ()", tags=_TAGS)
+# Parts of the CPU path, compiled, called below autograd only.
+_library.define("token_mlp_tiles_fwd(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2) -> Tensor", tags=_TAGS)
 _library.define(
-    "aggregation_weights_bwd(Tensor da, Tensor a, Tensor w, float scale, Tensor(a!) dw, Tensor(b!) partial) -> ()",
+    "token_mlp_tiles_bwd(Tensor dy, Tensor z, Tensor w1, Tensor? b1, Tensor w2)"
+    " -> (Tensor dz, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
     tags=_TAGS,
 )
 

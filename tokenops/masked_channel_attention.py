@@ -182,7 +182,8 @@ def _attended(op: str, q: Tensor, k: Any, v: Any, sizes: Any, given: "_Given") -
     if needs_grad(*tensors):
         results = _MaskedChannelAttention.of(*tensors, given.key_lengths, *options, backend)
     else:
-        results = kernel("masked_channel_attention_fwd", backend)(*tensors, given.key_lengths, *options)
+        arguments = *tensors, given.key_lengths, *options, given.return_lse
+        results = kernel("masked_channel_attention_fwd", backend)(*arguments)
     asked = given.scores is not None, given.return_lse, given.return_key_mean
     return tuple(compress(results, (True, *asked))) if any(asked) else results[0]
 

@@ -1,16 +1,16 @@
 // The weights of soft_aggregate on a CPU, A = softmax over the tokens of scale * w, and their gradient: what torch's
 // softmax does in several passes (scale, mask, logits of -inf, conversion), in one, vectorised along memory.
-#include "../common.h"
+#include "soft_aggregate.h"
 #include "rows.h"
 
+#include <cmath>
 #include <limits>
-#include <optional>
 #include <vector>
 
 namespace tokenops {
 namespace {
 
-using torch::headeronly::ScalarType;
+using soft_aggregate::Mask;
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();  // the logit of a token that does not count
 constexpr int64_t BLOCK = 64;                                   // slots taken together where they lie side by side
@@ -151,18 +151,8 @@ void scatter(const Layout& l, const float* in, T* data, int64_t b, int64_t slot,
   }
 }
 
-struct Mask {
-  const bool* data = nullptr;
-  int64_t stride_b = 0, stride_n = 0;
-  explicit Mask(const std::optional<Tensor>& mask) {
-    if (!mask) return;
-    data = static_cast<const bool*>(mask->data_ptr()), stride_b = mask->stride(0), stride_n = mask->stride(1);
-  }
-  const bool* image(int64_t b) const { return data ? data + b * stride_b : nullptr; }
-};
-
 template <typename W, typename X>
-void weights(const Tensor& w, float scale, const Mask& mask, Tensor& a) {
+void weights_of(const Tensor& w, float scale, const Mask& mask, Tensor& a) {
   const Layout l = layout(w);
   const W* logits = static_cast<const W*>(w.data_ptr());
   X* out = static_cast<X*>(a.data_ptr());
@@ -174,7 +164,7 @@ void weights(const Tensor& w, float scale, const Mask& mask, Tensor& a) {
 }
 
 template <typename W, typename X>
-void weights_backward(const Tensor& da, const Tensor& a, const Tensor& w, float scale, Tensor& dw, Tensor& partial) {
+void weights_backward_of(const Tensor& da, const Tensor& a, const Tensor& w, float scale, Tensor& dw, Tensor& partial) {
   Layout l = layout(w), from = l, of_a = l;  // all lie in the order of w
   from.stride_b = da.stride(0), from.row_stride = l.across ? da.stride(1) : da.stride(2);
   of_a.stride_b = a.stride(0), of_a.row_stride = l.across ? a.stride(1) : a.stride(2);
@@ -194,78 +184,118 @@ void weights_backward(const Tensor& da, const Tensor& a, const Tensor& w, float 
   });
 }
 
+// The same of any dtypes in fp64, number by number: for where one of them is fp64.
+struct Numbers {
+  char* data;
+  ScalarType type;
+  int64_t stride_b, stride_n, stride_m;
+  explicit Numbers(const Tensor& t)
+      : data(static_cast<char*>(t.data_ptr())), type(t.scalar_type()),
+        stride_b(t.stride(0)), stride_n(t.stride(1)), stride_m(t.stride(2)) {}
+  template <typename F>
+  void of_type(const F& f) const {
+    if (type == ScalarType::Double) f(reinterpret_cast<double*>(data));
+    else if (type == ScalarType::Float) f(reinterpret_cast<float*>(data));
+    else if (type == ScalarType::BFloat16) f(reinterpret_cast<BFloat16*>(data));
+    else f(reinterpret_cast<Half*>(data));
+  }
+  int64_t at(int64_t b, int64_t m) const { return b * stride_b + m * stride_m; }
+  void read_slot(int64_t b, int64_t m, std::vector<double>& to) const {
+    of_type([&](auto* from) {
+      for (size_t n = 0; n < to.size(); ++n) to[n] = static_cast<double>(from[at(b, m) + n * stride_n]);
+    });
+  }
+  void write_slot(int64_t b, int64_t m, const std::vector<double>& from) const {
+    of_type([&](auto* to) {
+      using T = std::remove_pointer_t<decltype(to)>;
+      for (size_t n = 0; n < from.size(); ++n) to[at(b, m) + n * stride_n] = static_cast<T>(from[n]);
+    });
+  }
+};
+
+template <typename F>
+void for_slots(const Tensor& w, const F& f) {
+  const int64_t M = w.size(2), grain = 1 + (1 << 12) / (1 + w.size(1));
+  torch::stable::parallel_for(0, w.size(0) * M, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i / M, i % M);
+  });
+}
+
+void weights_in_double(const Tensor& w, double scale, const Mask& mask, Tensor& a) {
+  for_slots(w, [&, from = Numbers(w), to = Numbers(a)](int64_t b, int64_t m) {
+    constexpr double none = NONE;
+    std::vector<double> s(w.size(1));
+    from.read_slot(b, m, s);
+    double high = none, total = 0;
+    for (size_t n = 0; n < s.size(); ++n) {
+      if (mask.data && !mask.image(b)[n * mask.stride_n]) s[n] = none;
+      if (s[n] != none) s[n] *= scale;
+      high = s[n] > high ? s[n] : high;
+    }
+    for (double& x : s) total += x = std::exp(x - (high == none ? 0 : high));
+    for (double& x : s) x = total == 0 ? 0 : x / total;
+    to.write_slot(b, m, s);
+  });
+}
+
+void weights_backward_in_double(const Tensor& da, const Tensor& a, const Tensor& w, double scale, Tensor& dw,
+                                Tensor& partial) {
+  double* sums = partial.numel() ? static_cast<double*>(partial.data_ptr()) : nullptr;
+  const Numbers gradient(da), given(a), logits(w), to(dw);
+  for_slots(w, [&](int64_t b, int64_t m) {
+    std::vector<double> weight(w.size(1)), ds(w.size(1)), s(w.size(1));
+    gradient.read_slot(b, m, ds), given.read_slot(b, m, weight), logits.read_slot(b, m, s);
+    double delta = 0, total = 0, products = 0;
+    for (size_t n = 0; n < s.size(); ++n) delta += weight[n] * ds[n], total += weight[n];
+    delta = total == 0 ? 0 : delta / total;
+    for (size_t n = 0; n < s.size(); ++n) {
+      ds[n] = weight[n] * (ds[n] - delta);
+      if (weight[n] != 0) products += ds[n] * s[n];  // what does not count may be NaN
+      ds[n] *= scale;
+    }
+    to.write_slot(b, m, ds);
+    if (sums) sums[b * w.size(2) + m] = products;
+  });
+}
+
+bool any_double(const Tensor& w, const Tensor& a) {
+  return w.scalar_type() == ScalarType::Double || a.scalar_type() == ScalarType::Double;
+}
+
 // f(a null pointer of w's type, one of x's): fp16, bf16 or fp32 each
 template <typename F>
 void dispatch(ScalarType w, ScalarType x, const F& f) {
   const auto second = [&](auto first) {
     if (x == ScalarType::Float) f(first, static_cast<float*>(nullptr));
     else if (x == ScalarType::BFloat16) f(first, static_cast<BFloat16*>(nullptr));
-    else if (x == ScalarType::Half) f(first, static_cast<Half*>(nullptr));
-    else STD_TORCH_CHECK(false, "aggregation_weights takes float16, bfloat16 and float32");
+    else f(first, static_cast<Half*>(nullptr));
   };
   if (w == ScalarType::Float) second(static_cast<float*>(nullptr));
   else if (w == ScalarType::BFloat16) second(static_cast<BFloat16*>(nullptr));
-  else if (w == ScalarType::Half) second(static_cast<Half*>(nullptr));
-  else STD_TORCH_CHECK(false, "aggregation_weights takes float16, bfloat16 and float32");
-}
-
-void check(const Tensor& w, const std::optional<Tensor>& mask) {
-  STD_TORCH_CHECK(w.dim() == 3 && !w.is_cuda(), "w must be (B, N, M) on a CPU");
-  STD_TORCH_CHECK(w.stride(1) == 1 || w.stride(2) == 1 || w.size(1) == 1 || w.size(2) == 1 || w.numel() == 0,
-                  "w must have a stride of 1");
-  if (mask) {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool && mask->dim() == 2, "mask must be (B, N) bool");
-    STD_TORCH_CHECK(mask->size(0) == w.size(0) && mask->size(1) == w.size(1), "mask must be (B, N)");
-  }
-}
-
-// t has w's sizes, and side by side what w has; `whole`: it lies in memory in w's order without gaps
-void check_like(const char* name, const Tensor& t, const Tensor& w, ScalarType type, bool whole) {
-  STD_TORCH_CHECK(t.dim() == 3 && !t.is_cuda() && t.scalar_type() == type, name, " must be (B, N, M), of its dtype");
-  STD_TORCH_CHECK(t.size(0) == w.size(0) && t.size(1) == w.size(1) && t.size(2) == w.size(2), name,
-                  " must have w's sizes");
-  const int side = layout(w).across ? 2 : 1, other = 3 - side;
-  bool fits = t.stride(side) == 1 || t.size(side) == 1;
-  if (whole) {
-    fits = fits && (t.stride(other) == t.size(side) || t.size(other) == 1) &&
-           (t.stride(0) == t.size(1) * t.size(2) || t.size(0) == 1);
-  }
-  STD_TORCH_CHECK(fits || t.numel() == 0, name, " must lie in w's order");
-}
-
-// a is written whole, contiguous in w's order of dimensions
-void aggregation_weights_fwd(Tensor w, double scale, std::optional<Tensor> mask, Tensor a) {
-  check(w, mask);
-  check_like("a", a, w, a.scalar_type(), true);
-  if (w.numel() == 0) return;
-  dispatch(w.scalar_type(), a.scalar_type(), [&](auto* logit, auto* weight) {
-    using W = std::remove_pointer_t<decltype(logit)>;
-    using X = std::remove_pointer_t<decltype(weight)>;
-    weights<W, X>(w, static_cast<float>(scale), Mask(mask), a);
-  });
-}
-
-// da and a have the tokens' dtype, w and dw (which may be da) the logits'; partial: shares of the scale's gradient, (B,
-// M), or nothing
-void aggregation_weights_bwd(Tensor da, Tensor a, Tensor w, double scale, Tensor dw, Tensor partial) {
-  check(w, std::nullopt);
-  check_like("da", da, w, a.scalar_type(), false), check_like("a", a, w, a.scalar_type(), false);
-  check_like("dw", dw, w, w.scalar_type(), true);
-  STD_TORCH_CHECK(partial.numel() == 0 || (partial.numel() == w.size(0) * w.size(2) && partial.is_contiguous() &&
-                                           partial.scalar_type() == ScalarType::Float && !partial.is_cuda()),
-                  "partial must be (B, M), float32, contiguous, or empty");
-  if (w.numel() == 0) return;
-  dispatch(w.scalar_type(), a.scalar_type(), [&](auto* logit, auto* weight) {
-    using W = std::remove_pointer_t<decltype(logit)>;
-    using X = std::remove_pointer_t<decltype(weight)>;
-    weights_backward<W, X>(da, a, w, static_cast<float>(scale), dw, partial);
-  });
+  else second(static_cast<Half*>(nullptr));
 }
 
 }  // namespace
-}  // namespace tokenops
 
-STABLE_TORCH_LIBRARY_IMPL(tokenops, CPU, m) {
-  m.impl("aggregation_weights_fwd", TORCH_BOX(&tokenops::aggregation_weights_fwd));
-  m.impl("aggregation_weights_bwd", TORCH_BOX(&tokenops::aggregation_weights_bwd));
+void soft_aggregate::weights(const Tensor& w, double scale, const Mask& mask, Tensor& a) {
+  if (w.numel() == 0) return;
+  if (any_double(w, a)) return weights_in_double(w, scale, mask, a);
+  dispatch(w.scalar_type(), a.scalar_type(), [&](auto* logit, auto* weight) {
+    using W = std::remove_pointer_t<decltype(logit)>;
+    using X = std::remove_pointer_t<decltype(weight)>;
+    weights_of<W, X>(w, static_cast<float>(scale), mask, a);
+  });
 }
+
+void soft_aggregate::weights_backward(const Tensor& da, const Tensor& a, const Tensor& w, double scale, Tensor& dw,
+                                      Tensor& partial) {
+  if (w.numel() == 0) return;
+  if (any_double(w, a)) return weights_backward_in_double(da, a, w, scale, dw, partial);
+  dispatch(w.scalar_type(), a.scalar_type(), [&](auto* logit, auto* weight) {
+    using W = std::remove_pointer_t<decltype(logit)>;
+    using X = std::remove_pointer_t<decltype(weight)>;
+    weights_backward_of<W, X>(da, a, w, static_cast<float>(scale), dw, partial);
+  });
+}
+
+}  // namespace tokenops

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <string>
 
 namespace tokenops::attention {
 
@@ -18,7 +17,7 @@ struct Rows {
   int64_t stride_b, stride_h, stride_n;
 };
 
-// One call. Masks, bias, lengths and scores may be null. Scores are the probabilities of query 0 or, `received`, the
+// One call. Masks, bias, lengths, lse and scores may be null. Scores are the probabilities of query 0 or, `received`, the
 // mean over the queries. The queries of a head are worked on in `splits` parts.
 struct Problem {
   Type type;
@@ -66,7 +65,6 @@ INLINE uint16_t to_bfloat16(float x) {  // to nearest even
 
 struct Variant {
   const char* name;
-  bool here;  // this machine has it, for this dtype
   void (*attend)(const Problem&, int32_t*, int64_t, int64_t);
   void (*attend_backward)(const Problem&, const Gradients&, int32_t*, int64_t, int64_t);
   void (*mean_keys)(const Problem&, char*, int64_t, int64_t);
@@ -75,7 +73,7 @@ struct Variant {
   int64_t width;
 };
 
-// The best that this machine has for the dtype, among those that may be used.
+// The best for the dtype that may be used.
 Variant choose(Type type);
 
 // half precision is converted by its own functions, not inlined (float16.cpp's are as good as any here)

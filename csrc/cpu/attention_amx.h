@@ -3,6 +3,10 @@
 // rows, one above the other: packed so by `pack_transposed` and `pack_pairs`.
 namespace tokenops::attention::amx {
 
+#include "avx512.h"
+
+using tokenops::amx::Tiles;
+
 constexpr int64_t SIDE = 16;           // rows of a tile, and its columns of floats
 constexpr int64_t DEEP = 32;           // bfloat16 of a row of a tile: the depth of one product
 constexpr int64_t TILE = SIDE * DEEP;  // bfloat16 of a tile
@@ -14,37 +18,12 @@ INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // to[j][i] = from[i][j], 16 x 16 words; rows from `rows` on, and the words that `words` lacks, are zeros
 INLINE void transpose(const void* from, int64_t bytes, int64_t rows, __mmask16 words, int32_t* to, int64_t to_stride) {
-  __m512i r[16], t[16];
+  __m512i r[16];
   const char* p = static_cast<const char*>(from);
   const auto row = [&](int i) { return _mm512_maskz_loadu_epi32(words, p + i * bytes); };
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) r[i] = i < rows ? row(i) : _mm512_setzero_si512();
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-  }
+  transpose_words(r);
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, r[i]);
 }
@@ -84,31 +63,6 @@ INLINE void pack_pairs(const uint16_t* from, int64_t stride, int64_t count, int6
       _mm512_storeu_si512(at + TILE, _mm512_unpackhi_epi16(low, high));
     }
   }
-}
-
-// masks of the first n of 16 lanes
-INLINE __mmask16 lanes(int64_t n) { return n >= SIDE ? 0xffff : n > 0 ? (1u << n) - 1 : 0; }
-
-// 2^x by a polynomial on [0, 1): to 7e-5 (degree 3) or 8e-8 (degree 5, of 0 exact); 0 for -inf, NaN for NaN
-template <int DEGREE>
-INLINE __m512 exp2_of(__m512 x) {
-  static_assert(DEGREE == 3 || DEGREE == 5, "");
-  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  __m512 p;
-  if constexpr (DEGREE == 3) {
-    p = _mm512_set1_ps(7.802452118e-02f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.260671575e-01f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.958335398e-01f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.999252186e-01f));
-  } else {
-    p = _mm512_set1_ps(1.867141713e-03f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.017005667e-03f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.579993074e-02f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.401644453e-01f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931513122e-01f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  }
-  return _mm512_scalef_ps(p, x);
 }
 
 // The sums of 16 vectors.

@@ -96,7 +96,7 @@ INLINE const uint16_t* masked(const uint16_t* rows, int64_t* stride, int64_t cou
   if (!mask) return rows;
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t d = 0; d < channels; d += SIDE) {
-      const __mmask16 m = lanes(channels - d);
+      const __mmask16 m = first_of_16(channels - d);
       store_rounded(to + i * channels + d, m, widened(rows + i * *stride + d, m) * _mm512_maskz_loadu_ps(m, mask + d));
     }
   }
@@ -178,7 +178,7 @@ INLINE void attend_backward_block(const Problem& p, const Gradients& g, const Ba
   const int64_t bh = b * p.H + h;
     __m512 base[V], delta[V], total[V];
   for (int v = 0; v < V; ++v) {
-    const __mmask16 here = lanes(count - v * SIDE);
+    const __mmask16 here = first_of_16(count - v * SIDE);
     const __m512 lse = _mm512_maskz_loadu_ps(here, p.lse + bh * p.M + m + v * SIDE);
     const __mmask16 empty = _mm512_cmp_ps_mask(lse, _mm512_set1_ps(NONE), _CMP_EQ_OQ);
     base[v] = _mm512_mask_mul_ps(_mm512_set1_ps(NONE), here, lse, _mm512_set1_ps(-LOG2_E));
@@ -227,7 +227,7 @@ INLINE void attend_backward_block(const Problem& p, const Gradients& g, const Ba
   for (int64_t i = 0; i < count; ++i) {
     const float* row = s.turned + (i / 4 % 2 * SIDE + i / 8 * 4 + i % 4) * width_k;
     for (int64_t d = 0; d < p.DK; d += SIDE) {
-      const __mmask16 l = lanes(p.DK - d);
+      const __mmask16 l = first_of_16(p.DK - d);
       __m512 x = _mm512_load_ps(row + d) * _mm512_set1_ps(p.scale);
       if (p.qk_mask) {
         float* sum = g.dqk_mask + bh * p.DK + d;
@@ -256,7 +256,7 @@ INLINE void store_sums(const float* sums, int64_t width, int64_t count, int64_t 
                        const float* mask, const uint16_t* values, float* dmask, uint16_t* to, int64_t stride) {
   for (int64_t n = 0; n < count; ++n) {
     for (int64_t d = 0; d < channels; d += SIDE) {
-      const __mmask16 l = lanes(channels - d);
+      const __mmask16 l = first_of_16(channels - d);
       __m512 x = _mm512_load_ps(sums + n * width + d) * _mm512_set1_ps(factor);
       if (mask) {
         const __m512 more = widened(values + n * width + d, l) * x;

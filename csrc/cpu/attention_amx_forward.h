@@ -186,7 +186,7 @@ INLINE void exponentials(const Scratch& s, const Chunk& chunk, int64_t i, float 
   }
   int64_t n = 0;
   for (; n + DEEP <= chunk.keys; n += DEEP) part(n, false, 0xffff, 0xffff);
-  if (n < chunk.keys) part(n, true, lanes(chunk.keys - n), lanes(chunk.keys - n - SIDE));
+  if (n < chunk.keys) part(n, true, first_of_16(chunk.keys - n), first_of_16(chunk.keys - n - SIDE));
 #pragma GCC unroll 4
   for (int r = 0; r < 4; ++r) {
     _mm512_storeu_ps(at(s.sums, r), sum[r]);
@@ -227,8 +227,8 @@ INLINE void load_queries(const Problem& p, const Scratch& s, Chunk& block, uint1
         const __m512 low = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(x)), 16);
         const __m512 high = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(x, 1)), 16);
         x = (__m512i)_mm512_cvtne2ps_pbh(
-            _mm512_mul_ps(high, _mm512_maskz_loadu_ps(lanes(left - SIDE), mask + d + SIDE)),
-            _mm512_mul_ps(low, _mm512_maskz_loadu_ps(lanes(left), mask + d)));
+            _mm512_mul_ps(high, _mm512_maskz_loadu_ps(first_of_16(left - SIDE), mask + d + SIDE)),
+            _mm512_mul_ps(low, _mm512_maskz_loadu_ps(first_of_16(left), mask + d)));
       }
       _mm512_storeu_si512(to + i * s.deep * DEEP + d, x);
     }
@@ -260,8 +260,8 @@ INLINE void store_result(const Problem& p, const Scratch& s, const Chunk& block)
       const int64_t left = p.DV - d;
       __m512 low = _mm512_mul_ps(share, _mm512_loadu_ps(at)), high = _mm512_mul_ps(share, _mm512_loadu_ps(at + SIDE));
       if (mask) {
-        low = _mm512_mul_ps(low, _mm512_maskz_loadu_ps(lanes(left), mask + d));
-        high = _mm512_mul_ps(high, _mm512_maskz_loadu_ps(lanes(left - SIDE), mask + d + SIDE));
+        low = _mm512_mul_ps(low, _mm512_maskz_loadu_ps(first_of_16(left), mask + d));
+        high = _mm512_mul_ps(high, _mm512_maskz_loadu_ps(first_of_16(left - SIDE), mask + d + SIDE));
       }
       const __mmask32 m = left >= DEEP ? ~0u : (1u << left) - 1;
       _mm512_mask_storeu_epi16(out + i * p.out.stride_n + d, m, (__m512i)_mm512_cvtne2ps_pbh(high, low));
@@ -274,7 +274,7 @@ INLINE void store_scores(const Problem& p, const Scratch& s, const Chunk& block)
   const Head& head = *block.head;
   if (p.received && block.first) std::memset(s.received, 0, 4 * s.rows);
   for (int64_t n = 0; n < head.N; n += SIDE) {
-    __mmask16 counts = lanes(head.N - n);
+    __mmask16 counts = first_of_16(head.N - n);
     if (head.bias) counts &= _mm512_cmp_ps_mask(_mm512_loadu_ps(head.bias + n), _mm512_set1_ps(NONE), _CMP_NEQ_UQ);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t i = 0; i < (p.received ? block.count : 1); ++i) {
@@ -286,7 +286,7 @@ INLINE void store_scores(const Problem& p, const Scratch& s, const Chunk& block)
       _mm512_storeu_ps(s.received + n, sum);
       sum = _mm512_div_ps(sum, _mm512_set1_ps(p.M));
     }
-    if (!p.received || block.last) _mm512_mask_storeu_ps(head.scores + n, lanes(head.N - n), sum);
+    if (!p.received || block.last) _mm512_mask_storeu_ps(head.scores + n, first_of_16(head.N - n), sum);
   }
 }
 
@@ -303,7 +303,7 @@ static __attribute__((noinline)) void do_carefully(const Problem& p, const Scrat
   for (int64_t i = 0; i < block.count; ++i) {
     const auto logit = [&](int64_t n) {
       const __m512 add = head.bias ? _mm512_loadu_ps(head.bias + n) : _mm512_setzero_ps();
-      const __mmask16 counts = lanes(head.N - n) & _mm512_cmp_ps_mask(add, none, _CMP_NEQ_UQ);
+      const __mmask16 counts = first_of_16(head.N - n) & _mm512_cmp_ps_mask(add, none, _CMP_NEQ_UQ);
       const __m512 x = _mm512_loadu_ps(s.all_logits + n * BLOCK + i * SIDE);
       return _mm512_mask_mov_ps(none, counts, _mm512_fmadd_ps(x, c, add));
     };
@@ -338,7 +338,7 @@ INLINE void finish_weights(const Problem& p, const Scratch& s, Chunk& block) {
   const bool scores = p.scores && (p.received || block.first);
   for (int64_t i = 0; i < block.count; i += SIDE) {
     const __m512 sum = row_sums(s.sums + i * SIDE);
-    const __mmask16 here = lanes(block.count - i);
+    const __mmask16 here = first_of_16(block.count - i);
     fair = fair && _mm512_mask_cmp_ps_mask(here, sum, _mm512_set1_ps(0x1p-40f), _CMP_GT_OQ) == here &&
            _mm512_mask_cmp_ps_mask(here, sum, _mm512_set1_ps(0x1p60f), _CMP_LT_OQ) == here;
     _mm512_storeu_ps(s.inverse + i, _mm512_div_ps(_mm512_set1_ps(1.0f), sum));

@@ -86,7 +86,7 @@ INLINE void attend_block(const Problem& p, const Scratch& s, const float* bias, 
     for (int v = 0; v < V; ++v) total[v] += sum[v];
   }
   for (int v = 0; v < V; ++v) inverse[v] = total[v] == 0.0f ? Floats{} : 1.0f / total[v];
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; lse && i < count; ++i) {
     const float sum = total[i / LANES][i % LANES];
     lse[i] = sum == 0.0f ? NONE : high[i / LANES][i % LANES] + __builtin_logf(sum);
   }
@@ -142,7 +142,7 @@ static void attend(const Problem& p, int32_t* base, int64_t begin, int64_t end) 
       load_columns(p.type, q + m * p.q.stride_n * size, p.q.stride_n * size, count, wide, p.DK, mask, s.words_k, s.row,
                    s.queries, WIDTH);
       const auto call = wide == WIDTH ? &attend_block<2> : &attend_block<1>;
-      call(p, s, bias, N, count, h, block == 0, p.lse + bh * p.M + m, scores);
+      call(p, s, bias, N, count, h, block == 0, p.lse ? p.lse + bh * p.M + m : nullptr, scores);
       transpose(s.result, s.rows_d, wide, WIDTH, s.row, s.rows_d);
       const float* rows = reinterpret_cast<const float*>(s.row);
       for (int64_t i = 0; i < count; ++i) store_row(p.type, rows + i * s.rows_d, p.DV, out + (m + i) * p.out.stride_n * size);

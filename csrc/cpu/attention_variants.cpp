@@ -1,10 +1,8 @@
 // The variants of the CPU attention, one for each instruction set, and the choice among them.
 #include "attention.h"
+#include "isa.h"
 
-#include <atomic>
-#include <cstdlib>
 #include <type_traits>
-#include <vector>
 
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
@@ -81,76 +79,30 @@ int64_t words_of(const Problem& p) {
   return Scratch::layout(p, nullptr, nullptr);
 }
 
-#define TOKENOPS_VARIANT(space, plain, here)                                                        \
-  {                                                                                                 \
-#space, here, space::attend, space::attend_backward, plain::mean_keys, words_of<space::Scratch>,    \
-        words_of<space::BackwardScratch>, space::WIDTH                                              \
+#define TOKENOPS_VARIANT(space, plain)                                                             \
+  Variant {                                                                                        \
+#space, space::attend, space::attend_backward, plain::mean_keys, words_of<space::Scratch>,         \
+        words_of<space::BackwardScratch>, space::WIDTH                                             \
   }
 
-// All there are, the best first; those of `here` this machine has, for the dtype.
-std::vector<Variant> variants(Type type) {
-#if TOKENOPS_X86
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16") && type == Type::BFloat16;
-#if TOKENOPS_AMX
-  const bool tiles = pairs && amx::here();
-#endif
-#endif
-  return {
-#if TOKENOPS_X86
-#if TOKENOPS_AMX
-      TOKENOPS_VARIANT(amx, avx512bf16, tiles),
-#else
-      {"amx", false},
-#endif
-      TOKENOPS_VARIANT(avx512bf16, avx512bf16, pairs),
-      TOKENOPS_VARIANT(avx512, avx512, avx512),
-      TOKENOPS_VARIANT(avx2, avx2, avx2),
-#else
-      {"amx", false}, {"avx512bf16", false}, {"avx512", false}, {"avx2", false},
-#endif
-      TOKENOPS_VARIANT(baseline, baseline, true),
-  };
-}
-
-// The place of a name among them; that of the best for an empty one, -1 for one that is not there.
-int place_of(const std::string& name) {
-  const std::vector<Variant> all = variants(Type::BFloat16);
-  for (size_t i = 0; i < all.size(); ++i)
-    if (name.empty() || name == all[i].name) return static_cast<int>(i);
-  return -1;
-}
-
-// The best that may be used, by its place, until another is said: that which TOKENOPS_CPU_ISA names.
-std::atomic<int>& most() {
-  static std::atomic<int> place{std::getenv("TOKENOPS_CPU_ISA") ? place_of(std::getenv("TOKENOPS_CPU_ISA")) : 0};
-  return place;
-}
-
+// The best that may be used.
 Variant choose(Type type) {
-  const std::vector<Variant> all = variants(type);
-  const int first = most();
-  STD_TORCH_CHECK(first >= 0, "TOKENOPS_CPU_ISA is ", std::getenv("TOKENOPS_CPU_ISA"), ", which is none of ours");
-  size_t i = static_cast<size_t>(first);
-  while (!all[i].here) ++i;
-  return all[i];
+#if TOKENOPS_X86
+  const bool halves = type == Type::BFloat16;
+#if TOKENOPS_AMX
+  if (halves && usable(Isa::Amx)) return TOKENOPS_VARIANT(amx, avx512bf16);
+#endif
+  if (halves && usable(Isa::Avx512Bf16)) return TOKENOPS_VARIANT(avx512bf16, avx512bf16);
+  if (usable(Isa::Avx512)) return TOKENOPS_VARIANT(avx512, avx512);
+  if (usable(Isa::Avx2)) return TOKENOPS_VARIANT(avx2, avx2);
+#endif
+  return TOKENOPS_VARIANT(baseline, baseline);
 }
 
 }  // namespace tokenops::attention
 
-// For Python, which asks while tensors are traced too: no operators.
-#define TOKENOPS_EXPORT extern "C" __attribute__((visibility("default")))
-
-// The instruction set that a dtype (0: float, 1: bfloat16, 2: half) runs by.
-TOKENOPS_EXPORT const char* tokenops_attention_isa(int type) {
+// For Python, which asks while tensors are traced too, so no operator: the instruction set that a dtype (0: float, 1:
+// bfloat16, 2: half) runs by.
+extern "C" __attribute__((visibility("default"))) const char* tokenops_attention_isa(int type) {
   return tokenops::attention::choose(static_cast<tokenops::attention::Type>(type)).name;
-}
-
-// From now on none better than the one of this name ("": all); gives the name that this was, null for an unknown one.
-TOKENOPS_EXPORT const char* tokenops_limit_cpu_isa(const char* name) {
-  using namespace tokenops::attention;
-  const int place = place_of(name);
-  return place < 0 ? nullptr : variants(Type::BFloat16)[most().exchange(place)].name;
 }

@@ -56,7 +56,8 @@ void unpack(const Tensor& qkv, const Problem& p, Rows& q, Rows& k, Rows& v) {
 
 // A (B,H,N,D) tensor that lies in memory as (B,N,H,D), as every backend makes it.
 Tensor heads_inside(const Tensor& like, int64_t B, int64_t H, int64_t N, int64_t D) {
-  return torch::stable::transpose(torch::stable::new_empty(like, {B, N, H, D}), 1, 2);
+  const int64_t sizes[] = {B, H, N, D}, strides[] = {N * H * D, D, H * D, 1};
+  return new_tensor(like, sizes, strides, 4, std::nullopt);
 }
 
 const float* floats(const Tensor& x) { return static_cast<const float*>(x.data_ptr()); }
@@ -141,19 +142,19 @@ void mean_over_heads(const float* each, int64_t B, int64_t H, int64_t N, float* 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Maybe k, Maybe v, Maybe qk_mask, Maybe v_mask, Maybe bias,
                                                    Maybe lengths, double scale, std::string scores, bool mean,
-                                                   bool key_mean, int64_t heads, int64_t channels) {
+                                                   bool key_mean, int64_t heads, int64_t channels, bool keep) {
   Call call(q, k, v, qk_mask, v_mask, bias, lengths, heads, channels, scale);
   Problem& p = call.p;
   const Variant chosen = attention::choose(p.type);
   const int64_t B = call.B, of_all = B * p.H;
   const bool scored = scores != "none";
   Tensor out = heads_inside(q, B, p.H, p.M, p.DV);
-  Tensor lse = torch::stable::new_empty(q, {B, p.H, p.M}, ScalarType::Float);
-  Tensor found = !scored ? torch::stable::new_empty(q, {0}, ScalarType::Float)
-                 : mean  ? torch::stable::new_empty(q, {B, p.N}, ScalarType::Float)
-                         : torch::stable::new_empty(q, {B, p.H, p.N}, ScalarType::Float);
+  Tensor lse = keep ? new_tensor(q, {B, p.H, p.M}, ScalarType::Float) : new_tensor(q, {0}, ScalarType::Float);
+  Tensor found = !scored ? new_tensor(q, {0}, ScalarType::Float)
+                 : mean  ? new_tensor(q, {B, p.N}, ScalarType::Float)
+                         : new_tensor(q, {B, p.H, p.N}, ScalarType::Float);
   std::vector<float> each(scored && mean ? of_all * p.N : 0);
-  p.out = rows_of("out", out, out, p.M, p.DV), p.lse = filled(lse);
+  p.out = rows_of("out", out, out, p.M, p.DV), p.lse = keep ? filled(lse) : nullptr;
   if (scored) p.scores = mean ? each.data() : filled(found), p.received = scores == "received";
   if (of_all * p.M > 0) {
     const int64_t blocks = (p.M + chosen.width - 1) / chosen.width, threads = torch::stable::get_num_threads();
@@ -164,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Maybe k, Maybe v, M
     });
   }
   if (scored && mean) mean_over_heads(each.data(), B, p.H, p.N, filled(found));
-  Tensor keys = key_mean ? torch::stable::new_empty(q, {B, p.N, p.DK}) : torch::stable::new_empty(q, {0});
+  Tensor keys = key_mean ? new_tensor(q, {B, p.N, p.DK}) : new_tensor(q, {0});
   if (key_mean) {
     char* to = static_cast<char*>(keys.data_ptr());
     torch::stable::parallel_for(0, B * p.N, 64, [&](int64_t begin, int64_t end) { chosen.mean_keys(p, to, begin, end); });
@@ -187,7 +188,7 @@ std::vector<float> of_each_query(const Tensor& dscores, const Problem& p, int64_
 
 // The gradient of a mask (H,D): the sum over the images of their own.
 Tensor of_mask(const std::vector<float>& each, const Maybe& mask, const Tensor& like) {
-  if (!mask) return torch::stable::new_empty(like, {0});
+  if (!mask) return new_tensor(like, {0});
   Tensor sum = torch::stable::new_zeros(*mask, {mask->size(0), mask->size(1)}, ScalarType::Float);
   const int64_t size = sum.numel();
   for (size_t i = 0; i < each.size(); ++i) filled(sum)[i % size] += each[i];
@@ -218,8 +219,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     STD_TORCH_CHECK(dlse->dim() == 3 && dlse->numel() == of_all * p.M, "dlse has the wrong shape");
     g.dlse = floats(*dlse);
   }
-  const auto nothing = [&] { return torch::stable::new_empty(q, {0}); };
-  Tensor dq = k ? heads_inside(q, B, p.H, p.M, p.DK) : torch::stable::new_empty(q, {B, p.N, q.size(2)});
+  const auto nothing = [&] { return new_tensor(q, {0}); };
+  Tensor dq = k ? heads_inside(q, B, p.H, p.M, p.DK) : new_tensor(q, {B, p.N, q.size(2)});
   Tensor dk = k ? heads_inside(q, B, p.H, p.N, p.DK) : nothing(), dv = k ? heads_inside(q, B, p.H, p.N, p.DV) : nothing();
   if (k) {
     g.dq = rows_of("dq", dq, dq, p.M, p.DK), g.dk = rows_of("dk", dk, dk, p.N, p.DK);

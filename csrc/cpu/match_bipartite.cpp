@@ -178,7 +178,7 @@ void match_image(const Tensor& metric, const Sides& sides, int64_t b, int64_t r,
   const char* const tokens = from.data + b * from.stride_b + sides.prefix * from.stride_n;
 #if TOKENOPS_MATCH_TILES
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (from.stride_c == 2 && tiles_here()) return match_by_tiles(tokens, from.stride_n, D, sides, r, edges, index);
+    if (from.stride_c == 2 && usable(Isa::Amx)) return match_by_tiles(tokens, from.stride_n, D, sides, r, edges, index);
   }
 #endif
   const int64_t up = up_to(sides.odds, MOST_ROWS), across = up_to(sides.evens, LANES);

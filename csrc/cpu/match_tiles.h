@@ -4,6 +4,7 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11 && defined(__linux__)
 #define TOKENOPS_MATCH_TILES 1
 #include "../unit_rows.h"
+#include "isa.h"
 #include "tiles.h"
 
 #include <immintrin.h>
@@ -14,8 +15,6 @@
 
 namespace tokenops {
 namespace {
-
-namespace amx = attention::amx;
 
 #pragma GCC push_options
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of immintrin.h itself
@@ -77,7 +76,7 @@ struct TileRows {
 
   // Of 32 even rows the best of the odd ones, divided by the odd one's length, and which: the first of equals.
   void find(int64_t block, int64_t odds, const float* inverses, float* best, int32_t* places) const {
-    using namespace attention::amx;
+    using namespace amx;
     alignas(64) float dots[2][SIDE][SIDE];
     __m512 top[2];
     __m512i at[2];
@@ -132,12 +131,6 @@ struct TileRows {
 };
 
 #pragma GCC pop_options
-
-inline bool tiles_here() {
-  static const bool vectors = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                              __builtin_cpu_supports("avx512vl");
-  return vectors && amx::here();
-}
 
 }  // namespace
 }  // namespace tokenops

@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>> restore_tok
     dolds.push_back(new_tensor(dcompanions[c], {B, N}));
     dnews.push_back(new_tensor(dcompanions[c], {B, k}));
     const Matrix from(dcompanions[c]), old(dolds[c]), fresh(dnews[c]);
-    if (B * k) std::memset(fresh.at(0, 0), 0, B * k * fresh.bytes);
+    if (B * k > 0) std::memset(fresh.at(0, 0), 0, B * k * fresh.bytes);
     for (int64_t b = 0; b < B; ++b) {
       for (int64_t n = 0; n < N; ++n) {
         const int64_t j = owner[b * rows + prefix + n] - carried;

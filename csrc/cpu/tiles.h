@@ -3,14 +3,12 @@
 
 #include <cstdint>
 #include <cstring>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include "attention.h"
 
 #ifdef TOKENOPS_EMULATED_TILES
 // In memory, for sanitizers, which see nothing of assembly, and for machines without.
-namespace tokenops::attention::amx {
+namespace tokenops::amx {
 
 struct Tile {
   char rows[16][64];
@@ -35,16 +33,16 @@ inline void multiply(Tile& c, const Tile& a, const Tile& b) {
     std::memcpy(c.rows[i], sums, 64);
   }
 }
-inline bool here() { return true; }
 inline void configure(void*, const void*) {}
 inline void restore(const void*) {}
 
-}  // namespace tokenops::attention::amx
+}  // namespace tokenops::amx
 
-#define TILE_LOAD(t, p, stride) load(registers[t], p, stride)
-#define TILE_STORE(t, p, stride) store(registers[t], p, stride)
-#define TILE_ZERO(t) registers[t] = {}
-#define TILE_PRODUCT(c, a, b) multiply(registers[c], registers[a], registers[b])
+#define TILE_LOAD(t, p, stride) tokenops::amx::load(tokenops::amx::registers[t], p, stride)
+#define TILE_STORE(t, p, stride) tokenops::amx::store(tokenops::amx::registers[t], p, stride)
+#define TILE_ZERO(t) tokenops::amx::registers[t] = {}
+#define TILE_PRODUCT(c, a, b) \
+  tokenops::amx::multiply(tokenops::amx::registers[c], tokenops::amx::registers[a], tokenops::amx::registers[b])
 #else
 // The compiler's own intrinsics do not say that loads read memory.
 #define TILE_LOAD(t, p, stride)                                                                              \
@@ -56,14 +54,8 @@ inline void restore(const void*) {}
 #define TILE_ZERO(t) __asm__ volatile("tilezero %%tmm" #t ::)
 #define TILE_PRODUCT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)  // c += a b
 
-namespace tokenops::attention::amx {
+namespace tokenops::amx {
 
-// Whether the machine has tiles, and its operating system lets this process use them; asked once.
-inline bool here() {
-  static const bool yes = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-                          syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
-  return yes;
-}
 inline void configure(char (&before)[64], const char (&now)[64]) {
   __asm__ volatile("sttilecfg %0" : "=m"(before)::"memory");
   __asm__ volatile("ldtilecfg %0" ::"m"(now) : "memory");
@@ -73,10 +65,10 @@ inline void restore(const char (&before)[64]) {
   else __asm__ volatile("tilerelease" ::);
 }
 
-}  // namespace tokenops::attention::amx
+}  // namespace tokenops::amx
 #endif
 
-namespace tokenops::attention::amx {
+namespace tokenops::amx {
 
 // All eight tiles are whole, and denormal floats are zeros (they are slow), for as long as it lives; then all is as it was
 // (oneDNN keeps a configuration of its own).
@@ -96,4 +88,4 @@ struct Tiles {
   Tiles(const Tiles&) = delete;
 };
 
-}  // namespace tokenops::attention::amx
+}  // namespace tokenops::amx

@@ -19,6 +19,30 @@ MUTANTS = [
         ),
     ),
     *of_file(
+        "csrc/cpu/soft_aggregate_panels.h",
+        (
+            "_mm512_mask_mul_ps(s, _mm512_cmp_ps_mask(s, none, _CMP_NEQ_UQ), s, factor)",
+            "_mm512_mul_ps(s, factor)",
+            "-inf times a scale of 0 or below, on AVX-512",
+            "minus_infinity and native",
+        ),
+        (
+            "_mm512_sub_ps(_mm512_load_ps(da + WIDTH * n + 16 * c), delta[c])",
+            "_mm512_load_ps(da + WIDTH * n + 16 * c)",
+            "dS loses the mean of dA, on AVX-512",
+            "as_good_as_plain and native",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/token_mlp_tiles.cpp",
+        (
+            "db1[r + i] += _mm512_reduce_add_ps(sums[i]);",
+            "db1[r + i] = _mm512_reduce_add_ps(sums[i]);",
+            "db1 of the last image alone",
+            "as_good_as_plain and native",
+        ),
+    ),
+    *of_file(
         "csrc/cpu/attention.h",
         (
             "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16",

@@ -40,12 +40,14 @@ LIMIT = 600.0  # seconds of a mutant's tests
 
 #: whose tests notice what is wrong in a file that no operator is named after: modules tests/ops/test_NAME*.py
 OPERATORS = {
-    "csrc/cpu/aggregation_weights.cpp": ("soft_aggregate",),
+    "csrc/cpu/aggregation_weights*.cpp": ("soft_aggregate",),
+    "csrc/cpu/avx512.h": ("soft_aggregate", "token_mlp"),
     "csrc/cpu/attention*.h": ("masked_channel_attention",),
     "csrc/cpu/choice.h": ("select_tokens",),
     "csrc/cpu/match_bipartite.cpp": ("merge_bipartite",),
     "csrc/cpu/match_tiles.h": ("merge_bipartite",),
     "csrc/cpu/rows.h": ("merge_neighbours", "restore_tokens"),
+    "csrc/cpu/tiles.*": ("soft_aggregate", "token_mlp"),
     "csrc/cpu/vector_math.h": ("soft_aggregate",),
     "csrc/cpu/vector_rows.h": ("merge_neighbours",),
     "tokenops/_triton/ahead.py": ("host",),

@@ -119,6 +119,8 @@ CALLS = {
     "select_tokens_fwd": (
         x, n, 2, torch.ones(2).long(), [n], torch.ones(3), torch.ones(3), 1, "mean", True, True, 1e-5
     ),
+    "soft_aggregate_fwd": (x, x[:, 1:], None, 1.0, n > 0, 1),
+    "soft_aggregate_bwd": (x[:, :4], x, x[:, 1:], None, 1.0, n > 0, None, x[:, 1:], 1),
     "select_tokens_bwd": (
         x[:, :4], [n[:, :2]], index[:, :2], n, torch.ones(2).long(), x, torch.ones(2, 4), 1, "normalized"
     ),
@@ -142,6 +144,10 @@ CALLS = {
 FREE = {
     ("masked_channel_attention_fwd", 0, 2),  # queries
     *(("masked_channel_attention_bwd", 10, dim) for dim in range(4)),  # out is not read on a CPU
+    ("soft_aggregate_fwd", 0, 2),
+    ("soft_aggregate_fwd", 1, 2),
+    ("token_mlp_tiles_fwd", 0, 0),
+    ("token_mlp_tiles_fwd", 0, 2),
     ("restore_tokens_bwd", 0, 2),
     ("restore_tokens_bwd", 1, 1),
     ("merge_bipartite_matched", 1, 2),
@@ -180,19 +186,21 @@ def test_compiled_operators_check_sizes(name):
 
 
 def test_parts_of_the_cpu_path_check_sizes():
-    """Those that fill the tensors they are given."""
+    """Those that operators call."""
     if _native.why_not("cpu") is not None:
         pytest.skip(_native.why_not("cpu"))
     part = torch.ops.tokenops
-    w, mask, partial = torch.randn(2, 4, 3), torch.ones(2, 4).bool(), torch.empty(2, 3)
-    calls = {
-        part.aggregation_weights_fwd: (w, 1.0, mask, torch.empty_like(w)),
-        part.aggregation_weights_bwd: (w, w, w, 1.0, torch.empty_like(w), partial),
-    }  # fmt: skip
+    if _native.attention_isa(torch.bfloat16) != "amx":
+        pytest.skip("no AMX here")
+    z, w1, w2 = (torch.randn(shape).bfloat16() for shape in ((2, 4, 3), (5, 4), (6, 5)))
+    dy, b1, b2 = (torch.randn(shape).bfloat16() for shape in ((2, 6, 3), (5,), (6,)))
+    calls = {part.token_mlp_tiles_fwd: (z, w1, b1, w2, b2), part.token_mlp_tiles_bwd: (dy, z, w1, b1, w2)}
     for kernel, arguments in calls.items():
         kernel(*arguments)
         for place, value in enumerate(arguments):
             for dim, wrong in smaller(value) if isinstance(value, Tensor) else ():
+                if (kernel.__name__, place, dim) in FREE:
+                    continue
                 with pytest.raises(RuntimeError):
                     kernel(*arguments[:place], wrong, *arguments[place + 1 :])
                     pytest.fail(f"{kernel}: argument {place} with one less in dimension {dim} was taken")

@@ -17,7 +17,6 @@ def engine(request, monkeypatch):
     if request.param == "triton":
         pytest.importorskip("triton")
     if request.param == "composed":
-        monkeypatch.setattr("tokenops._cpu.soft_aggregate._compiled", lambda *tensors: False)
         monkeypatch.setattr("tokenops._native.attention_isa", lambda dtype: None)
     with use_backend("native" if request.param == "composed" else request.param):
         yield request.param

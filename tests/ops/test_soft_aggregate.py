@@ -7,27 +7,12 @@ import tokenops
 from support.aggregation import delta_terms, inputs, run
 from support.cases import AGGREGATE, DTYPES, QUICK, Aggregate
 from support.tolerance import assert_as_good_as_plain
-from tokenops import _native, reference
+from tokenops import reference
 
 INF = float("inf")
 
 
 OPERATOR = "soft_aggregate"  # of the `backend` fixture
-
-
-def test_compiled_weights_are_used(monkeypatch, ran_kernels):
-    """Where there is compiled code the CPU path runs it."""
-    if _native.why_not("cpu") is not None:
-        pytest.skip(_native.why_not("cpu"))
-    x, w, scale, _ = inputs(AGGREGATE[0], torch.float32, "cpu")
-    ran = []
-    for name in ("aggregation_weights_fwd", "aggregation_weights_bwd"):
-        kernel = getattr(torch.ops.tokenops, name)
-        monkeypatch.setattr(
-            torch.ops.tokenops, name, lambda *a, kernel=kernel, name=name: (ran.append(name), kernel(*a))[1]
-        )
-    tokenops.soft_aggregate(x.requires_grad_(), w, scale=scale, prefix=1).sum().backward()
-    assert ran == ["aggregation_weights_fwd", "aggregation_weights_bwd"]
 
 
 # What the operators mean: tables to learn them from.

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tokenops
 from support.cases import DTYPES, TOKEN_MLP, TokenMlp
 from support.tolerance import assert_as_good_as_plain
-from tokenops import reference
+from tokenops import _native, reference
 
 NAMES = ("dz", "dw1", "db1", "dw2", "db2")
 
@@ -78,11 +78,22 @@ def test_images_that_do_not_fit_at_once(dtype, backend, device, monkeypatch):
     check_as_good_as_plain(case, dtype, device)
 
 
+def test_bfloat16_runs_on_tiles():
+    """Where the machine has them: what the GELU takes is then not rounded."""
+    if _native.attention_isa(torch.bfloat16) != "amx":
+        pytest.skip("no AMX here")
+    tensors = [torch.randn(shape).bfloat16() for shape in ((2, 40, 64), (48, 40), (48,), (33, 48), (33,))]
+    on_tiles = tokenops.token_mlp(*tensors)
+    with _native.limit_cpu_isa("avx512bf16"):
+        without = tokenops.token_mlp(*tensors)
+    assert not torch.equal(on_tiles, without) and torch.equal(on_tiles, tokenops.token_mlp(*tensors))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_gelu(dtype, backend, device):
     """Of single numbers, those that overflow and those that are none too.
 
-    The CPU's is torch's own, whose digits and infinities depend on the processor.
+    The CPU's, but on tiles, is torch's own, whose digits and infinities depend on the processor.
     """
     points = [*torch.linspace(-14, 14, 225).tolist(), -1e4, 1e4, float("nan")]
     if dtype in (torch.float16, torch.bfloat16):  # a GPU takes a product of float32 apart
@@ -92,7 +103,8 @@ def test_the_gelu(dtype, backend, device):
     y, dz, *_ = run(
         lambda z: tokenops.token_mlp(z, one, None, one, None), [z[None, None]], torch.ones_like(z)[None, None]
     )
-    own = device == "cpu" and backend == "native"
+    tiles = dtype == torch.bfloat16 and _native.attention_isa(dtype) == "amx"
+    own = device == "cpu" and backend == "native" and not tiles
     truth, slope = run(torch.nn.functional.gelu, [z if own else z.double()], torch.ones_like(z))
     rtol, atol = 2 * torch.finfo(dtype).eps, {torch.float64: 1e-12, torch.float32: 3e-7}.get(dtype, 2e-6)
     for ours, right in ((y, truth), (dz, slope)):

@@ -75,7 +75,7 @@ def _composed(q, k, v, bias, lengths, scale, received, out, lse, scores):
 
 
 def masked_channel_attention_fwd(
-    q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0
+    q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0, keep=True
 ):
     q, k, v = apart(q, k, v, heads, channels)
     (B, H, M, _), N, DV = q.shape, k.shape[2], v.shape[3]
@@ -89,7 +89,7 @@ def masked_channel_attention_fwd(
     if v_mask is not None:
         out.copy_(_times(out, v_mask))
     mean_k = _within(k, lengths).mean(dim=1) if key_mean else k.new_empty((0,))
-    return out, each.mean(dim=1) if mean and scores != "none" else each, lse, mean_k
+    return out, each.mean(dim=1) if mean and scores != "none" else each, lse if keep else lse.new_empty(0), mean_k
 
 
 def _within(x, lengths):

@@ -1,13 +1,24 @@
-"""token_mlp on a CPU: torch's own products and GELU, so few images at a time that they stay in cache."""
+"""token_mlp on a CPU: compiled code for bfloat16 where the machine has AMX; else torch's own products and GELU, so few
+images at a time that they stay in cache."""
 
 import torch
 
-from .. import _token_mlp
+from .. import _native, _token_mlp
 from .._token_mlp import each, groups
 from ..reference import accumulation_dtype
 
 #: images whose hidden activations exist together: enough to occupy the cores, few enough to stay in cache
 TOGETHER = 4
+
+_kernels = torch.ops.tokenops
+
+
+def _on_tiles(z, w1, w2):
+    return (
+        z.dtype == torch.bfloat16
+        and _native.attention_isa(z.dtype) == "amx"
+        and min(z.numel(), w1.numel(), w2.numel()) > 0
+    )
 
 
 def _column(bias, rows, like):
@@ -16,6 +27,8 @@ def _column(bias, rows, like):
 
 
 def token_mlp_fwd(z, w1, b1, w2, b2):
+    if _on_tiles(z, w1, w2):
+        return _kernels.token_mlp_tiles_fwd(z, w1, b1, w2, b2)
     (B, _, C), R, N = z.shape, w1.shape[0], w2.shape[0]
     b1, b2 = _column(b1, R, z), _column(b2, N, z)
     y, buffer = z.new_empty((B, N, C)), z.new_empty((min(B, TOGETHER), R, C))
@@ -28,6 +41,8 @@ def token_mlp_fwd(z, w1, b1, w2, b2):
 
 
 def token_mlp_bwd(dy, z, w1, b1, w2):
+    if _on_tiles(z, w1, w2):
+        return _kernels.token_mlp_tiles_bwd(dy, z, w1, b1, w2)
     (B, _, C), R = z.shape, w1.shape[0]
     b1, buffer = _column(b1, R, z), z.new_empty((min(B, TOGETHER), R, C))
 

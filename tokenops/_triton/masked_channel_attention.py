@@ -402,7 +402,7 @@ def _fwd_plan(q, k, v, qk_mask, v_mask, bias, lengths, scores, mean, key_mean):
 
 
 def masked_channel_attention_fwd(
-    q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0
+    q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0, keep=True
 ):
     q, k, v = apart(q, k, v, heads, channels)
     (B, H, M, DK), N = q.shape, k.shape[2]
@@ -423,4 +423,4 @@ def masked_channel_attention_fwd(
     if plan.received is not None:
         tensors = (q, k, qk_mask, bias, lengths, lse, score)
         launch(masked_channel_attention_received_kernel, plan.received, tensors, factor)
-    return out, score, lse, mean_k
+    return out, score, lse if keep else lse.new_empty(0), mean_k

@@ -9,10 +9,11 @@ import torch
 import tokenops
 
 from .. import _backends, _native
+from ..masked_channel_attention import FASTER
 from . import columns, machine
 
 PACKAGES = ("numpy", "triton", "timm", "torchvision")
-VARIABLES = ("TOKENOPS_BACKEND", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+VARIABLES = ("TOKENOPS_BACKEND", "TOKENOPS_CPU_ISA", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 DTYPE = torch.float32
 
 
@@ -60,7 +61,20 @@ def _compiled() -> list[tuple[str, str]]:
     return [
         ("C++", cpu if built["cpu"] is None else f"not there: {built['cpu']}"),
         ("CUDA", cuda if built["cuda"] is None else f"not there: {built['cuda']}"),
+        *_attention(),
     ]
+
+
+def _attention() -> list[tuple[str, str]]:
+    """By which instruction set attention runs on this CPU, and who runs what asks for no scores, bias or masks."""
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        isa = _native.attention_isa(dtype)
+        times = FASTER.get((dtype, isa), 0.0)
+        plain = f"measured {times} times as fast as torch's own" if times else "plain calls are torch's own"
+        if isa is not None:
+            rows.append((f"attention, {str(dtype)[6:]}", f"{isa}: {plain}"))
+    return rows
 
 
 def _operators() -> list[tuple[str, ...]]:
