@@ -23,7 +23,7 @@ _SCHEMAS = {
     "token_mlp_fwd": "(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2) -> Tensor",
     "token_mlp_bwd": "(Tensor dy, Tensor z, Tensor w1, Tensor? b1, Tensor w2)"
     " -> (Tensor dz, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
-    # without k and v, q is all three side by side, of so many heads with so many channels of q; lse is empty if not kept
+    # without k and v, q is all three side by side, of so many heads with so many channels of q; lse is empty or kept
     "masked_channel_attention_fwd": "(Tensor q, Tensor? k, Tensor? v, Tensor? qk_mask, Tensor? v_mask, Tensor? bias,"
     " Tensor? lengths, float scale, str scores, bool mean, bool key_mean, SymInt heads=0, SymInt channels=0,"
     " bool keep=True)"

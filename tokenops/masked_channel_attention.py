@@ -23,6 +23,7 @@ SCORES = ("class", "received")
 #: dtype and instruction set (benchmarks/NOTES.md)
 FASTER: dict[tuple[torch.dtype, str | None], float] = {
     (torch.bfloat16, "amx"): 2.2,
+    (torch.bfloat16, "avx512"): 1.4,
     (torch.float32, "avx512"): 1.1,
     (torch.float16, "avx512"): 1.1,
 }

@@ -92,7 +92,7 @@ Variant choose(Type type) {
 #if TOKENOPS_AMX
   if (halves && usable(Isa::Amx)) return TOKENOPS_VARIANT(amx, avx512bf16);
 #endif
-  if (halves && usable(Isa::Avx512Bf16)) return TOKENOPS_VARIANT(avx512bf16, avx512bf16);
+  if (halves && usable(Isa::Avx512Bf16) && !slow_pairs()) return TOKENOPS_VARIANT(avx512bf16, avx512bf16);
   if (usable(Isa::Avx512)) return TOKENOPS_VARIANT(avx512, avx512);
   if (usable(Isa::Avx2)) return TOKENOPS_VARIANT(avx2, avx2);
 #endif

@@ -65,6 +65,15 @@ bool usable(Isa isa) {
   return here[place] && place >= best.load(std::memory_order_relaxed);
 }
 
+bool slow_pairs() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  // but where they are what was named
+  return __builtin_cpu_is("intel") && most().load(std::memory_order_relaxed) != static_cast<int>(Isa::Avx512Bf16);
+#else
+  return false;
+#endif
+}
+
 }  // namespace tokenops
 
 // For Python: from now on none better than the one of this name; gives the name that this was, null for an unknown one.
