@@ -18,9 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenops
 from comparison import nbytes
+from linears import cap
 from published import vit
 from published.evo_vit import PublishedEvoViT
 from published.sit import PublishedSiT
+from result_file import rounded
 from timers import Frozen, Graphed
 from tokenops.cli.comparison import dense_form
 from tokenops.methods import for_inference  # the package registers the models
@@ -288,6 +290,10 @@ def test_model(bench, compare, form, B, how, capsys):
         steady=True,
     )
     assert bench.task == "compile" or row["kernels"] or how != "eager"
+    if how == "frozen" and bench.task == "measure":
+        images = inputs()[0]
+        found = cap(created(bench, sides.dense, **sides.arguments), sides.ours, images, rounds=2 if bench.quick else 7)
+        row["linears"] = rounded({"cap": found.speedup, "flop_ratio": found.flop_ratio})
     if form[1] in PUBLISHED and how == "eager":
         count_operators(row, sides, dense["sdpa"], x, capsys)
 

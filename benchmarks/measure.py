@@ -48,8 +48,16 @@ class Unsteady(Exception):
 
 
 def held() -> str:
-    """To what a CPU is held, in words, behind a row's name too: "", "1 thread", "1 thread up to AVX2"."""
-    most = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    """To what a CPU is held, in words, behind a row's name too: "", "1 thread", "1 thread up to avx2".
+
+    Each library has a variable of its own: oneDNN's alone would leave AMX to MKL, and to ours.
+    """
+    most = os.environ.get("TOKENOPS_CPU_ISA", "")
+    missing = [
+        name for name in ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS") if bool(os.environ.get(name)) != bool(most)
+    ]
+    if missing:
+        raise RuntimeError(f"TOKENOPS_CPU_ISA={most!r}, but it and {', '.join(missing)} are set together or not at all")
     return " ".join(["1 thread"] * (torch.get_num_threads() == 1) + [f"up to {most}"] * bool(most))
 
 

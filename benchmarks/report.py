@@ -29,9 +29,10 @@ PEERS = ("reference", "published", "naive", "topk", "scatter", "eager", "sdpa fl
 MARKERS = "osD^vP*Xhd<>"
 LEGEND = "Columns with an x: times as fast as that, median and quartiles of interleaved rounds."
 FROZEN = """\
-Speed-up over the faster dense form (timm's, or the same with our attention); which part of the FLOP ratio that is; and
-the published form's own speed-up. All are compiled with frozen weights. Medians and quartiles of interleaved rounds, in
-which the machine's own copy and product rates moved by less than 15 %."""
+Everything compiled with frozen weights. Speed-up over timm's dense model, and which part of the FLOP ratio that is;
+*linears*: the part that the linear layers alone realise, each packed and run by itself; the published form's speed-up;
+and ours over the dense model with our attention in it. Medians and quartiles of interleaved rounds, in which the
+machine's own copy and product rates moved by less than 15 %."""
 HOW = re.compile(r"(.*?)(?: (eager|graph|frozen|compiled|compiled graph))?")
 
 
@@ -197,20 +198,23 @@ def model_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def frozen_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """A line a model, with all its batches and dtypes."""
-    columns = sorted({(row["dtype"], -row["shape"]["B"]) for row in rows})
-    forms: dict[tuple, dict[tuple, str]] = {}
-    for row in sorted(rows, key=order):
-        dense, published = row["peers"][strongest(row)], row["peers"].get("published")
-        parts = [ratio(dense), spread([r / dense["flop_ratio"] for r in dense["ratio"]])]
-        parts += [spread(published["speed_up"])] if published else []
-        form = HOW.fullmatch(row["operator"])[1] + held(row), f"{dense['flop_ratio']:.2f}"
-        forms.setdefault(form, {})[row["dtype"], -row["shape"]["B"]] = ", ".join(parts)
-    header = ["model", "FLOP ratio", *(f"{dtype}, batch {-B}" for dtype, B in columns)]
-    return header, [
-        [name, flop_ratio, *(found.get(column, "") for column in columns)]
-        for (name, flop_ratio), found in sorted(forms.items())
-    ]
+    """A line a row: against timm's model, and the same with our attention, where there is one."""
+    header = ["model", "dtype", "batch", "FLOP ratio", "speed-up", "realised", "linears", "published"]
+    header += ["over our attention", "realised"]
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["dtype"], -row["shape"]["B"], *order(row))):
+        peers = row["peers"]
+        ours = [name for name, peer in peers.items() if "realised" in peer and name != "sdpa"][0]
+        timms, published = peers.get("sdpa", peers[ours]), peers.get("published")
+        linears = row.get("linears")
+        lines.append([
+            HOW.fullmatch(row["operator"])[1] + held(row), row["dtype"], str(row["shape"]["B"]),
+            f"{timms['flop_ratio']:.2f}", ratio(timms), f"{timms['realised']:.2f}",
+            f"{linears['cap'][0] / linears['flop_ratio']:.2f}" if linears else "",
+            f"{timms['us'][0] / published['us'][0]:.2f}" if published else "",
+            *((ratio(peers[ours]), f"{peers[ours]['realised']:.2f}") if "sdpa" in peers else ("", "")),
+        ])  # fmt: skip
+    return header, lines
 
 
 def strongest_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:

@@ -28,8 +28,8 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def apart(tensor: Tensor) -> Tensor:
-    """Unknown to autograd; itself where that is so already, which saves a call."""
-    return tensor.detach() if tensor.requires_grad else tensor
+    """Unknown to autograd; itself where that is so already, but in a trace, whose graphs must be alike."""
+    return tensor.detach() if tensor.requires_grad or torch.jit.is_tracing() else tensor
 
 
 def distinct(arguments: Sequence[Any]) -> list[Any]:

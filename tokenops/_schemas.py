@@ -117,7 +117,7 @@ def heads_inside(like, N, D):
     return like.new_empty_strided((B, H, N, D), (N * H * D, D, H * D, 1))
 
 
-def apart(q, k, v, heads, channels):
+def parts_of(q, k, v, heads, channels):
     """q, k and v, which may be side by side in q."""
     return heads_of(q, heads, channels) if k is None else (q, k, v)
 
@@ -125,7 +125,7 @@ def apart(q, k, v, heads, channels):
 def _masked_channel_attention_fwd(
     q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0, keep=True
 ):
-    q, k, v = apart(q, k, v, heads, channels)
+    q, k, v = parts_of(q, k, v, heads, channels)
     (B, H, M, _), (N, D) = q.shape, k.shape[2:]
     wide = accumulation_dtype(q.dtype)
     return (

@@ -82,7 +82,7 @@ def masked_channel_attention(
     Softmax and sums are fp32 (fp64 for fp64 tokens), under autocast too: autocast changes no dtype here. Deterministic.
     Differentiable twice, every result in every float tensor. On a GPU a call without masks, bias and lengths that asks
     for ``out`` alone is ``torch.nn.functional.scaled_dot_product_attention``, with what that says of determinism and
-    second gradients, unless a backend is forced.
+    second gradients, unless a backend is forced; on a CPU too, without gradients, where that was measured to be faster.
 
     Source: channel masks after CAIT (Wang et al., arXiv 2309.15755), a reconstruction; class scores as in EViT (Liang
     et al., ICLR 2022) and Evo-ViT (Xu et al., AAAI 2022); ``key_bias`` as in the proportional attention of ToMe
@@ -190,9 +190,14 @@ def _attended(op: str, q: Tensor, k: Any, v: Any, sizes: Any, given: "_Given") -
 
 
 def sdpa_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether torch's own attention runs a call that asks for nothing else: where ours is not known to be faster."""
+    """Whether torch's own attention runs a call that asks for nothing else: where ours is not known to be faster.
+
+    On a CPU without gradients alone, as its own cannot be differentiated again.
+    """
     plain = q.shape[3] == v.shape[3] and q.numel() > 0 and k.numel() > 0
-    return plain and _backends.forced() is None and not faster(q)
+    if not plain or _backends.forced() is not None or faster(q):
+        return False
+    return q.device.type != "cpu" or not needs_grad(q, k, v)
 
 
 def faster(x: Tensor) -> float:

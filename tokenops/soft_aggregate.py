@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, reference
-from ._autograd import Operator, gradients, needs_grad
+from ._autograd import Operator, apart, gradients, needs_grad
 from ._backends import choose
 from ._schemas import kernel
 
@@ -85,7 +85,8 @@ def _apply(op, x, w, scale, mask, prefix):
         learned, factor = None, 1.0 if scale is None else float(scale)
     if needs_grad(x, w, learned):
         return _SoftAggregate.of(x, w, learned, factor, mask, prefix, backend)[0]
-    return kernel("soft_aggregate_fwd", backend)(x, w, learned, factor, mask, prefix)[0]
+    learned = None if learned is None else apart(learned)
+    return kernel("soft_aggregate_fwd", backend)(apart(x), apart(w), learned, factor, mask, prefix)[0]
 
 
 class _SoftAggregate(Operator):

@@ -3,7 +3,7 @@
 import torch
 
 from .. import _checks
-from .._schemas import apart, attention_gradients, heads_inside
+from .._schemas import attention_gradients, heads_inside, parts_of
 from ..reference import accumulation_dtype, heads_of
 
 _aten = torch.ops.aten
@@ -77,7 +77,7 @@ def _composed(q, k, v, bias, lengths, scale, received, out, lse, scores):
 def masked_channel_attention_fwd(
     q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0, keep=True
 ):
-    q, k, v = apart(q, k, v, heads, channels)
+    q, k, v = parts_of(q, k, v, heads, channels)
     (B, H, M, _), N, DV = q.shape, k.shape[2], v.shape[3]
     _checks.lengths("masked_channel_attention", "key_lengths", lengths, N)
     wide = accumulation_dtype(q.dtype)
@@ -104,7 +104,7 @@ def masked_channel_attention_bwd(
 ):
     made = attention_gradients(q, k, v)
     dq, dk, dv = made if k is not None else heads_of(made[0], heads, channels)
-    q, k, v = apart(q, k, v, heads, channels)
+    q, k, v = parts_of(q, k, v, heads, channels)
     (B, H, M, _), N = q.shape, k.shape[2]
     wide = accumulation_dtype(q.dtype)
     dout, q, k, v, out = _dense(dout, q, k, v, out)  # torch 2.11's kernel takes it for granted

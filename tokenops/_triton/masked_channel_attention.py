@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._schemas import apart, heads_inside
+from .._schemas import heads_inside, parts_of
 from . import launches
 from .common import (
     ALL_REGISTERS,
@@ -404,7 +404,7 @@ def _fwd_plan(q, k, v, qk_mask, v_mask, bias, lengths, scores, mean, key_mean):
 def masked_channel_attention_fwd(
     q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0, keep=True
 ):
-    q, k, v = apart(q, k, v, heads, channels)
+    q, k, v = parts_of(q, k, v, heads, channels)
     (B, H, M, DK), N = q.shape, k.shape[2]
     if scale < 0:  # the kernels take the maximum before they scale
         q, scale = -q, -scale

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .._schemas import apart, attention_gradients
+from .._schemas import attention_gradients, parts_of
 from ..reference import heads_of
 from . import launches
 from .common import ALL_REGISTERS, before_hopper, for_any, from_units, tile
@@ -356,7 +356,7 @@ def masked_channel_attention_bwd(
 ):
     made, packed = attention_gradients(q, k, v), k is None
     dq, dk, dv = heads_of(made[0], heads, channels) if packed else made
-    q, k, v = apart(q, k, v, heads, channels)
+    q, k, v = parts_of(q, k, v, heads, channels)
     (B, H, M, DK), DV = q.shape, v.shape[3]
     plan = _bwd_plan(dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scores, mean, packed)
     # what was saved may lie otherwise: under vmap, or from where hooks of saved tensors put it
