@@ -6,7 +6,7 @@ import pytest
 
 from mutants import Mutant
 from mutants.listed import MUTANTS
-from mutants.run import ROOT, Broken, main, mutated, run, summary
+from mutants.run import ROOT, Broken, main, mutated, run, suite, summary
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs the source tree")
 
@@ -27,6 +27,12 @@ def test_there_are_enough_everywhere():
     files = {str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)}
     files = {file for file in files if Path(file).name not in HELPERS}
     assert files == {mutant.file for mutant in MUTANTS}
+
+
+def test_every_mutant_has_tests():
+    """Without a module pytest would run all there are."""
+    for module in {module for mutant in MUTANTS for module in suite(mutant)[0]}:
+        assert list((ROOT / "tests/ops").glob(module)), module
 
 
 def test_a_mutant_that_does_not_apply_is_an_error():

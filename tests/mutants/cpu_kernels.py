@@ -19,6 +19,51 @@ MUTANTS = [
         ),
     ),
     *of_file(
+        "csrc/cpu/aggregation_weights_avx512.cpp",
+        (
+            "      if (slots > 16) _mm512_store_ps(panel + 16, _mm512_mul_ps(by[1], _mm512_load_ps(panel + 16)));\n",
+            "",
+            "weights of the slots behind the 16th do not add up to one",
+            "as_good_as_plain and plain and float32 and native",
+        ),
+        (
+            "partial + b * z.M + m, sums",
+            "partial + m, sums",
+            "the scale's gradient is of the last image alone, on AVX-512",
+            "dscale_is and float32 and native",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/soft_aggregate.cpp",
+        (
+            "if (!mask.image(i / z.N)[i % z.N * mask.stride_n]) std::memset(data + i * bytes, 0, bytes);",
+            "",
+            "what is in tokens that do not count is read",
+            "no_token_counts and native and float32",
+        ),
+        (
+            "usable(Isa::Amx)",
+            "usable(Isa::Amx) && false",
+            "tiles are not used",
+            "on_tiles",
+        ),
+        (
+            "  stable::copy_(first, stable::narrow(x, 1, 0, prefix));\n",
+            "",
+            "the prefix is not written where tiles are not used",
+            "as_good_as_plain and plain and float32 and native",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/soft_aggregate.h",
+        (
+            "data ? data + b * stride_b : nullptr",
+            "data",
+            "the first image's mask is that of all",
+            "as_good_as_plain and mask and native",
+        ),
+    ),
+    *of_file(
         "csrc/cpu/soft_aggregate_panels.h",
         (
             "_mm512_mask_mul_ps(s, _mm512_cmp_ps_mask(s, none, _CMP_NEQ_UQ), s, factor)",
@@ -32,6 +77,94 @@ MUTANTS = [
             "dS loses the mean of dA, on AVX-512",
             "as_good_as_plain and native",
         ),
+    ),
+    *of_file(
+        "csrc/cpu/soft_aggregate_tiles.cpp",
+        (
+            "    else std::memset(to + n * z.C, 0, 2 * z.C);\n",
+            "    else std::memcpy(to + n * z.C, rows + n * x.stride_n, 2 * z.C);\n",
+            "what is in tokens that do not count is read, on tiles",
+            "no_token_counts and native and bfloat16",
+        ),
+        (
+            "    if (part == 0) copy_prefix(z, 2, dy, dx, b);\n",
+            "",
+            "the prefix's gradient is not written",
+            "as_good_as_plain and plain and bfloat16 and native",
+        ),
+        (
+            "partial + b * z.M + m, block",
+            "partial + m, block",
+            "the scale's gradient is of the last image alone, on tiles",
+            "dscale_is and bfloat16 and native",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/tile_products.h",
+        (
+            "        if (!RIGHT) transpose_words(r);\n",
+            "",
+            "a left operand whose rows are not contiguous is not turned",
+            "scatter and bfloat16 and native",
+        ),
+        (
+            "(left_steps ? left_steps : steps) * TILE",
+            "steps * TILE",
+            "the second 16 rows of a part of a deeper operand are of another part",
+            "many_threads",
+        ),
+        (
+            "if (TWO_ROWS && TWO_COLUMNS) TILE_LOAD(3, to + 16 * 32 + 16, 128);",
+            "if (TWO_ROWS && TWO_COLUMNS) TILE_ZERO(3);",
+            "a quarter of a block forgets what it is added to",
+            "as_good_as_plain and bfloat16 and native",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/tiles.h",
+        (
+            "    restore(before);\n",
+            "",
+            "tiles are left as a call has them",
+            "tiles_are_given_back",
+        ),
+        (
+            "    restore(before);\n    __builtin_ia32_ldmxcsr(control);\n",
+            "    restore(before);\n",
+            "denormal floats stay zeros",
+            "tiles_are_given_back",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/avx512.h",
+        (
+            "2.401644453e-01f",
+            "2.4e-01f",
+            "powers of two have four digits",
+            "as_good_as_plain and plain and float32 and native",
+        ),
+        ("6.958335398e-01f", "6.5e-01f", "powers of two where no sum is kept have two digits", "every_width"),
+        (
+            "n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1",
+            "n >= 16 || n <= 0 ? 0xffff : (1u << n) - 1",
+            "where no lane is left all count",
+            "as_good_as_plain and native",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/isa.cpp",
+        ("most().exchange(place)", "most().load()", "what is allowed stays as it was", "is_one_there_is"),
+        ("place >= best.load", "place > best.load", "what is named is not allowed itself", "that_the_machine_has"),
+        (
+            "!= static_cast<int>(Isa::Avx512Bf16)",
+            ">= 0",
+            "pairs are slow where they are what was named, too",
+            "that_the_machine_has",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/isa.h",
+        ("Avx512, Avx2,", "Avx2, Avx512,", "instruction sets are not in order", "that_the_machine_has"),
     ),
     *of_file(
         "csrc/cpu/token_mlp_tiles.cpp",
@@ -49,6 +182,79 @@ MUTANTS = [
             "bits >> 16",
             "bfloat16 is cut off",
             "rounded_to_nearest",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/attention_amx.h",
+        (
+            "if (left < DEEP && left % 2)  // the last",
+            "if (false)  // the last",
+            "the last of an odd number of channels is not in the logits",
+            "every_width",
+        ),
+        (
+            "return n < count ? _mm512_permutexvar",
+            "return n < padded(count, DEEP) ? _mm512_permutexvar",
+            "values beyond a length are read",
+            "beyond_a_length",
+        ),
+        (
+            "  e = _mm512_mask_add_ps(e, halved, e, _mm512_set1_ps(1.0f));\n",
+            "",
+            "half the log-sum-exps lack a log of 2",
+            "every_count",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/attention_amx_forward.h",
+        (
+            "      low &= _mm512_cmp_ps_mask(add_low, _mm512_set1_ps(NONE), _CMP_NEQ_UQ);\n",
+            "",
+            "keys that the bias leaves out spoil a row, on tiles",
+            "left_out_keys",
+        ),
+        (
+            "  if (__builtin_expect(!fair, 0)) do_carefully(p, s, block);\n",
+            "",
+            "powers that overflow are not made again",
+            "far_from_zero",
+        ),
+        ("steps.add = chunk.n != 0;", "steps.add = false;", "the result is of the last chunk of keys", "every_count"),
+    ),
+    *of_file(
+        "csrc/cpu/attention_amx_backward.h",
+        (
+            "call(ds, queries, blocks, p.DK, !first, dk, width_k);",
+            "call(ds, queries, blocks, p.DK, false, dk, width_k);",
+            "dk is of the last queries alone",
+            "as_good_as_plain and M300",
+        ),
+        (
+            "    base[v] = _mm512_mask_mov_ps(base[v], empty, _mm512_setzero_ps());\n",
+            "",
+            "queries without a key give NaN",
+            "without_a_key",
+        ),
+        (
+            "some_out = p.bias || N - n < rows;",
+            "some_out = p.bias;",
+            "the zeros behind the last key have a weight",
+            "far_below_zero",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/attention_variants.cpp",
+        (
+            "if (halves && usable(Isa::Amx))",
+            "if (usable(Isa::Amx))",
+            "floats are taken for bfloat16",
+            "instruction_set",
+        ),
+        (
+            "return TOKENOPS_VARIANT(avx2, avx2);",
+            "return TOKENOPS_VARIANT(baseline, baseline);",
+            "AVX2 is not used",
+            "that_the_machine_has",
         ),
     ),
     *of_file(

@@ -41,13 +41,16 @@ LIMIT = 600.0  # seconds of a mutant's tests
 #: whose tests notice what is wrong in a file that no operator is named after: modules tests/ops/test_NAME*.py
 OPERATORS = {
     "csrc/cpu/aggregation_weights*.cpp": ("soft_aggregate",),
-    "csrc/cpu/avx512.h": ("soft_aggregate", "token_mlp"),
-    "csrc/cpu/attention*.h": ("masked_channel_attention",),
+    "csrc/cpu/attention*": ("attention_amx", "masked_channel_attention"),
+    "csrc/cpu/avx512.h": ("attention_amx", "soft_aggregate", "token_mlp"),
     "csrc/cpu/choice.h": ("select_tokens",),
+    "csrc/cpu/isa.*": ("attention_amx", "masked_channel_attention", "soft_aggregate", "token_mlp"),
     "csrc/cpu/match_bipartite.cpp": ("merge_bipartite",),
     "csrc/cpu/match_tiles.h": ("merge_bipartite",),
     "csrc/cpu/rows.h": ("merge_neighbours", "restore_tokens"),
-    "csrc/cpu/tiles.*": ("soft_aggregate", "token_mlp"),
+    "csrc/cpu/soft_aggregate*": ("soft_aggregate",),
+    "csrc/cpu/tile*": ("attention_amx", "soft_aggregate", "token_mlp"),
+    "csrc/cpu/token_mlp*": ("token_mlp",),
     "csrc/cpu/vector_math.h": ("soft_aggregate",),
     "csrc/cpu/vector_rows.h": ("merge_neighbours",),
     "tokenops/_triton/ahead.py": ("host",),
@@ -70,6 +73,8 @@ EMULATED = {
     "restore_tokens.cuh": "restore_tokens",
     "select_tokens.cuh": "select_tokens",
 }
+#: and which of an operator's do for a CPU, whatever instruction set they run by
+NATIVE = "native or composed or amx or on_tiles or instruction_set"
 
 
 def folder_of(mutant):
@@ -83,12 +88,12 @@ def suite(mutant):
         return ("test_emulation*.py",), EMULATED[path.name]
     found = [names for pattern, names in OPERATORS.items() if fnmatch.fnmatch(mutant.file, pattern)]
     names = found[0] if found else (path.stem,)
-    return tuple(f"test_{name}*.py" for name in names), "native" if path.suffix != ".py" else "triton"
+    return tuple(f"test_{name}*.py" for name in names), NATIVE if path.suffix != ".py" else "triton"
 
 
 def expression(mutant):
     every = suite(mutant)[1]
-    return f"{every} and ({mutant.tests})" if mutant.tests else every
+    return f"({every}) and ({mutant.tests})" if mutant.tests else every
 
 
 class Result(NamedTuple):
@@ -283,7 +288,7 @@ def baselines(mutants):
         groups[suite(mutant)].append(mutant.tests)
     for (modules, every), narrower in groups.items():
         some = " or ".join(f"({tests})" for tests in sorted(set(narrower)))
-        yield modules, f"{every} and ({some})" if all(narrower) else every
+        yield modules, f"({every}) and ({some})" if all(narrower) else every
 
 
 class Progress:

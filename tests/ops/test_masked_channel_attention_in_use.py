@@ -1,6 +1,8 @@
 """masked_channel_attention in use: layouts, dtypes, autograd and compile modes, memory, and its errors."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,6 +187,22 @@ def test_an_instruction_set_is_one_there_is():
     with _native.limit_cpu_isa("baseline"):
         assert _native.attention_isa(torch.float32) == "baseline"
     assert _native.attention_isa(torch.float32) == before and _native.attention_isa(torch.float64) is None
+
+
+def test_the_best_instruction_set_that_the_machine_has():
+    """By what Linux says of the processor: each runs where it is the best allowed, and floats by the best of theirs."""
+    if _native.why_not("cpu") is not None:
+        pytest.skip(_native.why_not("cpu"))
+    cpuinfo, compiler = Path("/proc/cpuinfo"), re.search(r"\) (\d+)\.\d+\.\d+$", _native.info()["compiler"])
+    if not cpuinfo.exists() or compiler is None or int(compiler[1]) < 11:
+        pytest.skip("what the processor has is not known here, or the compiler does not take all of it")
+    flags = {"amx": "amx_bf16", "avx512bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2"}
+    found = cpuinfo.read_text().split()
+    for isa in (isa for isa, flag in flags.items() if flag in found):
+        with _native.limit_cpu_isa(isa):
+            assert _native.attention_isa(torch.bfloat16) == isa
+            for dtype in (torch.float32, torch.float16):
+                assert _native.attention_isa(dtype) == ("avx2" if isa == "avx2" else "avx512")
 
 
 def test_threads_change_nothing():

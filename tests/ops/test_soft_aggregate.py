@@ -7,7 +7,7 @@ import tokenops
 from support.aggregation import delta_terms, inputs, run
 from support.cases import AGGREGATE, DTYPES, QUICK, Aggregate
 from support.tolerance import assert_as_good_as_plain
-from tokenops import reference
+from tokenops import _native, reference
 
 INF = float("inf")
 
@@ -140,9 +140,10 @@ def test_gradcheck_of_the_reference():
 # Values at the edges.
 
 
-def test_no_token_counts(backend, device):
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_no_token_counts(dtype, backend, device):
     """An image without a valid token gives zeros and zero gradients, never NaN; masked tokens are not even read."""
-    x, w, scale, _ = inputs(AGGREGATE[0], torch.float32, device)
+    x, w, scale, _ = inputs(AGGREGATE[0], dtype, device)
     mask = torch.ones(2, 12, dtype=torch.bool, device=device)
     mask[0] = False
     mask[1, 3:] = False
@@ -289,6 +290,43 @@ def test_the_automatic_choice(ran_kernels, device):
     with ran_kernels() as names, tokenops.use_backend("reference"):
         tokenops.soft_aggregate(x, w, prefix=1)
     assert names == set()
+
+
+def test_bfloat16_runs_on_tiles():
+    """Where the machine has them: what the softmax's gradient takes is then not rounded."""
+    if _native.attention_isa(torch.bfloat16) != "amx":
+        pytest.skip("no AMX here")
+    x, w, _, _ = inputs(AGGREGATE[6], torch.bfloat16, "cpu")
+    dy = torch.randn(1, 99, 64)
+
+    def dw():
+        return run(lambda x, w: tokenops.soft_aggregate(x, w, prefix=1), (x, w), dy)[2]
+
+    on_tiles = dw()
+    with _native.limit_cpu_isa("avx512bf16"):
+        without = dw()
+    assert not torch.equal(on_tiles, without) and torch.equal(on_tiles, dw())
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", (AGGREGATE[6], AGGREGATE[7]), ids=str)
+def test_one_image_on_tiles_of_many_threads(case):
+    """Bit for bit the same."""
+    if _native.attention_isa(torch.bfloat16) != "amx":
+        pytest.skip("no AMX here")
+    before, results = torch.get_num_threads(), []
+    x, w, scale, mask = inputs(case, torch.bfloat16, "cpu", mask=True)
+    dy = torch.randn(1, case.prefix + case.M, case.C)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(
+                run(lambda x, w, s: tokenops.soft_aggregate(x, w, scale=s, mask=mask, prefix=1), (x, w, scale), dy)
+            )
+    finally:
+        torch.set_num_threads(before)
+    for a, b, c in zip(*results):
+        assert torch.equal(a, b) and torch.equal(a, c)
 
 
 def test_opcheck(backend, device):

@@ -78,6 +78,17 @@ def test_images_that_do_not_fit_at_once(dtype, backend, device, monkeypatch):
     check_as_good_as_plain(case, dtype, device)
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_one_image_on_tiles_of_many_threads():
+    """Each has some of the hidden rows."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        check_as_good_as_plain(TOKEN_MLP[3], torch.bfloat16, "cpu")
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_bfloat16_runs_on_tiles():
     """Where the machine has them: what the GELU takes is then not rounded."""
     if _native.attention_isa(torch.bfloat16) != "amx":
