@@ -77,7 +77,7 @@ def why_not(device: str) -> str | None:
     return _why_no_cuda_code
 
 
-#: the best first; what attention on a CPU may run by (csrc/cpu/attention_variants.cpp)
+#: the best first; what kernels on a CPU may run by (csrc/cpu/isa.cpp)
 CPU_ISAS = ("amx", "avx512bf16", "avx512", "avx2", "baseline")
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -106,7 +106,10 @@ attention_isa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class limit_cpu_isa:
-    """In the block no better instruction set than this one runs attention on a CPU, process-wide; for tests.
+    """In the block no CPU kernel that chooses runs by a better instruction set than this one, process-wide; for tests.
+
+    Attention, soft_aggregate and token_mlp choose, and matching whether to use tiles; what else is compiled for several
+    is chosen by the loader.
 
     Args:
         most: one of CPU_ISAS.

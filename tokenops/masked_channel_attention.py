@@ -141,7 +141,8 @@ def masked_channel_attention_qkv(
     op = "masked_channel_attention_qkv"
     B, N, channels = _checks.tensor(op, "qkv", qkv, "B,N,C")
     for name, value in (("num_heads", num_heads), ("head_dim", head_dim)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
+        whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+        if not whole and (value is not None or name == "num_heads"):
             raise TypeError(f"{op}: {name} must be an int, but got {value!r}")
     if num_heads < 1 or channels % num_heads:
         raise ValueError(f"{op}: num_heads={num_heads} does not divide the {channels} channels of qkv")
@@ -156,7 +157,7 @@ def masked_channel_attention_qkv(
     _widths(op, ("qkv", Dk), ("qkv", of_head - 2 * Dk))
     sizes = B, num_heads, N, N, Dk, of_head - 2 * Dk
     given = _Given(qk_mask, v_mask, key_bias, key_lengths, scale, scores, heads, return_lse, return_key_mean)
-    given.check(op, qkv, *sizes)
+    given.check(op, qkv, *sizes, of_q="qkv", of_v="qkv")
     if given.plain and sdpa_serves(*(apart := reference.heads_of(qkv, num_heads, Dk))):
         out = _sdpa(*apart, scale=None if scale is None else float(scale))
         return out.transpose(1, 2).contiguous().transpose(1, 2)
@@ -227,8 +228,10 @@ class _Given(NamedTuple):
         masked = self.qk_mask is not None or self.v_mask is not None or self.key_bias is not None
         return not (masked or self.key_lengths is not None or self.scores or self.return_lse or self.return_key_mean)
 
-    def check(self, op: str, q: Tensor, B: int, H: int, Nq: int, Nk: int, Dk: int, Dv: int) -> None:
-        for name, mask, other, channels in (("qk_mask", self.qk_mask, "q", Dk), ("v_mask", self.v_mask, "v", Dv)):
+    def check(
+        self, op: str, q: Tensor, B: int, H: int, Nq: int, Nk: int, Dk: int, Dv: int, of_q: str = "q", of_v: str = "v"
+    ) -> None:
+        for name, mask, other, channels in (("qk_mask", self.qk_mask, of_q, Dk), ("v_mask", self.v_mask, of_v, Dv)):
             if mask is not None:
                 sizes = _checks.tensor(op, name, mask, "H,D", like=q)
                 _checks.same(op, "heads", name, sizes[0], other, H)
@@ -244,7 +247,7 @@ class _Given(NamedTuple):
             (images,) = _checks.tensor(op, "key_lengths", self.key_lengths, "B", like=q, floating=False)
             if self.key_lengths.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"{op}: key_lengths must be int64 or int32, but got {self.key_lengths.dtype}")
-            _checks.same(op, "images", "key_lengths", images, "q", B)
+            _checks.same(op, "images", "key_lengths", images, of_q, B)
         if self.scale is not None:
             _checks.number(op, "scale", self.scale, "a number or None")
         if self.scores is not None and self.scores not in SCORES:
@@ -254,7 +257,7 @@ class _Given(NamedTuple):
         if self.heads not in ("each", "mean"):
             raise ValueError(f"{op}: heads={self.heads!r}, but it must be 'each' or 'mean'")
         if self.scores is not None and Nq == 0:
-            raise ValueError(f"{op}: scores={self.scores!r} needs a query, but q has none")
+            raise ValueError(f"{op}: scores={self.scores!r} needs a query, but {of_q} has none")
 
 
 def _sizes(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int]:

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <new>
 
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC 12's intrinsics
 #pragma GCC diagnostic ignored "-Wuninitialized"

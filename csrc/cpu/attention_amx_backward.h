@@ -176,7 +176,7 @@ template <int V>
 INLINE void attend_backward_block(const Problem& p, const Gradients& g, const BackwardScratch& s, int64_t N, int64_t b,
                                   int64_t h, int64_t m, int64_t count, uint16_t* weights, uint16_t* ds) {
   const int64_t bh = b * p.H + h;
-    __m512 base[V], delta[V], total[V];
+  __m512 base[V], delta[V], total[V];
   for (int v = 0; v < V; ++v) {
     const __mmask16 here = first_of_16(count - v * SIDE);
     const __m512 lse = _mm512_maskz_loadu_ps(here, p.lse + bh * p.M + m + v * SIDE);

@@ -1,5 +1,5 @@
-// What AVX-512 code shares: memory, masks, a transposition and exp2. Included between pragmas that set the target, in
-// an unnamed namespace.
+// What AVX-512 code shares: memory, masks, a transposition and exp2. Included between pragmas that set the target, in a
+// namespace that no other file shares.
 
 // Memory of a thread, kept from call to call.
 struct ThreadMemory {
@@ -10,6 +10,7 @@ struct ThreadMemory {
       std::free(data);
       size = (bytes + 4095) / 4096 * 4096;
       data = static_cast<char*>(std::aligned_alloc(4096, size));
+      if (!data) size = 0, throw std::bad_alloc();
     }
     return data;
   }

@@ -95,7 +95,7 @@ Wide log_of(Wide size) {
     return made;
   }();
   const int whole = size >= 0 && size <= 256 ? static_cast<int>(size) : -1;
-  return static_cast<Wide>(whole) == size ? logs[whole] : std::log(size);
+  return whole >= 0 && static_cast<Wide>(whole) == size ? logs[whole] : std::log(size);
 }
 
 // The sum of some tokens of an image, weighed by weight(n)

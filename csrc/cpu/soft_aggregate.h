@@ -15,7 +15,8 @@ struct Tokens {
       : data(static_cast<char*>(t.data_ptr())), stride_b(t.stride(0)), stride_n(t.stride(1)) {}
 };
 
-// (B, N, M) logits, weights and their gradients; strides in elements, of the tokens or of the slots it is 1
+// (B, N, M) logits, weights and their gradients; strides in elements, of the tokens or of the slots it is 1 (where there
+// is one alone, whatever torch says)
 struct Logits {
   char* data = nullptr;
   ScalarType type = ScalarType::Float;
@@ -23,7 +24,7 @@ struct Logits {
   Logits() = default;
   explicit Logits(const Tensor& t)
       : data(static_cast<char*>(t.data_ptr())), type(t.scalar_type()),
-        stride_b(t.stride(0)), stride_n(t.stride(1)), stride_m(t.stride(2)) {}
+        stride_b(t.stride(0)), stride_n(t.size(1) == 1 ? 1 : t.stride(1)), stride_m(t.size(2) == 1 ? 1 : t.stride(2)) {}
 };
 
 // Tokens that count, (B, N) bool; null: all

@@ -28,7 +28,9 @@ inline void multiply(Tile& c, const Tile& a, const Tile& b) {
     std::memcpy(sums, c.rows[i], 64), std::memcpy(left, a.rows[i], 64);
     for (int k = 0; k < 16; ++k) {
       std::memcpy(right, b.rows[k], 64);
-      for (int n = 0; n < 32; ++n) sums[n / 2] += from_bfloat16(left[2 * k + n % 2]) * from_bfloat16(right[n]);
+      for (int n = 0; n < 32; ++n) {
+        sums[n / 2] += attention::from_bfloat16(left[2 * k + n % 2]) * attention::from_bfloat16(right[n]);
+      }
     }
     std::memcpy(c.rows[i], sums, 64);
   }

@@ -1,6 +1,7 @@
 """Random calls of every public operator on every backend against the oracle; TOKENOPS_FUZZ_SEED makes others."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,15 @@ SANITIZED = 160
 def test_enough_calls():
     assert sum(quick for quick, _ in COUNTS.values()) * len(CALLS) >= 490
     assert (sum(many for _, many in COUNTS.values()) + SANITIZED) * len(CALLS) >= 10_000
+
+
+@emulation.needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="tiles are of x86")
+def test_tiles_in_memory_compile():
+    """What the sanitized package needs, which is built in long runs alone."""
+    command = [emulation.CXX, "-std=c++17", "-fsyntax-only", "-DTOKENOPS_EMULATED_TILES", "-x", "c++", "-include"]
+    done = subprocess.run([*command, ROOT / "csrc" / "cpu" / "tiles.h", "/dev/null"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="session")

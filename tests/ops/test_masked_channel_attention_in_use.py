@@ -258,12 +258,16 @@ def test_a_packed_projection_says_what_it_must_be():
         ((qkv, 5), {}, ValueError, "num_heads=5 does not divide the 36 channels"),
         ((qkv, 0), {}, ValueError, "num_heads=0"),
         ((qkv, True), {}, TypeError, "num_heads must be an int"),
+        ((qkv, None), {}, TypeError, "num_heads must be an int, but got None"),
         ((qkv, 9), {}, ValueError, "4 channels a head, which are not q, k and v of one width"),
         ((qkv, 3), {"head_dim": 6}, ValueError, "head_dim=6 leaves 0 of 12 channels a head for v"),
         ((qkv, 3), {"head_dim": 1.0}, TypeError, "head_dim must be an int"),
         ((qkv[0], 3), {}, ValueError, r"qkv must have shape \(B,N,C\)"),
         ((qkv.long(), 3), {}, TypeError, "qkv must be float16"),
         ((qkv, 3), {"key_bias": torch.zeros(2, 1, 1, 4)}, ValueError, "key_bias must have shape"),
+        ((qkv, 3), {"v_mask": torch.ones(2, 4)}, ValueError, "v_mask has 2 heads, but qkv has 3"),
+        ((qkv, 3), {"key_lengths": torch.ones(3).long()}, ValueError, "key_lengths has 3 images, but qkv has 2"),
+        ((qkv[:, :0], 3), {"scores": "class"}, ValueError, "needs a query, but qkv has none"),
         ((torch.randn(1, 2, 3 * 129), 1), {}, ValueError, "heads of 129 channels"),
     ):
         with pytest.raises(error, match=words):

@@ -183,6 +183,14 @@ def test_merged_again_and_again(backend, device):
     assert torch.equal(totals, sizes)
 
 
+def test_the_logarithm_of_any_size(backend, device):
+    """Small integers are looked up on a CPU."""
+    sizes = torch.tensor([[-1.0, -2.0, -0.5, 0.0, 1.0, 2.5, 256.0, 257.0, float("inf"), float("nan")]], device=device)
+    x = torch.randn(1, 10, 3, device=device)
+    found = merge_bipartite(x, x, 0, sizes=sizes, prefix=10).log_sizes
+    torch.testing.assert_close(found, sizes.log(), equal_nan=True)
+
+
 def test_nothing_merged_is_a_copy(backend, device):
     for prefix, order in ((0, [0, 2, 4, 1, 3]), (1, [0, 2, 4, 1, 3]), (3, [0, 1, 2, 4, 3])):
         x = torch.randn(2, 5, 6, device=device, dtype=torch.bfloat16)

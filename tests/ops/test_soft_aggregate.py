@@ -1,5 +1,8 @@
 """soft_aggregate and soft_scatter: what they mean, and that every backend computes it, values and gradients."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -270,6 +273,26 @@ def test_deterministic(backend, device):
         for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+WITHOUT_MEMORY = """
+import resource, torch, tokenops
+torch.set_num_threads(1)
+x = torch.ones(1, 2**22, 1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, resource.RLIM_INFINITY))
+try:
+    tokenops.soft_aggregate(x, x)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
+def test_too_little_memory_is_an_error():
+    """For what a thread keeps, 512 MB here; nothing ends."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0 and "bad_alloc" in done.stdout, done.stderr[-2000:]
 
 
 def test_the_kernel_that_was_asked_for_runs(backend, ran_kernels, device):

@@ -233,6 +233,15 @@ def test_what_is_saved_may_lie_otherwise_in_memory(name, dtype_of_kernels):
         assert_same(torch.autograd.grad(of_all, leaves, materialize_grads=True), right)
 
 
+def test_saved_weights_of_one_slot_may_lie_otherwise():
+    """Their stride between slots means nothing."""
+    leaves = [torch.randn(B, 40, n).bfloat16().requires_grad_() for n in (C, 1)]
+    right = torch.autograd.grad(loss(tokenops.soft_aggregate, *leaves), leaves)
+    with torch.autograd.graph.saved_tensors_hooks(apart, lambda t: t):
+        of_all = loss(tokenops.soft_aggregate, *leaves)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(of_all, leaves), right, strict=True))
+
+
 class Ran(TorchDispatchMode):
     """How often each of our kernels runs in the block."""
 
