@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..masked_channel_attention import WIDEST_HEAD, masked_channel_attention, masked_channel_attention_qkv
 from ..nn import Attention
-from .families import PATCH_ANEW, Family, family_of
+from .families import PATCH_ANEW, Family, family_of, widest_of
 from .modules import name_of, unwrapped
 
 
@@ -80,16 +80,14 @@ def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, rope: Te
         raise ValueError(
             "the scores that are asked of attention would lose their gradients: checkpoint it with use_reentrant=False"
         )
-    dropout: Any = getattr(attention, family.dropout)  # a module, or a number
-    dropped: float = getattr(dropout, "p", dropout) if attention.training else 0.0
+    dropped = dropped_by(family, attention)
     scale = getattr(attention, family.scale)
-    widest = max(attention.head_dim, getattr(attention, "v_head_dim", 0))
     ours = isinstance(attention, Attention)
     masks: Any = {name: getattr(attention, name) if ours else None for name in ("qk_mask", "v_mask")}
     bias = None if ask.key_bias is None else ask.key_bias[:, None, None]
-    if dropped or (not ask.more and widest > WIDEST_HEAD):
+    if dropped or (not ask.more and widest_of(attention) > WIDEST_HEAD):
         q, k, v = family.heads(attention, x, ask.rows, rope)
-        if ask.more:
+        if ask.more or any(mask is not None for mask in masks.values()):
             out, ask.looked_at, ask.keys = _dropping(q, k, v, dropped, bias, scale, ask.scores, **masks)
         else:
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, scale=scale)
@@ -111,6 +109,12 @@ def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, rope: Te
         ask.looked_at = found[1] if ask.scores is not None else None
         ask.keys = found[-1] if ask.key_mean else None
     return family.project(attention, x[:, : ask.rows], out.transpose(1, 2).flatten(2))
+
+
+def dropped_by(family: type[Family], attention: Any) -> float:
+    """The share of its weights that an attention drops, as it is now."""
+    dropout: Any = getattr(attention, family.dropout)  # a module, or a number
+    return getattr(dropout, "p", dropout) if attention.training else 0.0
 
 
 def attention_of(

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from ..masked_channel_attention import faster
+from ..masked_channel_attention import WIDEST_HEAD, faster
 from . import families
-from .blocks import Ask, attended
+from .blocks import Ask, attended, dropped_by
 
 
 class Flow(NamedTuple):
@@ -338,15 +338,24 @@ class PatchedAttention:
     def forward(self, *args: Any, ask: Ask | None = None, **kwargs: Any) -> Any:
         """The attention's own result; with `ask` computed so that what is asked for is told.
 
-        Without, by our operator too where it is much the faster: less is not worth other bits than the model's own.
+        Without, by our operator too where it is much the faster than torch's, which the attention would run: less is
+        not worth other bits than the model's own.
         """
-        if ask is None:
-            masked = any(value is not None and value is not False for name, value in kwargs.items() if name != "rope")
-            if len(args) != 1 or masked or faster(args[0]) < 1.5 or torch.is_autocast_enabled("cpu"):
-                return super().forward(*args, **kwargs)  # type: ignore[misc]
-            ask = Ask()
         family = type(self).tokenops_family  # type: ignore[attr-defined]
+        if ask is None:
+            x, *others = *args, *(value for name, value in kwargs.items() if name != "rope"), None
+            if not _swift(family, self, x) or any(other is not None and other is not False for other in others):
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+            args, ask = (x,), Ask()
         return family.returned(attended(family, self, ask, args[0], kwargs.get("rope")))
+
+
+def _swift(family: Any, attention: Any, x: Any) -> bool:
+    """Whether our operator is much the faster on these tokens, and does all that the attention does."""
+    if not isinstance(x, Tensor) or faster(x) < 1.5 or torch.is_autocast_enabled("cpu"):
+        return False
+    plain = family.fused(attention) and not dropped_by(family, attention)
+    return plain and families.widest_of(attention) <= WIDEST_HEAD
 
 
 class PatchedGrid:

@@ -57,6 +57,11 @@ class Family:
         return attention(x, **ask)
 
     @staticmethod
+    def fused(attention: Any) -> bool:
+        """Whether the attention's own forward runs torch's, which writes no matrix."""
+        return attention.fused_attn
+
+    @staticmethod
     def returned(out: Tensor) -> Any:
         """The attention's result as its own forward returns it."""
         return out
@@ -165,6 +170,10 @@ class Clip(Family):
         return attention(x, attention_mask=None, **ask)[0]
 
     @staticmethod
+    def fused(attention: Any) -> bool:
+        return attention.config._attn_implementation == "sdpa"
+
+    @staticmethod
     def returned(out: Tensor) -> Any:
         return out, None
 
@@ -252,8 +261,12 @@ def positions(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tens
 
 
 def head_width(block: Any) -> int:
-    """Channels of the widest head."""
-    attention = unwrapped(getattr(block, family_of(block).attention))
+    """Channels of the widest head of a block."""
+    return widest_of(unwrapped(getattr(block, family_of(block).attention)))
+
+
+def widest_of(attention: Any) -> int:
+    """Channels of the widest head of an attention."""
     return max(attention.head_dim, getattr(attention, "v_head_dim", 0))
 
 
