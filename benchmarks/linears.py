@@ -155,13 +155,19 @@ def threads(count: int | None) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8, 32])
-    parser.add_argument("--threads", type=int, help="default: all")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8, 32], help="images")
+    parser.add_argument("--threads", type=positive, help="default: all")
+    parser.add_argument("--rounds", type=positive, default=11, help="samples of either model")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     dense = timm.create_model(DENSE).to(dtype).eval()

@@ -79,7 +79,8 @@ def masked_channel_attention(
         ValueError: shapes or devices do not fit together, a head is wider than 128, ``scores`` or ``heads`` has another
             value, scores are asked for without a query, or (on a CPU) a length is outside of 0..Nk.
 
-    Softmax and sums are fp32 (fp64 for fp64 tokens), under autocast too: autocast changes no dtype here. Deterministic.
+    Softmax and sums are fp32 (fp64 for fp64 tokens), under autocast too: autocast changes no dtype here. Deterministic;
+    in bfloat16 on AMX the last bit of ``out`` may be another where gradients, scores or the log-sum-exp are asked for.
     Differentiable twice, every result in every float tensor. On a GPU a call without masks, bias and lengths that asks
     for ``out`` alone is ``torch.nn.functional.scaled_dot_product_attention``, with what that says of determinism and
     second gradients, unless a backend is forced; on a CPU too, without gradients, where that was measured to be faster.
