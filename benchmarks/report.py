@@ -340,7 +340,7 @@ def draw_models(rows: list[dict], result: dict):
     axes.plot([1, end], [1, end], color="black", lw=1, label="all of the saving realised")
     axes.set(xlim=(1, end), ylim=(min([1, *(d["ratio"][1] for _, d in points)]), end))
     axes.set_xlabel("FLOPs of the dense model / FLOPs of the slimmed one")
-    axes.set_ylabel("speed-up")
+    axes.set_ylabel("speed-up over the faster dense form, timm's or with our attention")
     axes.set_title(f"what the slimming saves, {device_of(result)}", loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=8, ncols=1 + len(points) // 30, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
