@@ -28,24 +28,14 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "unmerge_bipartite": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
 }
 
-#: operators whose native path is compiled code (the others compose torch's own kernels, which are always there)
+#: operators whose native path is compiled code on a GPU too
 COMPILED = frozenset(
-    {
-        "masked_channel_attention",
-        "select_tokens",
-        "restore_tokens",
-        "merge_neighbours",
-        "match_bipartite",
-        "merge_bipartite",
-        "unmerge_bipartite",
-    }
+    {"select_tokens", "restore_tokens", "merge_neighbours", "match_bipartite", "merge_bipartite", "unmerge_bipartite"}
 )
-
-#: operators compiled for what most ask, and composed of torch's kernels for the rest: fp64, and without a compiler
+#: those whose native path on a CPU is (the others compose torch's own kernels, which are always there)
+COMPILED_ON_CPU = COMPILED | {"masked_channel_attention", "soft_aggregate", "soft_scatter"}
+#: of them, those composed of torch's kernels for what is not compiled: fp64, and where there is no compiler
 COMPOSED = frozenset({"masked_channel_attention"})
-
-#: with those that are compiled on a CPU and have no native path on a GPU
-COMPILED_ON_CPU = COMPILED | {"soft_aggregate", "soft_scatter"}
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -108,7 +98,7 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
         if device == "cpu" and not INTERPRETED:
             return "Triton runs on a CPU only interpreted: set TRITON_INTERPRET=1 before importing triton"
         if device == "cuda" and not INTERPRETED:
-            if dtype == torch.float64 and op not in COMPILED - COMPOSED:
+            if dtype == torch.float64 and op not in COMPILED:
                 return "the Triton matrix kernels take no float64 on a GPU"
             if _native.gpu_capability() < (8, 0):
                 return f"the Triton kernels need compute capability 8.0, this GPU has {_native.gpu_capability()}"

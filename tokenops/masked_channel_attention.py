@@ -98,9 +98,6 @@ def masked_channel_attention(
     sizes = _sizes(op, q, k, v)
     given = _Given(qk_mask, v_mask, key_bias, key_lengths, scale, scores, heads, return_lse, return_key_mean)
     given.check(op, q, *sizes)
-    if given.plain and sdpa_serves(q, k, v):
-        out = _sdpa(q, k, v, scale=None if scale is None else float(scale))
-        return out.transpose(1, 2).contiguous().transpose(1, 2)
     return _attended(op, q, k, v, sizes, given)
 
 
@@ -159,21 +156,22 @@ def masked_channel_attention_qkv(
     sizes = B, num_heads, N, N, Dk, of_head - 2 * Dk
     given = _Given(qk_mask, v_mask, key_bias, key_lengths, scale, scores, heads, return_lse, return_key_mean)
     given.check(op, qkv, *sizes, of_q="qkv", of_v="qkv")
-    if given.plain and sdpa_serves(*(apart := reference.heads_of(qkv, num_heads, Dk))):
-        out = _sdpa(*apart, scale=None if scale is None else float(scale))
-        return out.transpose(1, 2).contiguous().transpose(1, 2)
     return _attended(op, qkv, None, None, sizes, given)
 
 
 def _attended(op: str, q: Tensor, k: Any, v: Any, sizes: Any, given: "_Given") -> Any:
-    """By the operator, of which q alone is the packed projection."""
+    """By whoever serves; q alone is the packed projection."""
     B, H, _, Nk, Dk, _ = sizes
     packed = (0, 0) if k is not None else (H, Dk)
-    backend = choose("masked_channel_attention", q.device.type, q.dtype)
+    served = given.plain and sdpa_serves(q, k, v, sizes)
+    backend = "reference" if served else choose("masked_channel_attention", q.device.type, q.dtype)
     if backend == "reference":
+        apart = (q, k, v) if k is not None else reference.heads_of(q, H, Dk)
+        if served:
+            out = _sdpa(*apart, scale=None if given.scale is None else float(given.scale))
+            return out.transpose(1, 2).contiguous().transpose(1, 2)
         _checks.lengths(op, "key_lengths", given.key_lengths, Nk)
-        q, k, v = (q, k, v) if k is not None else reference.heads_of(q, H, Dk)
-        return reference.masked_channel_attention(q, k, v, **given._asdict())
+        return reference.masked_channel_attention(*apart, **given._asdict())
     scale = Dk**-0.5 if given.scale is None else given.scale
     bias = None if given.key_bias is None else given.key_bias.expand(B, H, 1, Nk).squeeze(2)
     tensors = q, k, v, given.qk_mask, given.v_mask, bias
@@ -191,13 +189,13 @@ def _attended(op: str, q: Tensor, k: Any, v: Any, sizes: Any, given: "_Given") -
     return tuple(compress(results, (True, *asked))) if any(asked) else results[0]
 
 
-def sdpa_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def sdpa_serves(q: Tensor, k: Any, v: Any, sizes: Any) -> bool:
     """Whether torch's own attention runs a call that asks for nothing else: where ours is not known to be faster.
 
     On a CPU without gradients alone, as its own cannot be differentiated again.
     """
-    plain = q.shape[3] == v.shape[3] and q.numel() > 0 and k.numel() > 0
-    if not plain or _backends.forced() is not None or faster(q):
+    Dk, Dv = sizes[4:]
+    if Dk != Dv or 0 in sizes or _backends.forced() is not None or faster(q):
         return False
     return q.device.type != "cpu" or not needs_grad(q, k, v)
 

@@ -1,7 +1,8 @@
 // The weights of soft_aggregate and their gradient on AVX-512: 32 slots of an image at a time, in any order in memory.
 #include "soft_aggregate.h"
+#include "isa.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if TOKENOPS_X86
 #include <immintrin.h>
 
 #include <algorithm>
@@ -12,7 +13,6 @@
 
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC 12's intrinsics
 #pragma GCC diagnostic ignored "-Wuninitialized"
-#define INLINE static inline __attribute__((always_inline))
 
 namespace tokenops {
 
@@ -80,9 +80,13 @@ void soft_aggregate::weights_backward_on_avx512(const Sizes& z, const Logits& da
 #else
 
 namespace tokenops {
-void soft_aggregate::weights_on_avx512(const Sizes&, const Logits&, float, const Mask&, const Logits&, const Logits*) {}
+void soft_aggregate::weights_on_avx512(const Sizes&, const Logits&, float, const Mask&, const Logits&, const Logits*) {
+  STD_TORCH_CHECK(false, "compiled without AVX-512");
+}
 void soft_aggregate::weights_backward_on_avx512(const Sizes&, const Logits&, const Logits&, const Logits&, float,
-                                                const Logits&, float*) {}
+                                                const Logits&, float*) {
+  STD_TORCH_CHECK(false, "compiled without AVX-512");
+}
 }  // namespace tokenops
 
 #endif

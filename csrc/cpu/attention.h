@@ -5,9 +5,9 @@
 #include <cstring>
 #include <limits>
 
-namespace tokenops::attention {
+#include "bfloat16.h"
 
-#define INLINE static inline __attribute__((always_inline))
+namespace tokenops::attention {
 
 enum class Type { Float, BFloat16, Half };
 
@@ -46,22 +46,6 @@ struct Gradients {
 };
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();  // the logit of a key that does not count
-
-INLINE float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-INLINE uint32_t to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-INLINE float from_bfloat16(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }
-INLINE uint16_t to_bfloat16(float x) {  // to nearest even
-  const uint32_t bits = to_bits(x);
-  return (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-}
 
 struct Variant {
   const char* name;

@@ -3,8 +3,6 @@
 // rows, one above the other: packed so by `pack_transposed` and `pack_pairs`.
 namespace tokenops::attention::amx {
 
-#include "avx512.h"
-
 using tokenops::amx::Tiles;
 
 constexpr int64_t SIDE = 16;           // rows of a tile, and its columns of floats
@@ -30,18 +28,7 @@ INLINE void transpose(const void* from, int64_t bytes, int64_t rows, __mmask16 w
 
 // The B of a product along the channels, `count` rows as columns: [row / 16][channel / 32] tiles, zeros behind both.
 INLINE void pack_transposed(const uint16_t* from, int64_t stride, int64_t count, int64_t channels, uint16_t* to) {
-  const int64_t deep = padded(channels, DEEP) / DEEP;
-  for (int64_t n = 0; n < count; n += SIDE) {
-    const int64_t rows = count - n < SIDE ? count - n : SIDE;
-    for (int64_t d = 0; d < deep; ++d) {
-      const int64_t left = channels - d * DEEP;
-      const __mmask16 words = left >= DEEP ? 0xffff : (1u << (left / 2)) - 1;
-      int32_t* tile = reinterpret_cast<int32_t*>(to + ((n / SIDE) * deep + d) * TILE);
-      transpose(from + n * stride + d * DEEP, 2 * stride, rows, words, tile, SIDE);
-      if (left < DEEP && left % 2)  // the last channel is half a word
-        for (int64_t i = 0; i < rows; ++i) tile[left / 2 * SIDE + i] = from[(n + i) * stride + channels - 1];
-    }
-  }
+  pack_tiles<true>({from, stride, 1}, count, channels, reinterpret_cast<char*>(to));
 }
 
 // The B of a product along `count` rows, channels as columns: [row / 32][channel / 16] tiles, zeros behind both. There

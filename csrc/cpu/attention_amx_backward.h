@@ -40,49 +40,6 @@ struct BackwardScratch {
   static constexpr int64_t CHUNK = 8;  // P and dS of so many blocks stay in the L2 cache
 };
 
-// Where tiles lie: the first one, the step to the next of the depth and to the neighbour across, bytes between rows.
-struct Operand {
-  const uint16_t* first;
-  int64_t next, across, stride;
-};
-
-// to = (add: to +) a b: ROWS x COLUMNS tiles, 1 or 2 of each; stride in floats
-template <int ROWS, int COLUMNS>
-INLINE void product(const Operand& a, const Operand& b, int64_t depth, bool add, float* to, int64_t stride) {
-  const int64_t bytes = 4 * stride;
-  float* below = to + SIDE * stride;
-  if (add) {
-    TILE_LOAD(0, to, bytes);
-    if (COLUMNS == 2) TILE_LOAD(1, to + SIDE, bytes);
-    if (ROWS == 2) TILE_LOAD(2, below, bytes);
-    if (ROWS == 2 && COLUMNS == 2) TILE_LOAD(3, below + SIDE, bytes);
-  } else {
-    TILE_ZERO(0);
-    if (COLUMNS == 2) TILE_ZERO(1);
-    if (ROWS == 2) TILE_ZERO(2);
-    if (ROWS == 2 && COLUMNS == 2) TILE_ZERO(3);
-  }
-  const uint16_t *left = a.first, *right = b.first;
-  for (int64_t k = 0; k < depth; ++k, left += a.next, right += b.next) {
-    TILE_LOAD(4, left, a.stride);
-    TILE_LOAD(6, right, b.stride);
-    TILE_PRODUCT(0, 4, 6);
-    if (COLUMNS == 2) {
-      TILE_LOAD(7, right + b.across, b.stride);
-      TILE_PRODUCT(1, 4, 7);
-    }
-    if (ROWS == 2) {
-      TILE_LOAD(5, left + a.across, a.stride);
-      TILE_PRODUCT(2, 5, 6);
-      if (COLUMNS == 2) TILE_PRODUCT(3, 5, 7);
-    }
-  }
-  TILE_STORE(0, to, bytes);
-  if (COLUMNS == 2) TILE_STORE(1, to + SIDE, bytes);
-  if (ROWS == 2) TILE_STORE(2, below, bytes);
-  if (ROWS == 2 && COLUMNS == 2) TILE_STORE(3, below + SIDE, bytes);
-}
-
 INLINE __m512 widened(const uint16_t* from, __mmask16 m) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, from)), 16));
 }
@@ -189,16 +146,16 @@ INLINE void attend_backward_block(const Problem& p, const Gradients& g, const Ba
   const bool scored = g.dscores && (p.received || m == 0);
   const __m512 scale = _mm512_set1_ps(p.scale * LOG2_E);
   const __mmask16 lanes_scored = !scored ? 0 : p.received ? 0xffff : 1;
-  const Operand queries{s.queries, TILE, s.deep_k * TILE, 64}, douts{s.douts, TILE, s.deep_v * TILE, 64};
+  const TileGrid queries{s.queries, TILE, s.deep_k * TILE, 64}, douts{s.douts, TILE, s.deep_v * TILE, 64};
   const int64_t width_k = s.deep_k * DEEP, width_v = s.deep_v * DEEP;
   // tiles of the next keys are made while these are weighed
   const auto make = [&](int64_t n, int part) {
     n += part % 2 * SIDE;
     if (n >= N) return;
-    const Operand keys{s.keys + n * width_k, DEEP, 0, 2 * width_k};
-    const Operand values{s.values + n * width_v, DEEP, 0, 2 * width_v};
-    if (part < 2) product<1, V>(keys, queries, s.deep_k, false, s.p + n * DEEP, DEEP);
-    else product<1, V>(values, douts, s.deep_v, false, s.dp + n * DEEP, DEEP);
+    const TileGrid keys{s.keys + n * width_k, DEEP, 0, 2 * width_k};
+    const TileGrid values{s.values + n * width_v, DEEP, 0, 2 * width_v};
+    if (part < 2) multiply_tiles<1, V>(keys, queries, s.deep_k, false, s.p + n * DEEP, DEEP);
+    else multiply_tiles<1, V>(values, douts, s.deep_v, false, s.dp + n * DEEP, DEEP);
   };
   for (int part = 0; part < 4; ++part) make(0, part);
   for (int64_t n = 0; n < N; n += DEEP) {
@@ -212,11 +169,11 @@ INLINE void attend_backward_block(const Problem& p, const Gradients& g, const Ba
   for (int v = 0; v < V; ++v) delta[v] += total[v];
   for (int64_t n = 0; n < N; n += DEEP) differentiate<V>(s, n, N - n > SIDE ? DEEP : SIDE, delta, g.dbias, ds);
 
-  const Operand pairs{s.ds_pairs, 2 * TILE, TILE, 64};
+  const TileGrid pairs{s.ds_pairs, 2 * TILE, TILE, 64};
   int32_t* turned = reinterpret_cast<int32_t*>(s.turned);
   for (int64_t d = 0; d < p.DK; d += DEEP) {
-    const Operand channels{s.key_channels + d / SIDE * TILE, s.wide_k * TILE, TILE, 64};
-    const auto call = p.DK - d > SIDE ? &product<2, 2> : &product<1, 2>;
+    const TileGrid channels{s.key_channels + d / SIDE * TILE, s.wide_k * TILE, TILE, 64};
+    const auto call = p.DK - d > SIDE ? &multiply_tiles<2, 2> : &multiply_tiles<1, 2>;
     call(channels, pairs, padded(N, DEEP) / DEEP, false, s.result, DEEP);
     for (int64_t i = 0; i < DEEP && d + i < p.DK; i += SIDE)
       for (int64_t c = 0; c < DEEP; c += SIDE)
@@ -242,12 +199,12 @@ INLINE void attend_backward_block(const Problem& p, const Gradients& g, const Ba
 
 // sums (add: +)= left^T right for ROWS tiles of keys, over a chunk's blocks of queries
 template <int ROWS>
-INLINE void add_products(const Operand& left, const Operand& right, int64_t blocks, int64_t channels, bool add,
+INLINE void add_products(const TileGrid& left, const TileGrid& right, int64_t blocks, int64_t channels, bool add,
                          float* sums, int64_t width) {
   for (int64_t d = 0; d < channels; d += DEEP) {
-    const Operand columns{right.first + d / SIDE * TILE, right.next, right.across, right.stride};
-    if (channels - d > SIDE) product<ROWS, 2>(left, columns, blocks, add, sums + d, width);
-    else product<ROWS, 1>(left, columns, blocks, add, sums + d, width);
+    const TileGrid columns{right.first + d / SIDE * TILE, right.next, right.across, right.stride};
+    if (channels - d > SIDE) multiply_tiles<ROWS, 2>(left, columns, blocks, add, sums + d, width);
+    else multiply_tiles<ROWS, 1>(left, columns, blocks, add, sums + d, width);
   }
 }
 
@@ -314,8 +271,8 @@ static void attend_backward(const Problem& p, const Gradients& g, int32_t* base,
         call(p, g, s, N, b, h, m, count, s.weights + blocks * rows * DEEP, s.ds + blocks * rows * DEEP);
       }
       for (int64_t n = 0; n < N; n += DEEP) {
-        const Operand weights{s.weights + n * DEEP, rows * DEEP, TILE, 64}, ds{s.ds + n * DEEP, rows * DEEP, TILE, 64};
-        const Operand douts{s.dout_pairs, s.wide_v * TILE, TILE, 64}, queries{s.query_pairs, s.wide_k * TILE, TILE, 64};
+        const TileGrid weights{s.weights + n * DEEP, rows * DEEP, TILE, 64}, ds{s.ds + n * DEEP, rows * DEEP, TILE, 64};
+        const TileGrid douts{s.dout_pairs, s.wide_v * TILE, TILE, 64}, queries{s.query_pairs, s.wide_k * TILE, TILE, 64};
         float *dv = s.dv + n * width_v, *dk = s.dk + n * width_k;
         const auto call = N - n > SIDE ? &add_products<2> : &add_products<1>;
         call(weights, douts, blocks, p.DV, !first, dv, width_v);

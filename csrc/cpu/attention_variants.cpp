@@ -29,8 +29,7 @@ void to_half(const float* in, void* out, int64_t n) {
 #define PAIRS 0
 #include "attention_variant.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define TOKENOPS_X86 1
+#if TOKENOPS_X86
 #include <immintrin.h>
 
 #pragma GCC push_options
@@ -60,15 +59,12 @@ void to_half(const float* in, void* out, int64_t n) {
 #include "attention_variant.h"
 #pragma GCC pop_options
 
-#if __GNUC__ >= 11 && defined(__linux__)
-#define TOKENOPS_AMX 1
-#include "tiles.h"
-#pragma GCC diagnostic ignored "-Wuninitialized"  // of GCC 12's own intrinsics
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")
+#if TOKENOPS_TILES
+#include "tile_products.h"
+
+TILES_BEGIN
 #include "attention_amx.h"
-#pragma GCC pop_options
+TILES_END
 #endif
 #endif
 
@@ -89,7 +85,7 @@ int64_t words_of(const Problem& p) {
 Variant choose(Type type) {
 #if TOKENOPS_X86
   const bool halves = type == Type::BFloat16;
-#if TOKENOPS_AMX
+#if TOKENOPS_TILES
   if (halves && usable(Isa::Amx)) return TOKENOPS_VARIANT(amx, avx512bf16);
 #endif
   if (halves && usable(Isa::Avx512Bf16) && !slow_pairs()) return TOKENOPS_VARIANT(avx512bf16, avx512bf16);

@@ -4,8 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11 && defined(__linux__)
-#define TOKENOPS_HAS_TILES 1
+#if TOKENOPS_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -17,7 +16,7 @@ constexpr const char* NAMES[] = {"amx", "avx512bf16", "avx512", "avx2", "baselin
 constexpr int COUNT = 5;
 
 bool has(Isa isa) {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if TOKENOPS_X86
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -26,7 +25,7 @@ bool has(Isa isa) {
     case Isa::Amx:
 #ifdef TOKENOPS_EMULATED_TILES
       return pairs;
-#elif TOKENOPS_HAS_TILES
+#elif TOKENOPS_TILES
       // and its operating system lets this process use them: ARCH_REQ_XCOMP_PERM, of tile data
       return pairs && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
              syscall(SYS_arch_prctl, 0x1023, 18) == 0;
@@ -66,7 +65,7 @@ bool usable(Isa isa) {
 }
 
 bool slow_pairs() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if TOKENOPS_X86
   // but where they are what was named
   return __builtin_cpu_is("intel") && most().load(std::memory_order_relaxed) != static_cast<int>(Isa::Avx512Bf16);
 #else

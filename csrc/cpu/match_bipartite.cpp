@@ -140,7 +140,7 @@ struct Edges {
   }
 };
 
-#if TOKENOPS_MATCH_TILES
+#if TOKENOPS_TILES
 void match_by_tiles(const char* tokens, int64_t stride, int64_t D, const Sides& sides, int64_t r, Edges<float>& edges,
                     int64_t* index) {
   constexpr int64_t SIDE = TileRows::SIDE;
@@ -176,7 +176,7 @@ void match_image(const Tensor& metric, const Sides& sides, int64_t b, int64_t r,
   const int64_t D = metric.size(2);
   const Strided from = strided(metric);
   const char* const tokens = from.data + b * from.stride_b + sides.prefix * from.stride_n;
-#if TOKENOPS_MATCH_TILES
+#if TOKENOPS_TILES
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (from.stride_c == 2 && usable(Isa::Amx)) return match_by_tiles(tokens, from.stride_n, D, sides, r, edges, index);
   }

@@ -1,11 +1,11 @@
 // The likeness of bfloat16 tokens by tiles of AMX. Included in match_bipartite.cpp.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11 && defined(__linux__)
-#define TOKENOPS_MATCH_TILES 1
-#include "../unit_rows.h"
 #include "isa.h"
-#include "tiles.h"
+
+#if TOKENOPS_TILES
+#include "../unit_rows.h"
+#include "tile_products.h"
 
 #include <immintrin.h>
 
@@ -16,9 +16,7 @@
 namespace tokenops {
 namespace {
 
-#pragma GCC push_options
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of immintrin.h itself
-#pragma GCC target("avx2,fma,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")
+TILES_BEGIN
 
 // Metrics of both sides, as rows of `deep` tiles, zeros behind the channels; those of the even side once more as the
 // second operand of a product. A tile is 16 rows of 32 bfloat16, or of 16 floats.
@@ -37,12 +35,7 @@ struct TileRows {
     float squares = copy(row, D, to);
     if (const float power = Powers<float>::of(squares); power != 1) {
       for (int64_t d = 0; d < D; ++d) {
-        uint32_t bits = static_cast<uint32_t>(row[d]) << 16;
-        float value;
-        std::memcpy(&value, &bits, 4);
-        value *= power;
-        std::memcpy(&bits, &value, 4);
-        to[d] = static_cast<uint16_t>(bits >> 16);
+        to[d] = static_cast<uint16_t>(to_bits(from_bfloat16(row[d]) * power) >> 16);  // exact
       }
       squares = copy(to, D, to);
     }
@@ -51,27 +44,9 @@ struct TileRows {
 
   // the even side's rows from 16 * block on
   void pack(int64_t block) {
-    for (int64_t d = 0; d < deep; ++d) {
-      __m512i r[SIDE];
-      const uint16_t* from = even.data() + block * SIDE * deep * DEEP + d * DEEP;
-      for (int64_t i = 0; i < SIDE; ++i) r[i] = _mm512_loadu_si512(from + i * deep * DEEP);
-#pragma GCC unroll 4
-      for (int step = 1; step < SIDE; step *= 2) {  // squares of step x step words change places
-        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const __m512i by = _mm512_set1_epi32(step), other = _mm512_set1_epi32(SIDE);
-        const __mmask16 odd_lane = _mm512_test_epi32_mask(lane, by);
-        const __m512i upper = _mm512_mask_add_epi32(lane, odd_lane, _mm512_sub_epi32(lane, by), other);
-        const __m512i lower = _mm512_mask_add_epi32(_mm512_add_epi32(lane, by), odd_lane, lane, other);
-#pragma GCC unroll 16
-        for (int i = 0; i < SIDE; ++i) {
-          if (i & step) continue;
-          const __m512i a = r[i], b = r[i + step];
-          r[i] = _mm512_permutex2var_epi32(a, upper, b), r[i + step] = _mm512_permutex2var_epi32(a, lower, b);
-        }
-      }
-      uint16_t* const to = packed.data() + (block * deep + d) * TILE;
-      for (int64_t i = 0; i < SIDE; ++i) _mm512_storeu_si512(to + i * DEEP, r[i]);
-    }
+    const int64_t width = deep * DEEP;
+    char* to = reinterpret_cast<char*>(packed.data() + block * deep * TILE);
+    pack_tiles<true>({even.data() + block * SIDE * width, width, 1}, SIDE, width, to);
   }
 
   // Of 32 even rows the best of the odd ones, divided by the odd one's length, and which: the first of equals.
@@ -130,7 +105,7 @@ struct TileRows {
   }
 };
 
-#pragma GCC pop_options
+TILES_END
 
 }  // namespace
 }  // namespace tokenops

@@ -25,28 +25,16 @@ CLONES void weigh(const double* a, const double* b, double wa, double wb, const 
   weigh_rows(a, b, wa, wb, first, second, out, n);
 }
 // without a detour: the bits of bf16 are the upper half of a float's
-INLINE float widened_bits(uint16_t raw) {
-  const uint32_t bits = static_cast<uint32_t>(raw) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-INLINE uint16_t narrowed_bits(float value) {  // to nearest even
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : even);
-}
 CLONES void weigh(const BFloat16* a, const BFloat16* b, float wa, float wb, const float* first, const float* second,
                   BFloat16* out, int64_t n) {
   const uint16_t *x = reinterpret_cast<const uint16_t*>(a), *y = reinterpret_cast<const uint16_t*>(b);
   uint16_t* raw = reinterpret_cast<uint16_t*>(out);
   if (first) {
     for (int64_t i = 0; i < n; ++i) {
-      raw[i] = narrowed_bits(wa * first[i] * widened_bits(x[i]) + wb * second[i] * widened_bits(y[i]));
+      raw[i] = to_bfloat16(wa * first[i] * from_bfloat16(x[i]) + wb * second[i] * from_bfloat16(y[i]));
     }
   } else {
-    for (int64_t i = 0; i < n; ++i) raw[i] = narrowed_bits(wa * widened_bits(x[i]) + wb * widened_bits(y[i]));
+    for (int64_t i = 0; i < n; ++i) raw[i] = to_bfloat16(wa * from_bfloat16(x[i]) + wb * from_bfloat16(y[i]));
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../strided.h"
+#include "bfloat16.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -17,7 +18,6 @@
 #define CLONES
 #endif
 #define ALWAYS_INLINE __attribute__((always_inline))
-#define INLINE static inline __attribute__((always_inline))
 
 namespace tokenops {
 namespace {
@@ -87,10 +87,7 @@ void for_rows(int64_t B, int64_t rows, int64_t row_bytes, const F& f) {
 }
 [[maybe_unused]] CLONES void load(const BFloat16* in, float* out, int64_t n) {
   const uint16_t* raw = reinterpret_cast<const uint16_t*>(in);
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(raw[i]) << 16;
-    std::memcpy(out + i, &bits, 4);
-  }
+  for (int64_t i = 0; i < n; ++i) out[i] = from_bfloat16(raw[i]);
 }
 [[maybe_unused]] void load(const Half* in, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = in[i];
@@ -101,12 +98,7 @@ void for_rows(int64_t B, int64_t rows, int64_t row_bytes, const F& f) {
 }
 [[maybe_unused]] CLONES void store(const float* in, BFloat16* out, int64_t n) {
   uint16_t* raw = reinterpret_cast<uint16_t*>(out);
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, in + i, 4);
-    const uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    raw[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : even);
-  }
+  for (int64_t i = 0; i < n; ++i) raw[i] = to_bfloat16(in[i]);
 }
 [[maybe_unused]] void store(const float* in, Half* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = in[i];

@@ -29,8 +29,8 @@ bool tokens_last(const Tensor& w) { return w.stride(1) == 1 && w.stride(2) != 1 
 
 Tensor like_logits(const Tensor& w, ScalarType type) {
   const int64_t B = w.size(0), N = w.size(1), M = w.size(2);
-  if (tokens_last(w)) return stable::transpose(stable::new_empty(w, {B, M, N}, type), 1, 2);
-  return stable::new_empty(w, {B, N, M}, type);
+  const int64_t sizes[] = {B, N, M}, across[] = {N * M, 1, N}, along[] = {N * M, M, 1};
+  return new_tensor(w, sizes, tokens_last(w) ? across : along, 3, type);
 }
 
 // The same numbers in the order that w has: with a stride of 1 where w has it
@@ -95,7 +95,7 @@ void multiply_behind(Tensor y, Tensor x, int64_t prefix, const Tensor& a, const 
   stable::copy_(first, stable::narrow(x, 1, 0, prefix));
   if (y.scalar_type() != ScalarType::Float) return multiply_into(rest, a, b);
   // MKL takes longer for a strided batch than the copy does
-  Tensor whole = stable::new_empty(y, {rest.size(0), rest.size(1), rest.size(2)});
+  Tensor whole = new_tensor(y, {rest.size(0), rest.size(1), rest.size(2)});
   multiply_into(whole, a, b);
   stable::copy_(rest, whole);
 }
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> soft_aggregate_fwd(Tensor x, Tensor w, std::optional<
   const Mask mask(masked);
   const double by = factor * number(scale);
   w = in_order(w, w);
-  Tensor y = stable::new_empty(x, {z.B, prefix + z.M, z.C}), a = like_logits(w, x.scalar_type());
+  Tensor y = new_tensor(x, {z.B, prefix + z.M, z.C}), a = like_logits(w, x.scalar_type());
   if (on_tiles(x, w)) {
     x = rows_of(x);
     forward_on_tiles(z, Tokens(x), Logits(w), static_cast<float>(by), mask, Logits(a), Tokens(y));
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> soft_aggregate_fwd(Tensor x, Tensor w, std::optional<
     Tensor left = stable::transpose(a, 1, 2);  // products are faster where its rows are contiguous
     if (low(x, w) && usable(Isa::Avx512)) {
       const bool twice = !tokens_last(w);
-      if (twice) left = stable::new_empty(a, {z.B, z.M, z.N});
+      if (twice) left = new_tensor(a, {z.B, z.M, z.N});
       const Logits turned(stable::transpose(left, 1, 2));
       weights_on_avx512(z, Logits(w), static_cast<float>(by), mask, Logits(a), twice ? &turned : nullptr);
     } else {
@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_aggregate_bwd(Tensor dy, Tensor x, Tenso
   const Mask mask(masked);
   const double by = factor * number(scale);
   w = in_order(w, w), a = in_order(a, w);
-  Tensor dx = stable::new_empty(x, {z.B, prefix + z.N, z.C}), dw = like_logits(w, w.scalar_type());
+  Tensor dx = new_tensor(x, {z.B, prefix + z.N, z.C}), dw = like_logits(w, w.scalar_type());
   Tensor partial = stable::new_zeros(x, {scale ? z.B * z.M : 0}, wide_type(x, w));
   float* sums = scale && low(x, w) ? static_cast<float*>(partial.data_ptr()) : nullptr;
   if (on_tiles(x, w)) {
@@ -150,8 +150,8 @@ std::tuple<Tensor, Tensor, Tensor> soft_aggregate_bwd(Tensor dy, Tensor x, Tenso
     multiply_behind(dx, dy, prefix, a, dslots);
     const bool wide_vectors = low(x, w) && usable(Isa::Avx512);
     const bool slots_first = wide_vectors || tokens_last(w);  // in memory
-    Tensor da = slots_first ? stable::transpose(stable::new_empty(x, {z.B, z.M, z.N}), 1, 2)
-                            : stable::new_empty(x, {z.B, z.N, z.M});
+    Tensor da = slots_first ? stable::transpose(new_tensor(x, {z.B, z.M, z.N}), 1, 2)
+                            : new_tensor(x, {z.B, z.N, z.M});
     if (slots_first) multiply_into(stable::transpose(da, 1, 2), dslots, stable::transpose(tokens, 1, 2));
     else multiply_into(da, tokens, stable::transpose(dslots, 1, 2));
     if (wide_vectors) {
@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_aggregate_bwd(Tensor dy, Tensor x, Tenso
     }
   }
   if (!scale) return {dx, dw, partial};
-  Tensor dscale = stable::new_empty(x, {}, wide_type(x, w));
+  Tensor dscale = new_tensor(x, {}, wide_type(x, w));
   const auto add_up = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T total = 0;

@@ -50,7 +50,7 @@ INLINE void pack_weights(const float* p, int64_t N, int64_t slots, const __m512 
 #pragma GCC unroll 2
     for (int c = 0; c < COLUMNS; ++c) {
       transpose_words(r[c]);
-      write_tile(r[c], tiles + (c * steps + s) * TILE);
+      write_tile(r[c], tiles + (c * steps + s) * TILE_BYTES);
       if (across) continue;
       const __mmask32 tokens = first_of_32(N - 32 * s);
       for (int64_t i = 0; i < std::min<int64_t>(slots - 16 * c, 16); ++i) {
@@ -77,7 +77,7 @@ TileOperand counting(const Sizes& z, const Tokens& x, int64_t b, const Mask& mas
 void multiply_rows(const char* left, int64_t rows, const char* right, int64_t columns, int64_t steps, float* block,
                    uint16_t* to, int64_t stride) {
   for (int64_t c = 0; c < columns; c += 32) {
-    multiply_block(left, rows, right + c / 16 * steps * TILE, columns - c, steps, block);
+    multiply_block(left, rows, right + c / 16 * steps * TILE_BYTES, columns - c, steps, block);
     store_block(block, rows, columns - c, to + c, stride);
   }
 }
@@ -93,10 +93,10 @@ void soft_aggregate::forward_on_tiles(const Sizes& z, const Tokens& x, const Log
   const int64_t room_bytes = mask.data ? 2 * z.N * z.C : 0;
   const Parts parts(z.B, panels);
   parts.run<amx::Tiles>([&](int64_t b, int64_t part) {
-    char* at = scratch.of(panel_bytes + tokens_bytes + 2 * steps * TILE + 4096 + room_bytes + 256);
+    char* at = scratch.of(panel_bytes + tokens_bytes + 2 * steps * TILE_BYTES + 4096 + room_bytes + 256);
     float* panel = reinterpret_cast<float*>(take(at, panel_bytes));
     float* block = reinterpret_cast<float*>(take(at, 4096));
-    char *left = take(at, 2 * steps * TILE), *right = take(at, tokens_bytes), *room = take(at, room_bytes);
+    char *left = take(at, 2 * steps * TILE_BYTES), *right = take(at, tokens_bytes), *room = take(at, room_bytes);
     if (part == 0) copy_prefix(z, 2, x, y, b);
     pack_tiles<true>(turned(counting(z, x, b, mask, room)), z.C, z.N, right);
     for (int64_t m = parts.first(panels, part); m < std::min(z.M, parts.first(panels, part + 1)); m += WIDTH) {
@@ -152,7 +152,7 @@ void soft_aggregate::backward_on_tiles(const Sizes& z, const Tokens& dy, const T
       const int64_t slots = std::min(WIDTH, z.M - m);
       pack_tiles<true>({dslots.data + m * dslots.outer_stride, dslots.outer_stride, 1}, slots, z.C, right);
       for (int64_t n = 0; n < z.N; n += 32) {
-        multiply_block(left + n / 16 * channels * TILE, z.N - n, right, slots, channels, panel_da + n * WIDTH);
+        multiply_block(left + n / 16 * channels * TILE_BYTES, z.N - n, right, slots, channels, panel_da + n * WIDTH);
       }
       load_panel(a, b, m, z.N, slots, panel_a);
       if (partial) load_panel(w, b, m, z.N, slots, panel_w);
@@ -171,9 +171,13 @@ TILES_END
 
 namespace tokenops {
 void soft_aggregate::forward_on_tiles(const Sizes&, const Tokens&, const Logits&, float, const Mask&, const Logits&,
-                                      const Tokens&) {}
+                                      const Tokens&) {
+  STD_TORCH_CHECK(false, "compiled without tiles");
+}
 void soft_aggregate::backward_on_tiles(const Sizes&, const Tokens&, const Tokens&, const Logits&, float, const Mask&,
-                                       const Logits&, const Tokens&, const Logits&, float*) {}
+                                       const Logits&, const Tokens&, const Logits&, float*) {
+  STD_TORCH_CHECK(false, "compiled without tiles");
+}
 }  // namespace tokenops
 
 #endif

@@ -4,8 +4,9 @@
 // left operand a row is a row of the result, of the right one a column of the result is a column.
 #pragma once
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11 && defined(__linux__)
-#define TOKENOPS_TILES 1
+#include "isa.h"
+
+#if TOKENOPS_TILES
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC 12's intrinsics
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>  // ahead of the pragma: else its functions take the pragma's target
@@ -29,21 +30,17 @@ TILES_BEGIN
 namespace tokenops {
 namespace {
 
-#ifndef INLINE
-#define INLINE static inline __attribute__((always_inline))
-#endif
-
 #include "avx512.h"
 
-constexpr int64_t TILE = 1024;  // bytes
+constexpr int64_t TILE_BYTES = 1024;  // bytes
 
 INLINE int64_t tiles_of(int64_t n) { return (n + 15) / 16; }  // along rows or columns
 INLINE int64_t steps_of(int64_t n) { return (n + 31) / 32; }  // along the depth
-INLINE int64_t packed_bytes(int64_t outer, int64_t depth) { return tiles_of(outer) * steps_of(depth) * TILE; }
+INLINE int64_t packed_bytes(int64_t outer, int64_t depth) { return tiles_of(outer) * steps_of(depth) * TILE_BYTES; }
 
 INLINE void write_tile(const __m512i (&r)[16], char* to) {
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) _mm512_store_si512(to + 64 * i, r[i]);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + 64 * i, r[i]);
 }
 
 // Words of two rows of 16 numbers: the first's in the low halves
@@ -96,7 +93,7 @@ void pack_tiles(const TileOperand& x, int64_t outer, int64_t depth, char* to) {
   __m512i r[16];
   if (x.depth_stride == 1) {
     for (int64_t o = 0; o < outer; o += 16) {
-      for (int64_t k = 0; k < depth; k += 32, to += TILE) {
+      for (int64_t k = 0; k < depth; k += 32, to += TILE_BYTES) {
         if (o + 16 <= outer && k + 32 <= depth) read_along<true>(x, outer, depth, o, k, r);
         else read_along<false>(x, outer, depth, o, k, r);
         if (RIGHT) transpose_words(r);
@@ -104,49 +101,60 @@ void pack_tiles(const TileOperand& x, int64_t outer, int64_t depth, char* to) {
       }
     }
   } else {
-    for (int64_t k = 0; k < depth; k += 32, to += TILE) {
+    for (int64_t k = 0; k < depth; k += 32, to += TILE_BYTES) {
       for (int64_t o = 0; o < outer; o += 16) {
         if (o + 16 <= outer && k + 32 <= depth) read_across<true>(x, outer, depth, o, k, r);
         else read_across<false>(x, outer, depth, o, k, r);
         if (!RIGHT) transpose_words(r);
-        write_tile(r, to + o / 16 * steps * TILE);
+        write_tile(r, to + o / 16 * steps * TILE_BYTES);
       }
     }
   }
 }
 
-template <bool ADD, bool TWO_ROWS, bool TWO_COLUMNS>
-INLINE void multiply_block(const char* left, const char* left2, const char* right, int64_t steps, float* to) {
-  const char* right2 = right + steps * TILE;
-  if (ADD) {
-    TILE_LOAD(0, to, 128);
-    if (TWO_COLUMNS) TILE_LOAD(1, to + 16, 128);
-    if (TWO_ROWS) TILE_LOAD(2, to + 16 * 32, 128);
-    if (TWO_ROWS && TWO_COLUMNS) TILE_LOAD(3, to + 16 * 32 + 16, 128);
+// Where packed tiles lie: the first one, the step to the next of the depth and to the neighbour across (both in
+// bfloat16), bytes between rows.
+struct TileGrid {
+  const uint16_t* first;
+  int64_t next, across, stride;
+};
+
+// to = (add: to +) left right: ROWS x COLUMNS tiles, 1 or 2 of each; stride in floats
+template <int ROWS, int COLUMNS>
+INLINE void multiply_tiles(const TileGrid& left, const TileGrid& right, int64_t depth, bool add, float* to,
+                           int64_t stride) {
+  const int64_t bytes = 4 * stride;
+  float* below = to + 16 * stride;
+  if (add) {
+    TILE_LOAD(0, to, bytes);
+    if (COLUMNS == 2) TILE_LOAD(1, to + 16, bytes);
+    if (ROWS == 2) TILE_LOAD(2, below, bytes);
+    if (ROWS == 2 && COLUMNS == 2) TILE_LOAD(3, below + 16, bytes);
   } else {
     TILE_ZERO(0);
-    if (TWO_COLUMNS) TILE_ZERO(1);
-    if (TWO_ROWS) TILE_ZERO(2);
-    if (TWO_ROWS && TWO_COLUMNS) TILE_ZERO(3);
+    if (COLUMNS == 2) TILE_ZERO(1);
+    if (ROWS == 2) TILE_ZERO(2);
+    if (ROWS == 2 && COLUMNS == 2) TILE_ZERO(3);
   }
-  for (int64_t s = 0; s < steps; ++s) {
-    TILE_LOAD(4, left + s * TILE, 64);
-    TILE_LOAD(6, right + s * TILE, 64);
+  const uint16_t *a = left.first, *b = right.first;
+  for (int64_t k = 0; k < depth; ++k, a += left.next, b += right.next) {
+    TILE_LOAD(4, a, left.stride);
+    TILE_LOAD(6, b, right.stride);
     TILE_PRODUCT(0, 4, 6);
-    if (TWO_COLUMNS) {
-      TILE_LOAD(7, right2 + s * TILE, 64);
+    if (COLUMNS == 2) {
+      TILE_LOAD(7, b + right.across, right.stride);
       TILE_PRODUCT(1, 4, 7);
     }
-    if (TWO_ROWS) {
-      TILE_LOAD(5, left2 + s * TILE, 64);
+    if (ROWS == 2) {
+      TILE_LOAD(5, a + left.across, left.stride);
       TILE_PRODUCT(2, 5, 6);
-      if (TWO_COLUMNS) TILE_PRODUCT(3, 5, 7);
+      if (COLUMNS == 2) TILE_PRODUCT(3, 5, 7);
     }
   }
-  TILE_STORE(0, to, 128);
-  if (TWO_COLUMNS) TILE_STORE(1, to + 16, 128);
-  if (TWO_ROWS) TILE_STORE(2, to + 16 * 32, 128);
-  if (TWO_ROWS && TWO_COLUMNS) TILE_STORE(3, to + 16 * 32 + 16, 128);
+  TILE_STORE(0, to, bytes);
+  if (COLUMNS == 2) TILE_STORE(1, to + 16, bytes);
+  if (ROWS == 2) TILE_STORE(2, below, bytes);
+  if (ROWS == 2 && COLUMNS == 2) TILE_STORE(3, below + 16, bytes);
 }
 
 // 32 (or 16) rows by 32 (or 16) columns of a product, to rows of 32 floats, or (ADD) added to what is there. Of a left
@@ -154,13 +162,15 @@ INLINE void multiply_block(const char* left, const char* left2, const char* righ
 template <bool ADD = false>
 INLINE void multiply_block(const char* left, int64_t rows, const char* right, int64_t columns, int64_t steps, float* to,
                            int64_t left_steps = 0) {
-  const char* left2 = left + (left_steps ? left_steps : steps) * TILE;
+  constexpr int64_t tile = TILE_BYTES / 2;
+  const TileGrid a{reinterpret_cast<const uint16_t*>(left), tile, (left_steps ? left_steps : steps) * tile, 64};
+  const TileGrid b{reinterpret_cast<const uint16_t*>(right), tile, steps * tile, 64};
   if (rows > 16) {
-    if (columns > 16) multiply_block<ADD, true, true>(left, left2, right, steps, to);
-    else multiply_block<ADD, true, false>(left, left2, right, steps, to);
+    if (columns > 16) multiply_tiles<2, 2>(a, b, steps, ADD, to, 32);
+    else multiply_tiles<2, 1>(a, b, steps, ADD, to, 32);
   } else {
-    if (columns > 16) multiply_block<ADD, false, true>(left, left2, right, steps, to);
-    else multiply_block<ADD, false, false>(left, left2, right, steps, to);
+    if (columns > 16) multiply_tiles<1, 2>(a, b, steps, ADD, to, 32);
+    else multiply_tiles<1, 1>(a, b, steps, ADD, to, 32);
   }
 }
 

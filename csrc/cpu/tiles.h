@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "attention.h"
+#include "bfloat16.h"
 
 #ifdef TOKENOPS_EMULATED_TILES
 // In memory, for sanitizers, which see nothing of assembly, and for machines without.
@@ -29,7 +29,7 @@ inline void multiply(Tile& c, const Tile& a, const Tile& b) {
     for (int k = 0; k < 16; ++k) {
       std::memcpy(right, b.rows[k], 64);
       for (int n = 0; n < 32; ++n) {
-        sums[n / 2] += attention::from_bfloat16(left[2 * k + n % 2]) * attention::from_bfloat16(right[n]);
+        sums[n / 2] += from_bfloat16(left[2 * k + n % 2]) * from_bfloat16(right[n]);
       }
     }
     std::memcpy(c.rows[i], sums, 64);

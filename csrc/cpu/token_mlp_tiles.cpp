@@ -70,7 +70,7 @@ template <bool RIGHT>
 void pack_shared(const TileOperand& x, int64_t outer, int64_t depth, char* to) {
   stable::parallel_for(0, tiles_of(outer), 4, [&](int64_t begin, int64_t end) {
     const int64_t first = 16 * begin, count = std::min(outer, 16 * end) - first;
-    pack_tiles<RIGHT>(from(x, first, 0), count, depth, to + begin * steps_of(depth) * TILE);
+    pack_tiles<RIGHT>(from(x, first, 0), count, depth, to + begin * steps_of(depth) * TILE_BYTES);
   });
 }
 
@@ -117,26 +117,26 @@ void forward(const Sizes& s, const Tensor& z, const Tensor& w1, const float* b1,
   pack_shared<false>(operand(w2, 0), s.N, s.R, left2);
   stable::parallel_for(0, s.B * panels, 1, [&](int64_t begin, int64_t end) {
     amx::Tiles config;
-    char* at = scratch.of(4 * BLOCK + 2 * (steps_m + steps_r) * TILE);
+    char* at = scratch.of(4 * BLOCK + 2 * (steps_m + steps_r) * TILE_BYTES);
     float* block = reinterpret_cast<float*>(take(at, 4 * BLOCK));
-    char *tokens = take(at, 2 * steps_m * TILE), *hidden = take(at, 2 * steps_r * TILE);
+    char *tokens = take(at, 2 * steps_m * TILE_BYTES), *hidden = take(at, 2 * steps_r * TILE_BYTES);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / panels, c = i % panels * 32, columns = std::min<int64_t>(32, s.C - c);
       pack_tiles<true>(turned(from(operand(z, b), 0, c)), columns, s.M, tokens);
       for (int64_t r = 0; r < s.R; r += 32) {
         const int64_t rows = std::min<int64_t>(32, s.R - r);
-        multiply_block(left1 + r / 16 * steps_m * TILE, rows, tokens, columns, steps_m, block);
-        char* to = hidden + r / 32 * TILE;
+        multiply_block(left1 + r / 16 * steps_m * TILE_BYTES, rows, tokens, columns, steps_m, block);
+        char* to = hidden + r / 32 * TILE_BYTES;
         for (int64_t k = 0; k < 32; k += 2, to += 64) {
           const __m512i zero = _mm512_setzero_si512();
           write_words(k < rows ? gelu_row(block + 32 * k, b1[r + k]) : zero,
-                      k + 1 < rows ? gelu_row(block + 32 * k + 32, b1[r + k + 1]) : zero, to, steps_r * TILE);
+                      k + 1 < rows ? gelu_row(block + 32 * k + 32, b1[r + k + 1]) : zero, to, steps_r * TILE_BYTES);
         }
       }
       uint16_t* out = static_cast<uint16_t*>(y.data_ptr()) + b * s.N * s.C + c;
       for (int64_t n = 0; n < s.N; n += 32) {
         const int64_t rows = std::min<int64_t>(32, s.N - n);
-        multiply_block(left2 + n / 16 * steps_r * TILE, rows, hidden, columns, steps_r, block);
+        multiply_block(left2 + n / 16 * steps_r * TILE_BYTES, rows, hidden, columns, steps_r, block);
         for (int64_t k = 0; k < rows; ++k) {
           const __m512 bias = _mm512_set1_ps(b2[n + k]);
           const __m512i row = row_of(_mm512_add_ps(bias, _mm512_load_ps(block + 32 * k)),
@@ -162,7 +162,7 @@ struct Backward {
 
   int64_t scratch_bytes() const {
     return 2 * packed_bytes(s.C + 16, s.M) + 2 * packed_bytes(s.C + 16, s.N) + packed_bytes(s.M + 16, s.C) +
-           packed_bytes(s.N + 16, s.C) + packed_bytes(s.C + 16, s.R) + 4 * steps_c * TILE + 8 * BLOCK + 1024;
+           packed_bytes(s.N + 16, s.C) + packed_bytes(s.C + 16, s.R) + 4 * steps_c * TILE_BYTES + 8 * BLOCK + 1024;
   }
 
   // Image b, hidden blocks first to last: adds to dw (blocks), db1 and db2 (floats; null: another part has it), and
@@ -173,7 +173,7 @@ struct Backward {
     char *tokens = take(at, packed_bytes(s.C + 16, s.M)), *dout = take(at, packed_bytes(s.C + 16, s.N));
     char *tokens_t = take(at, packed_bytes(s.M + 16, s.C)), *dout_t = take(at, packed_bytes(s.N + 16, s.C));
     char* gradients = take(at, packed_bytes(s.C + 16, s.R));  // of what the GELU takes, depth R
-    char *hidden_rows = take(at, 2 * steps_c * TILE), *gradient_rows = take(at, 2 * steps_c * TILE);
+    char *hidden_rows = take(at, 2 * steps_c * TILE_BYTES), *gradient_rows = take(at, 2 * steps_c * TILE_BYTES);
     float *pre = reinterpret_cast<float*>(take(at, 4 * BLOCK)), *grad = reinterpret_cast<float*>(take(at, 4 * BLOCK));
     const TileOperand x = operand(z, b), g = operand(dy, b);
     pack_tiles<true>(turned(x), s.C, s.M, tokens);
@@ -187,9 +187,9 @@ struct Backward {
       for (__m512& sum : sums) sum = _mm512_setzero_ps();
       for (int64_t c = 0; c < s.C; c += 32) {
         const int64_t columns = std::min<int64_t>(32, s.C - c);
-        multiply_block(left1 + r / 16 * steps_m * TILE, rows, tokens + c / 16 * steps_m * TILE, columns, steps_m, pre);
-        multiply_block(left2t + r / 16 * steps_n * TILE, rows, dout + c / 16 * steps_n * TILE, columns, steps_n, grad);
-        char* words = gradients + (c / 16 * steps + block - first) * TILE;
+        multiply_block(left1 + r / 16 * steps_m * TILE_BYTES, rows, tokens + c / 16 * steps_m * TILE_BYTES, columns, steps_m, pre);
+        multiply_block(left2t + r / 16 * steps_n * TILE_BYTES, rows, dout + c / 16 * steps_n * TILE_BYTES, columns, steps_n, grad);
+        char* words = gradients + (c / 16 * steps + block - first) * TILE_BYTES;
         for (int64_t k = 0; k < 32; k += 2, words += 64) {
           __m512i gradient[2];
 #pragma GCC unroll 2
@@ -197,25 +197,25 @@ struct Backward {
             __m512i hidden = _mm512_setzero_si512();
             gradient[i - k] = hidden;
             if (i < rows) hidden = activate(pre + 32 * i, grad + 32 * i, b1[r + i], columns, gradient[i - k], sums[i]);
-            const int64_t place = (i / 16 * steps_c + c / 32) * TILE + i % 16 * 64;
+            const int64_t place = (i / 16 * steps_c + c / 32) * TILE_BYTES + i % 16 * 64;
             _mm512_store_si512(hidden_rows + place, hidden);
             _mm512_store_si512(gradient_rows + place, gradient[i - k]);
           }
-          write_words(gradient[0], gradient[1], words, steps * TILE);
+          write_words(gradient[0], gradient[1], words, steps * TILE_BYTES);
         }
       }
       for (int64_t i = 0; i < rows; ++i) db1[r + i] += _mm512_reduce_add_ps(sums[i]);
       float* to = dw + block * (columns_m + columns_n) * BLOCK;
       for (int64_t m = 0; m < s.M; m += 32, to += BLOCK) {
-        multiply_block<true>(gradient_rows, rows, tokens_t + m / 16 * steps_c * TILE, s.M - m, steps_c, to);
+        multiply_block<true>(gradient_rows, rows, tokens_t + m / 16 * steps_c * TILE_BYTES, s.M - m, steps_c, to);
       }
       for (int64_t n = 0; n < s.N; n += 32, to += BLOCK) {
-        multiply_block<true>(hidden_rows, rows, dout_t + n / 16 * steps_c * TILE, s.N - n, steps_c, to);
+        multiply_block<true>(hidden_rows, rows, dout_t + n / 16 * steps_c * TILE_BYTES, s.N - n, steps_c, to);
       }
     }
     for (int64_t m = 0; m < s.M; m += 32) {
       for (int64_t c = 0; c < s.C; c += 32) {
-        multiply_block(left1t + (m / 16 * steps_r + first) * TILE, s.M - m, gradients + c / 16 * steps * TILE, s.C - c,
+        multiply_block(left1t + (m / 16 * steps_r + first) * TILE_BYTES, s.M - m, gradients + c / 16 * steps * TILE_BYTES, s.C - c,
                        steps, pre, steps_r);
         store(pre, m, std::min<int64_t>(32, s.M - m), c, s.C - c);
       }
@@ -363,7 +363,7 @@ namespace {
 Tensor token_mlp_tiles_fwd(Tensor z, Tensor w1, std::optional<Tensor> b1, Tensor w2, std::optional<Tensor> b2) {
   const Sizes s = checked(z, w1, b1, w2);
   if (b2) check("b2", *b2, {s.N});
-  Tensor y = stable::new_empty(z, {s.B, s.N, s.C});
+  Tensor y = new_tensor(z, {s.B, s.N, s.C});
   if (y.numel() == 0) return y;
   z = with_rows(z), w1 = with_rows(w1), w2 = with_rows(w2);
   forward(s, z, w1, floats_of(b1, s.R).data(), w2, floats_of(b2, s.N).data(), y);
@@ -374,9 +374,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_mlp_tiles_bwd(Tensor dy
                                                                        std::optional<Tensor> b1, Tensor w2) {
   const Sizes s = checked(z, w1, b1, w2);
   check("dy", dy, {s.B, s.N, s.C});
-  Tensor dz = stable::new_empty(z, {s.B, s.M, s.C});
-  Tensor dw1 = stable::new_empty(z, {s.R, s.M}), db1 = stable::new_empty(z, {s.R});
-  Tensor dw2 = stable::new_empty(z, {s.N, s.R}), db2 = stable::new_empty(z, {s.N});
+  Tensor dz = new_tensor(z, {s.B, s.M, s.C});
+  Tensor dw1 = new_tensor(z, {s.R, s.M}), db1 = new_tensor(z, {s.R});
+  Tensor dw2 = new_tensor(z, {s.N, s.R}), db2 = new_tensor(z, {s.N});
   if (s.B * s.M * s.C * s.R * s.N == 0) {
     for (Tensor* t : {&dz, &dw1, &db1, &dw2, &db2}) stable::zero_(*t);
     return {dz, dw1, db1, dw2, db2};

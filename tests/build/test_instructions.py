@@ -51,12 +51,21 @@ def test_without_valgrind_it_says_so(monkeypatch, capsys):
     assert capsys.readouterr().out == "no instructions are counted: valgrind and cc not found\n"
 
 
+def test_there_are_tables():
+    """Of every operator, in each."""
+    tables = sorted(instructions.table().parent.glob("host-torch-*.json"))
+    assert tables
+    for path in tables:
+        names = [name for name in json.loads(path.read_text()) if name.startswith("tokenops ")]
+        assert len(names) == 9, path.name
+
+
 @pytest.mark.slow
 def test_the_host_does_what_it_did():
     """Calls of every operator on tiny tensors; a count that fell by more than a tenth belongs into the table too."""
     path = instructions.table()
     if not path.exists():
-        pytest.skip(f"{path.name} is not there: `make resources` makes it")
+        pytest.skip(f"{path.name} is not there: `make resources` makes it for another torch or Python")
     if (reason := instructions.why_not()) is not None:
         pytest.skip(reason)
     committed, counts = json.loads(path.read_text()), instructions.counted()

@@ -14,10 +14,10 @@ import torch
 from fuzz import suite
 from fuzz.operators import CALLS
 from support import emulation
-from tokenops import _backends, _native
+from support.compiled import needs_compiled
+from tokenops import _backends
 
 ROOT = Path(__file__).parents[2]
-needs_compiled = pytest.mark.skipif(_native.why_not("cpu") is not None, reason=str(_native.why_not("cpu")))
 #: calls of each operator: (in every run, in the long one)
 COUNTS = {"native": (30, 540), "reference": (9, 130), "triton": (2, 20)}
 BACKENDS = [pytest.param(b, marks=needs_compiled if b == "native" else ()) for b in COUNTS]

@@ -102,20 +102,26 @@ MUTANTS = [
     *of_file(
         "csrc/cpu/tile_products.h",
         (
+            "const __mmask32 inside = WHOLE ? ~0u : first_of_32(depth - k);",
+            "const __mmask32 inside = WHOLE ? ~0u : first_of_32((depth - k) & ~1);",
+            "the last of an odd number of channels is not in the logits",
+            "every_width",
+        ),
+        (
             "        if (!RIGHT) transpose_words(r);\n",
             "",
             "a left operand whose rows are not contiguous is not turned",
             "scatter and bfloat16 and native",
         ),
         (
-            "(left_steps ? left_steps : steps) * TILE",
-            "steps * TILE",
+            "(left_steps ? left_steps : steps) * tile",
+            "steps * tile",
             "the second 16 rows of a part of a deeper operand are of another part",
             "many_threads",
         ),
         (
-            "if (TWO_ROWS && TWO_COLUMNS) TILE_LOAD(3, to + 16 * 32 + 16, 128);",
-            "if (TWO_ROWS && TWO_COLUMNS) TILE_ZERO(3);",
+            "if (ROWS == 2 && COLUMNS == 2) TILE_LOAD(3, below + 16, bytes);",
+            "if (ROWS == 2 && COLUMNS == 2) TILE_ZERO(3);",
             "a quarter of a block forgets what it is added to",
             "as_good_as_plain and bfloat16 and native",
         ),
@@ -176,22 +182,22 @@ MUTANTS = [
         ),
     ),
     *of_file(
-        "csrc/cpu/attention.h",
+        "csrc/cpu/bfloat16.h",
         (
             "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16",
             "bits >> 16",
             "bfloat16 is cut off",
             "rounded_to_nearest or instruction_set and bfloat16",
         ),
+        (
+            "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16",
+            "(bits + 0x8000u) >> 16",
+            "ties of bfloat16 go up, not to even",
+            "ties_are",
+        ),
     ),
     *of_file(
         "csrc/cpu/attention_amx.h",
-        (
-            "if (left < DEEP && left % 2)  // the last",
-            "if (false)  // the last",
-            "the last of an odd number of channels is not in the logits",
-            "every_width",
-        ),
         (
             "return n < count ? _mm512_permutexvar",
             "return n < padded(count, DEEP) ? _mm512_permutexvar",
@@ -353,12 +359,6 @@ MUTANTS = [
             "a logit's gradient has the wrong sign",
             "gradcheck",
         ),
-        (
-            "const uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;",
-            "const uint32_t even = (bits + 0x8000u) >> 16;",
-            "ties of bfloat16 go up, not to even",
-            "ties_are",
-        ),
     ),
     *of_file(
         "csrc/cpu/restore_tokens.cpp",
@@ -372,10 +372,10 @@ MUTANTS = [
     *of_file(
         "csrc/cpu/rows.h",
         (
-            "const uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;",
-            "const uint32_t even = (bits + 0x8000u) >> 16;",
-            "ties of bfloat16 go up, not to even",
-            "ties_are",
+            "if (++n == rows) n = 0, ++b;",
+            "if (++n == rows) n = 0;",
+            "rows of the first image alone",
+            "forward",
         ),
     ),
     *of_file(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import tokenops
-from tokenops import _native
+from support.compiled import needs_amx, needs_compiled
 from tokenops._schemas import KERNELS
 
 OPERATORS = {
@@ -164,10 +164,9 @@ def smaller(value):
         yield dim, value.narrow(dim, 0, value.shape[dim] - 1)
 
 
+@needs_compiled
 @pytest.mark.parametrize("name", CALLS)
 def test_compiled_operators_check_sizes(name):
-    if _native.why_not("cpu") is not None:
-        pytest.skip(_native.why_not("cpu"))
     kernel, arguments = KERNELS[name, "native"], CALLS[name]
     kernel(*arguments)
     tried = 0
@@ -185,13 +184,10 @@ def test_compiled_operators_check_sizes(name):
     assert tried
 
 
+@needs_amx
 def test_parts_of_the_cpu_path_check_sizes():
     """Those that operators call."""
-    if _native.why_not("cpu") is not None:
-        pytest.skip(_native.why_not("cpu"))
     part = torch.ops.tokenops
-    if _native.attention_isa(torch.bfloat16) != "amx":
-        pytest.skip("no AMX here")
     z, w1, w2 = (torch.randn(shape).bfloat16() for shape in ((2, 4, 3), (5, 4), (6, 5)))
     dy, b1, b2 = (torch.randn(shape).bfloat16() for shape in ((2, 6, 3), (5,), (6,)))
     calls = {part.token_mlp_tiles_fwd: (z, w1, b1, w2, b2), part.token_mlp_tiles_bwd: (dy, z, w1, b1, w2)}

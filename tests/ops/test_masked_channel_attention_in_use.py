@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tokenops
 from support.attention import EVERYTHING, FLOATS, SCORES, attention, check, double, inputs, limited, run
 from support.cases import ATTEND, DTYPES, Attend
+from support.compiled import needs_compiled
 from tokenops import _native, reference
 
 OPERATOR = "masked_channel_attention"  # of the `backend` fixture
@@ -178,9 +179,8 @@ def test_every_instruction_set(isa, dtype):
             check(case, dtype, "cpu", "received" if case.M else None, "each", everything=True, draws=8)
 
 
+@needs_compiled
 def test_an_instruction_set_is_one_there_is():
-    if _native.why_not("cpu") is not None:
-        pytest.skip(_native.why_not("cpu"))
     before = _native.attention_isa(torch.float32)
     with pytest.raises(ValueError, match="'sse9', but it must be one of amx, .*baseline"):
         _native.limit_cpu_isa("sse9").__enter__()
@@ -189,10 +189,9 @@ def test_an_instruction_set_is_one_there_is():
     assert _native.attention_isa(torch.float32) == before and _native.attention_isa(torch.float64) is None
 
 
+@needs_compiled
 def test_the_best_instruction_set_that_the_machine_has():
     """By what Linux says of the processor: each runs where it is the best allowed, and floats by the best of theirs."""
-    if _native.why_not("cpu") is not None:
-        pytest.skip(_native.why_not("cpu"))
     cpuinfo, compiler = Path("/proc/cpuinfo"), re.search(r"\) (\d+)\.\d+\.\d+$", _native.info()["compiler"])
     if not cpuinfo.exists() or compiler is None or int(compiler[1]) < 11:
         pytest.skip("what the processor has is not known here, or the compiler does not take all of it")

@@ -9,6 +9,7 @@ import torch
 import tokenops
 from support.aggregation import delta_terms, inputs, run
 from support.cases import AGGREGATE, DTYPES, QUICK, Aggregate
+from support.compiled import needs_amx
 from support.tolerance import assert_as_good_as_plain
 from tokenops import _native, reference
 
@@ -315,10 +316,9 @@ def test_the_automatic_choice(ran_kernels, device):
     assert names == set()
 
 
+@needs_amx
 def test_bfloat16_runs_on_tiles():
     """Where the machine has them: what the softmax's gradient takes is then not rounded."""
-    if _native.attention_isa(torch.bfloat16) != "amx":
-        pytest.skip("no AMX here")
     x, w, _, _ = inputs(AGGREGATE[6], torch.bfloat16, "cpu")
     dy = torch.randn(1, 99, 64)
 
@@ -331,12 +331,11 @@ def test_bfloat16_runs_on_tiles():
     assert not torch.equal(on_tiles, without) and torch.equal(on_tiles, dw())
 
 
+@needs_amx
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", (AGGREGATE[6], AGGREGATE[7]), ids=str)
 def test_one_image_on_tiles_of_many_threads(case):
     """Bit for bit the same."""
-    if _native.attention_isa(torch.bfloat16) != "amx":
-        pytest.skip("no AMX here")
     before, results = torch.get_num_threads(), []
     x, w, scale, mask = inputs(case, torch.bfloat16, "cpu", mask=True)
     dy = torch.randn(1, case.prefix + case.M, case.C)

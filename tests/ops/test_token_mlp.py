@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenops
 from support.cases import DTYPES, TOKEN_MLP, TokenMlp
+from support.compiled import needs_amx
 from support.tolerance import assert_as_good_as_plain
 from tokenops import _native, reference
 
@@ -89,10 +90,9 @@ def test_one_image_on_tiles_of_many_threads():
         torch.set_num_threads(before)
 
 
+@needs_amx
 def test_bfloat16_runs_on_tiles():
     """Where the machine has them: what the GELU takes is then not rounded."""
-    if _native.attention_isa(torch.bfloat16) != "amx":
-        pytest.skip("no AMX here")
     tensors = [torch.randn(shape).bfloat16() for shape in ((2, 40, 64), (48, 40), (48,), (33, 48), (33,))]
     on_tiles = tokenops.token_mlp(*tensors)
     with _native.limit_cpu_isa("avx512bf16"):

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenops
+from support.compiled import needs_compiled
 from support.patched_models import images, model_of
 from support.weights import redrawn
 from tokenops import _native, apply_patch
@@ -16,7 +17,7 @@ from tokenops.nn import convert_attention
 BF16 = torch.bfloat16
 ISA = _native.attention_isa(BF16)
 OURS = "tokenops.masked_channel_attention_fwd.native"
-pytestmark = pytest.mark.skipif(ISA is None, reason="attention is not compiled")
+pytestmark = needs_compiled
 
 
 class Attentions(TorchDispatchMode):
