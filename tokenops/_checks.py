@@ -1,5 +1,6 @@
 """The words of our errors: each names the argument, what was given and what is allowed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,12 +113,23 @@ def lengths(op: str, name: str, values: Tensor | None, most: int) -> None:
         )
 
 
-def places(op: str, name: str, index: Tensor, below: int, allowed: str, lowest: int = 0, unique: bool = False) -> None:
-    """Each is from `lowest` to `below` - 1, and there once if `unique` (but what is negative goes nowhere)."""
+def places(
+    op: str,
+    name: str,
+    index: Tensor,
+    below: int,
+    allowed: Callable[[], str],
+    lowest: int = 0,
+    unique: bool = False,
+) -> None:
+    """Each is from `lowest` to `below` - 1, and there once if `unique` (but what is negative goes nowhere).
+
+    The words are a function: written before they are needed they would tie what is compiled to one size.
+    """
     if not looked_at(index):
         return
     for at in ((index < lowest) | (index >= below)).nonzero()[:1].tolist():
-        raise IndexError(f"{op}: {name}{at}={index[tuple(at)].item()}, but {allowed}")
+        raise IndexError(f"{op}: {name}{at}={index[tuple(at)].item()}, but {allowed()}")
     if unique and index.shape[1] > 1:
         ordered, order = index.sort(dim=1, stable=True)
         again = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)

@@ -243,8 +243,8 @@ def _check_r(op: str, r: Any, rows: int, prefix: int) -> None:
 
 
 def _check_places(op: str, index: Tensor, tokens: int) -> None:
-    allowed = f"it must be from 0 to {tokens - 1}: there are {tokens} tokens behind the prefix"
-    _checks.places(op, "index", index, tokens, allowed)
+    words = "it must be from 0 to {}: there are {} tokens behind the prefix"
+    _checks.places(op, "index", index, tokens, lambda: words.format(tokens - 1, tokens))
 
 
 class _MergeBipartite(Operator):

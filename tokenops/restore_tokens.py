@@ -71,10 +71,8 @@ def restore_tokens(
     backend = choose(op, base.device.type, base.dtype)
     if backend == "reference":
         N = rows - prefix
-        allowed = (
-            f"base has {N} tokens after a prefix of {prefix}: 0 to {N - 1} is allowed (and -1, which goes nowhere)"
-        )
-        _checks.places(op, "index", index, N, allowed, lowest=-1, unique=True)
+        words = "base has {} tokens after a prefix of {}: 0 to {} is allowed (and -1, which goes nowhere)"
+        _checks.places(op, "index", index, N, lambda: words.format(N, prefix, N - 1), lowest=-1, unique=True)
         return reference.restore_tokens(base, tokens, index, prefix=prefix, companions=companions)
     flat = [t for pair in pairs for t in pair]
     if torch.jit.is_tracing():  # TorchScript makes one of equal lists, and torch empties a list that a call took

@@ -110,7 +110,7 @@ def select_tokens(
     backend = choose(op, x.device.type, x.dtype)
     if backend == "reference":
         if counts is not None:
-            _checks.places(op, "counts", counts, k + 1, f"it must be between 0 and k={k}")
+            _checks.places(op, "counts", counts, k + 1, lambda: f"it must be between 0 and k={k}")
         return Selection(
             *reference.select_tokens(
                 x,
