@@ -32,7 +32,7 @@ FROZEN = """\
 Everything compiled with frozen weights. Speed-up over timm's dense model, and which part of the FLOP ratio that is;
 *linears*: the part that the linear layers alone realise, each packed and run by itself; the published form's speed-up;
 and ours over the dense model with our attention in it. Medians and quartiles of interleaved rounds, in which the
-machine's own copy and product rates moved by less than 15 %."""
+machine's own copy and product rates moved by less than 15 % from one third of the time to another."""
 HOW = re.compile(r"(.*?)(?: (eager|graph|frozen|compiled|compiled graph))?")
 
 
