@@ -95,7 +95,7 @@ def frozen(layer: Layer) -> Callable[[Tensor], Tensor]:
     """The call that torch.compile with freezing makes of the layer."""
     weight, bias, rows, gelu = layer
     if weight.dtype == torch.float32 and torch.backends.mkl.is_available():
-        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach().to_mkldnn(), rows)
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), rows)
         linear = torch.ops.mkl._mkl_linear
         if not gelu:
             return lambda x: linear(x, packed, weight, bias, rows)

@@ -181,6 +181,22 @@ def frozen_row(dtype, B, ours, dense, sdpa, published):
     }
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN in this torch")
+@pytest.mark.parametrize("gelu", ["", "none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_packed_linear_layer_is_the_layer(monkeypatch, dtype, gelu):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import linears
+
+    weight, bias, x = (torch.randn(*size).to(dtype) for size in ((64, 32), (64,), (98, 32)))
+    with torch.inference_mode():
+        found = linears.frozen(linears.Layer(weight, bias, 98, gelu))(x)
+        right = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        right = torch.nn.functional.gelu(right, approximate=gelu) if gelu else right
+    few = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=8e-3, atol=1e-2)
+    torch.testing.assert_close(found.double(), right, **few)
+
+
 def test_a_table_of_frozen_models():
     """A line a row: against timm's model, what the linear layers realise, the published form, and our dense model."""
     run = {"device": "Xeon", "instructions": "AMX", "threads": 2, "driver": None, "torch": "2", "triton": "3"}
