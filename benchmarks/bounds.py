@@ -31,10 +31,10 @@ from typing import NamedTuple
 from kernel_cases import TOOLS, Launch, launches, resources
 from reference_passes import BANDWIDTH, CONDITIONS, LOCALS, NATIVE, OPERATORS, PASSES, RANGES, Native, Pass
 from sass import Code, Loop, disassembled
-from tokenops import _native
+from tokenops.ops import native
 
 NOTES = Path(__file__).with_name("NOTES.md")
-KERNELS = Path(_native.LIBRARY).parent / "_triton"
+KERNELS = Path(native.LIBRARY).parent / "ops" / "triton"
 
 MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.9e9  # of an H200
 REGISTERS, SHARED, WARPS, BLOCKS = 65536, 228 * 1024, 64, 32  # of a multiprocessor
@@ -220,11 +220,11 @@ def rows(before: dict[str, dict] | None = None, operators: Collection[str] = OPE
     Triton's are compiled by the Triton in use; without a compiled library the others stay as they were `before`.
     """
     made: dict[str, dict] = {}
-    built = _native.info()
+    built = native.info()
     passes = [one for one in PASSES if one.operator in operators]
-    native = None
+    built_by_nvcc = None
     if "9.0" in built.get("architectures", ()):
-        native = native_kernels(_native.LIBRARY, {one.native for one in passes})
+        built_by_nvcc = native_kernels(native.LIBRARY, {one.native for one in passes})
     for one in passes:
         seen: dict[str, int] = {}
         for launch in _launches(one.operator, one.case):
@@ -234,8 +234,8 @@ def rows(before: dict[str, dict] | None = None, operators: Collection[str] = OPE
                 made[f"{one.operator}, {one.name}: {name}"] = _row(one, name, of_launch, launch)
         if one.native:
             name = f"{one.operator}, {one.name}: {one.native}"
-            if native is not None:
-                made[name] = _row(one, one.native, native.get, one.native)
+            if built_by_nvcc is not None:
+                made[name] = _row(one, one.native, built_by_nvcc.get, one.native)
             else:
                 made[name] = (before or {}).get(name, {"unknown": "there is no compiled library for sm_90"})
     return made

@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 import tokenops
 from kernel_cases import SHARED_LIMIT, PretendDriver
-from tokenops import _backends
+from tokenops.ops import backends
 
 COLUMNS = ("call", "grad", "operator", "launcher", "triton")
 
@@ -56,7 +56,7 @@ def idle(capability: int = 90) -> Iterator[IdleDriver]:
     pretended = IdleDriver(capability)
     with (
         patch.object(driver, "_active", pretended),
-        patch.object(_backends, "INTERPRETED", True),
+        patch.object(backends, "INTERPRETED", True),
         tokenops.use_backend("triton"),
     ):
         yield pretended
@@ -130,11 +130,11 @@ def operators(call: Callable[[], Any]) -> list[tuple[Any, tuple]]:
 
 def implementation(operator: Any) -> Callable[..., Any]:
     """The launcher behind a registered operator."""
-    from tokenops._schemas import MODULES
+    from tokenops.ops.schemas import MODULES
 
     name = operator._opname
-    module = MODULES.get(("_triton", name), name.rpartition("_")[0])
-    return getattr(importlib.import_module(f"tokenops._triton.{module}"), name)
+    module = MODULES.get(("triton", name), name.rpartition("_")[0])
+    return getattr(importlib.import_module(f"tokenops.ops.triton.{module}"), name)
 
 
 def each(calls: list[Callable[[], Any]]) -> Callable[[], None]:

@@ -116,7 +116,7 @@ def _meta(*shape, dtype=torch.bfloat16):
 
 
 def soft_aggregate_cases(dtype):
-    from tokenops._triton.soft_aggregate import soft_aggregate_bwd, soft_aggregate_fwd
+    from tokenops.ops.triton.soft_aggregate import soft_aggregate_bwd, soft_aggregate_fwd
 
     for N, M, C, learned, masked in (
         (196, 98, 384, True, False),
@@ -139,7 +139,7 @@ def soft_aggregate_cases(dtype):
 
 
 def token_mlp_cases(dtype):
-    from tokenops._triton import token_mlp
+    from tokenops.ops.triton import token_mlp
 
     for M, N, C in ((98, 196, 384), (49, 196, 192), (24, 196, 768), (162, 324, 768)):
         z, w1, w2 = _meta(256, M, C, dtype=dtype), _meta(4 * N, M, dtype=dtype), _meta(N, 4 * N, dtype=dtype)
@@ -154,8 +154,8 @@ def token_mlp_cases(dtype):
 
 
 def masked_channel_attention_cases(dtype):
-    from tokenops._triton.masked_channel_attention import masked_channel_attention_fwd
-    from tokenops._triton.masked_channel_attention_bwd import masked_channel_attention_bwd
+    from tokenops.ops.triton.masked_channel_attention import masked_channel_attention_fwd
+    from tokenops.ops.triton.masked_channel_attention_bwd import masked_channel_attention_bwd
 
     for M, N, H, DK, DV, scores, mean, optional in (
         (197, 197, 6, 64, 64, "class", False, False),  # DeiT-S
@@ -193,7 +193,7 @@ def masked_channel_attention_cases(dtype):
 
 
 def select_tokens_cases(dtype):
-    from tokenops._triton.select_tokens import select_tokens_bwd, select_tokens_fwd
+    from tokenops.ops.triton.select_tokens import select_tokens_bwd, select_tokens_fwd
 
     for B, N, k, C, rest, best_first, norm, extras in (
         (256, 196, 98, 384, "none", False, False, False),
@@ -220,7 +220,7 @@ def select_tokens_cases(dtype):
 
 
 def restore_tokens_cases(dtype):
-    from tokenops._triton.restore_tokens import restore_tokens_bwd, restore_tokens_fwd
+    from tokenops.ops.triton.restore_tokens import restore_tokens_bwd, restore_tokens_fwd
 
     for N, k, C in ((196, 98, 384), (576, 288, 193)):
         base, tokens = _meta(256, N + 1, C, dtype=dtype), _meta(256, k, C, dtype=dtype)
@@ -235,7 +235,7 @@ def restore_tokens_cases(dtype):
 
 
 def merge_neighbours_cases(dtype):
-    from tokenops._triton.merge_neighbours import merge_neighbours_bwd, merge_neighbours_fwd
+    from tokenops.ops.triton.merge_neighbours import merge_neighbours_bwd, merge_neighbours_fwd
 
     for H, W, C, vertical, kind, sized, norm in (
         (14, 14, 384, False, "average", False, False),
@@ -261,7 +261,7 @@ def merge_neighbours_cases(dtype):
 
 
 def match_bipartite_cases(dtype):
-    from tokenops._triton.match_bipartite import match_bipartite_fwd
+    from tokenops.ops.triton.match_bipartite import match_bipartite_fwd
 
     for N, D, r in (
         (196, 64, 13),  # DeiT-S
@@ -276,7 +276,7 @@ def match_bipartite_cases(dtype):
 
 
 def merge_bipartite_cases(dtype):
-    from tokenops._triton.merge_bipartite import merge_bipartite_bwd, merge_bipartite_fwd
+    from tokenops.ops.triton.merge_bipartite import merge_bipartite_bwd, merge_bipartite_fwd
 
     for N, r, C, sized, norm in (
         (196, 13, 384, True, False),
@@ -297,7 +297,7 @@ def merge_bipartite_cases(dtype):
 
 
 def unmerge_bipartite_cases(dtype):
-    from tokenops._triton.merge_bipartite import unmerge_bipartite_bwd, unmerge_bipartite_fwd
+    from tokenops.ops.triton.merge_bipartite import unmerge_bipartite_bwd, unmerge_bipartite_fwd
 
     for N, M, C in ((196, 183, 384), (196, 25, 193)):
         y, index = _meta(256, M + 1, C, dtype=dtype), _meta(256, N, dtype=torch.int64)

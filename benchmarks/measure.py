@@ -32,9 +32,9 @@ from comparison import (
 )
 from result_file import rounded, store, strongest
 from timers import QUEUED, Pulse, clock_of
-from tokenops import _backends
 from tokenops.cli import machine
 from tokenops.cli.timing import Spread, ratio, recorded_kernels
+from tokenops.ops import backends
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 COMPILED = re.compile("compiled|flex")  # peers of operators
@@ -255,8 +255,8 @@ class Bench:
         right, plain = (named(c.calls(truth, inputs)()) for inputs in (wide, tensors))
         row: dict[str, Any] = {"operator": c.operator, "passes": c.passes, "dtype": self.dtype_name, "backends": {}}
         wrong = []
-        for backend in _backends.TABLE[c.op][self.device]:
-            if _backends.why_not(c.op, backend, self.device, self.dtype) is not None:
+        for backend in backends.TABLE[c.op][self.device]:
+            if backends.why_not(c.op, backend, self.device, self.dtype) is not None:
                 continue  # Triton on a CPU that does not interpret
             with poisoned(), recorded_kernels() as kernels:
                 found = named(c.calls(on(backend, c.ours), tensors)())

@@ -21,7 +21,7 @@ from gpu.results import results as results_of
 from result_file import store, strongest
 
 ROOT = Path(__file__).parents[1]
-LAUNCHES = ROOT / "tokenops/_triton/launches.json"
+LAUNCHES = ROOT / "tokenops/ops/triton/launches.json"
 KINDS = "operators|models|main|frozen|strongest|evidence"
 MARKED = re.compile(rf"(<!-- results:(\S+)(?: ({KINDS}))? -->\n).*?(<!-- /results -->)", re.DOTALL)
 #: the order of columns; others come behind

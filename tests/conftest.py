@@ -62,10 +62,10 @@ def chosen(device):
     """chosen("token_mlp_fwd", ...): the kernels that run where nobody asks for a backend."""
     import torch
 
-    from tokenops import _backends
+    from tokenops.ops import backends
 
     def names(*operators):
-        return {f"{name}.{_backends.choose(name.rpartition('_')[0], device, torch.float32)}" for name in operators}
+        return {f"{name}.{backends.choose(name.rpartition('_')[0], device, torch.float32)}" for name in operators}
 
     return names
 
@@ -76,7 +76,7 @@ def pytest_generate_tests(metafunc):
     if seeds > 1:
         metafunc.parametrize("seeded", range(seeds), indirect=True, ids="seed{}".format)
     if "backend" in metafunc.fixturenames:
-        from tokenops._backends import TABLE
+        from tokenops.ops.backends import TABLE
 
         operator, device = metafunc.module.OPERATOR, metafunc.config.getoption("--device")
         paths = TABLE[operator][device]
@@ -180,20 +180,20 @@ def backend(request, device, monkeypatch):
     import torch
 
     import tokenops
-    from tokenops import _backends, _native
+    from tokenops.ops import backends, native
 
     operator, name = request.module.OPERATOR, request.param
     asked = "native" if name == "composed" else name
     limited = contextlib.nullcontext()
-    if name == "composed" and operator in _backends.COMPOSED:  # an overload of its own
-        monkeypatch.setattr("tokenops._native.attention_isa", lambda dtype: None)
+    if name == "composed" and operator in backends.COMPOSED:  # an overload of its own
+        monkeypatch.setattr("tokenops.ops.native.attention_isa", lambda dtype: None)
     elif name == "composed":
         name = "native"
-        if _native.why_not("cpu") is None:
-            limited = _native.limit_cpu_isa("avx2")
-    reason = _backends.why_not(operator, asked, device, torch.float32)
-    if name == "native" and operator in _backends.COMPOSED:
-        reason = _native.why_not(device)
+        if native.why_not("cpu") is None:
+            limited = native.limit_cpu_isa("avx2")
+    reason = backends.why_not(operator, asked, device, torch.float32)
+    if name == "native" and operator in backends.COMPOSED:
+        reason = native.why_not(device)
     if device == "cpu" and reason is not None and "no C++ compiler" in reason:
         pytest.skip(reason)
     with limited, tokenops.use_backend(asked):

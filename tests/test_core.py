@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import tokenops
-from tokenops import _backends, reference
+from tokenops import reference
+from tokenops.ops import backends
 
 B, N, M, C = 2, 12, 5, 16
 
@@ -75,7 +76,7 @@ OPERATORS = {
         lambda: (tokens(1 + 9),),
     ),
 }
-PATHS = [(op, path) for op in OPERATORS for path in (*_backends.TABLE[op]["cpu"], "reference")]
+PATHS = [(op, path) for op in OPERATORS for path in (*backends.TABLE[op]["cpu"], "reference")]
 
 
 def run(function, tensors, upstream):
@@ -87,13 +88,13 @@ def run(function, tensors, upstream):
 
 
 def test_every_operator_is_here():
-    assert set(OPERATORS) == set(_backends.TABLE)
+    assert set(OPERATORS) == set(backends.TABLE)
 
 
 @pytest.mark.parametrize(("operator", "path"), PATHS, ids=lambda value: value)
 def test_operator(operator, path, ran_kernels, poisoned):
     ours, plain, make = OPERATORS[operator]
-    reason = _backends.why_not(operator, path, "cpu", torch.float32)
+    reason = backends.why_not(operator, path, "cpu", torch.float32)
     if reason is not None and "no C++ compiler" in reason:
         pytest.skip(reason)
     tensors = make()
@@ -112,7 +113,7 @@ def test_operator(operator, path, ran_kernels, poisoned):
         torch.testing.assert_close(a, right.to(a.dtype), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("operator", [op for op in OPERATORS if op not in _backends.COMPILED])
+@pytest.mark.parametrize("operator", [op for op in OPERATORS if op not in backends.COMPILED])
 def test_float64_is_served_everywhere(operator, device, ran_kernels):
     """By the reference where no kernel takes it: on a GPU the matrix kernels do not."""
     ours, plain, make = OPERATORS[operator]
@@ -120,7 +121,7 @@ def test_float64_is_served_everywhere(operator, device, ran_kernels):
     upstream = torch.randn_like(plain(*tensors))
     with ran_kernels() as names:
         found = run(ours, tensors, upstream)
-    path = "composed" if operator in _backends.COMPOSED else "native"
+    path = "composed" if operator in backends.COMPOSED else "native"
     assert {name.rpartition(".")[2] for name in names} == (set() if device == "cuda" else {path})
     torch.testing.assert_close(found, run(plain, tensors, upstream), rtol=1e-10, atol=1e-10)
 
@@ -187,5 +188,5 @@ def test_info(capsys):
 
     assert main(["info"]) == 0
     said = capsys.readouterr().out
-    for word in (tokenops.__version__, torch.__version__, "native", *_backends.TABLE):
+    for word in (tokenops.__version__, torch.__version__, "native", *backends.TABLE):
         assert word in said

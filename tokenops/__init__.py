@@ -6,18 +6,19 @@ The whole public surface: operators, backend choice, and the packages `tokenops.
 
 from typing import Any
 
-from . import _counted, reference, tome
-from ._backends import use_backend
-from .masked_channel_attention import masked_channel_attention, masked_channel_attention_qkv
-from .merge_bipartite import Merged, match_bipartite, merge_bipartite, unmerge_bipartite
-from .merge_neighbours import merge_neighbours, unmerge_neighbours
-from .restore_tokens import restore_tokens
-from .select_tokens import Selection, select_tokens
-from .soft_aggregate import soft_aggregate
-from .soft_scatter import soft_scatter
-from .token_mlp import token_mlp
+from . import tome
+from .ops import counted, reference
+from .ops.backends import use_backend
+from .ops.masked_channel_attention import masked_channel_attention, masked_channel_attention_qkv
+from .ops.merge_bipartite import Merged, match_bipartite, merge_bipartite, unmerge_bipartite
+from .ops.merge_neighbours import merge_neighbours, unmerge_neighbours
+from .ops.restore_tokens import restore_tokens
+from .ops.select_tokens import Selection, select_tokens
+from .ops.soft_aggregate import soft_aggregate
+from .ops.soft_scatter import soft_scatter
+from .ops.token_mlp import token_mlp
 
-_counted.from_now_on()
+counted.from_now_on()
 __version__ = "0.1.0"
 __all__ = [
     "Merged",
@@ -56,7 +57,7 @@ def __getattr__(name: str) -> Any:
 
         return visualize
     if name == "warm_up":
-        from ._warm_up import warm_up
+        from .ops.warm_up import warm_up
 
         return warm_up
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

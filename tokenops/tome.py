@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
-from .merge_bipartite import match_bipartite, merge_by_index, sum_by_index, unmerge_bipartite
+from .ops import checks
+from .ops.merge_bipartite import match_bipartite, merge_by_index, sum_by_index, unmerge_bipartite
 
 
 class Merge(NamedTuple):
@@ -71,7 +71,7 @@ def bipartite_soft_matching(
         ValueError: metric has another number of dimensions.
     """
     prefix = int(class_token) + int(distill_token)
-    _checks.tensor("bipartite_soft_matching", "metric", metric, "B,N,D")
+    checks.tensor("bipartite_soft_matching", "metric", metric, "B,N,D")
     if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
         raise TypeError(f"bipartite_soft_matching: r must be an int, but got {r!r}")
     N = max(0, metric.shape[1] - prefix)
@@ -91,7 +91,7 @@ def merge_wavg(merge: Merge, x: Tensor, size: Tensor | None = None) -> tuple[Ten
     _check("merge_wavg", merge, x)
     sizes = None
     if size is not None:
-        _checks.tensor("merge_wavg", "size", size, "B,N,1", like=x)
+        checks.tensor("merge_wavg", "size", size, "B,N,1", like=x)
         sizes = size.squeeze(2)
     y, totals, _, _ = merge_by_index("merge_wavg", x, merge.index, merge.tokens, merge.prefix, sizes)
     return y, totals.unsqueeze(2)
@@ -114,6 +114,6 @@ def merge_source(merge: Merge, x: Tensor, source: Tensor | None = None) -> Tenso
 def _check(op: str, merge: Merge, x: Tensor) -> None:
     if not isinstance(merge, Merge):
         raise TypeError(f"{op}: merge must come from bipartite_soft_matching, but got {type(merge).__name__}")
-    _checks.tensor(op, "x", x, "B,N,C", like=merge.index)
-    _checks.same(op, "images", "x", x.shape[0], "merge", merge.index.shape[0])
-    _checks.same(op, "tokens", "x", x.shape[1], "merge", merge.prefix + merge.index.shape[1])
+    checks.tensor(op, "x", x, "B,N,C", like=merge.index)
+    checks.same(op, "images", "x", x.shape[0], "merge", merge.index.shape[0])
+    checks.same(op, "tokens", "x", x.shape[1], "merge", merge.prefix + merge.index.shape[1])

@@ -38,7 +38,7 @@ def _random(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
 
 
 def soft_aggregate(size: Size, dtype: torch.dtype, device: str, backward: bool) -> Callable[[], tuple]:
-    from tokenops._triton.soft_aggregate import soft_aggregate_bwd, soft_aggregate_fwd
+    from tokenops.ops.triton.soft_aggregate import soft_aggregate_bwd, soft_aggregate_fwd
 
     random = partial(_random, dtype=dtype, device=device)
     x, w, scale = random(size.B, size.N + 1, size.C), random(size.B, size.N, size.M), random(1)
@@ -50,7 +50,7 @@ def soft_aggregate(size: Size, dtype: torch.dtype, device: str, backward: bool) 
 
 
 def token_mlp(size: Size, dtype: torch.dtype, device: str, backward: bool) -> Callable[[], tuple]:
-    from tokenops._triton.token_mlp import token_mlp_bwd, token_mlp_fwd
+    from tokenops.ops.triton.token_mlp import token_mlp_bwd, token_mlp_fwd
 
     random, R = partial(_random, dtype=dtype, device=device), 4 * size.N
     z, w1, w2 = random(size.B, size.M, size.C), random(R, size.M) / size.M**0.5, random(size.N, R) / R**0.5
@@ -61,8 +61,8 @@ def token_mlp(size: Size, dtype: torch.dtype, device: str, backward: bool) -> Ca
 
 
 def attention(size: Size, dtype: torch.dtype, device: str, backward: bool, scores: str) -> Callable[[], tuple]:
-    from tokenops._triton.masked_channel_attention import masked_channel_attention_fwd
-    from tokenops._triton.masked_channel_attention_bwd import masked_channel_attention_bwd
+    from tokenops.ops.triton.masked_channel_attention import masked_channel_attention_fwd
+    from tokenops.ops.triton.masked_channel_attention_bwd import masked_channel_attention_bwd
 
     qkv = _random(size.B, size.N + 1, 3 * size.H * size.D, dtype=dtype, device=device)
     q, k, v = qkv.unflatten(-1, (3, size.H, size.D)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -78,7 +78,7 @@ def attention(size: Size, dtype: torch.dtype, device: str, backward: bool, score
 class Kernel(NamedTuple):
     """How a kernel is launched, and what is tried: for many images and for one, beside the launcher's own."""
 
-    module: str  # of tokenops._triton, which has the launcher and the kernel
+    module: str  # of tokenops.ops.triton, which has the launcher and the kernel
     symbol: str
     call: Callable[[Size, torch.dtype, str], Callable[[], tuple]]
     sizes: Callable[[Size], tuple[int, ...]]  # as launches.KERNELS names them
@@ -216,7 +216,7 @@ class Group(NamedTuple):
     @property
     def candidates(self) -> tuple[Config, ...]:
         """The launcher's own first."""
-        from tokenops._triton import launches
+        from tokenops.ops.triton import launches
 
         known = KERNELS[self.kernel]
         return {}, *(known.few if self.size.B <= launches.FEW else known.many)
@@ -227,24 +227,24 @@ class Group(NamedTuple):
 
     def entry(self, gpu: int) -> str:
         """What launches.json calls it."""
-        from tokenops._triton import launches
+        from tokenops.ops.triton import launches
 
         sizes = KERNELS[self.kernel].sizes(self.size)
         return launches.name(gpu, self.kernel, DTYPES[self.dtype], self.size.B, sizes)
 
     def prepared(self, device: str) -> Callable[[], tuple]:
         """The launcher with inputs of its own; the passes before it run as they do without a table."""
-        from tokenops._triton import launches
+        from tokenops.ops.triton import launches
 
         with launches.using({}):
             return KERNELS[self.kernel].call(self.size, DTYPES[self.dtype], device)
 
     def launched(self, call: Callable[[], tuple], candidate: Config, compile_only: bool = False) -> Launched:
         """The launcher run with a candidate."""
-        from tokenops._triton import launches
+        from tokenops.ops.triton import launches
 
         known = KERNELS[self.kernel]
-        module = importlib.import_module(f"tokenops._triton.{known.module}")
+        module = importlib.import_module(f"tokenops.ops.triton.{known.module}")
         stand_in = Launches(getattr(module, known.symbol), compile_only)
         with (
             patch.object(module, known.symbol, stand_in),
@@ -280,7 +280,7 @@ def compiled(group: Group, candidate: Config, target: int) -> Any:
     """The kernel compiled as the sweep will launch it, without a GPU."""
     from kernel_cases import compiling
 
-    module = importlib.import_module(f"tokenops._triton.{KERNELS[group.kernel].module}")
+    module = importlib.import_module(f"tokenops.ops.triton.{KERNELS[group.kernel].module}")
     others = {name for name in vars(module) if name.endswith("_kernel")} | {"masked_channel_attention_fwd_kernel"}
     with compiling(target, done=others):  # passes over the launches of all others
         return group.launched(group.prepared("meta"), candidate, compile_only=True).binary

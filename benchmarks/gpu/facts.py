@@ -9,8 +9,8 @@ from functools import partial
 import torch
 
 from timers import clock_of
-from tokenops import _native
 from tokenops.cli import machine
+from tokenops.ops import native
 
 from . import options, record
 from .processes import ROOT, environment
@@ -46,15 +46,15 @@ def facts(device: str) -> dict:
 
 def library(device: str) -> tuple[str, dict]:
     """The compiled library: carried along, or built for this card alone where none loads; its outcome and account."""
-    why_not = _native.why_not(device)
+    why_not = native.why_not(device)
     if why_not is None:
-        return record.OK, {"library": "carried", "info": _native.info()}
+        return record.OK, {"library": "carried", "info": native.info()}
     environ = environment(TOKENOPS_BUILD="auto")
     if device == "cuda":
         environ["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     built = subprocess.run(build, cwd=ROOT, env=environ, capture_output=True, text=True)
-    load = f"from tokenops import _native; print(_native.why_not({device!r}), end='')"  # in a process of its own
+    load = f"from tokenops.ops import native; print(native.why_not({device!r}), end='')"  # in a process of its own
     loaded = subprocess.run([sys.executable, "-c", load], env=environ, capture_output=True, text=True)
     outcome = record.OK if loaded.stdout == "None" else record.FAILED
     return outcome, {"library": "built", "carried": why_not, "loads": loaded.stdout, "log": built.stderr[-900:]}

@@ -51,7 +51,7 @@ def cuda_kernels() -> set[str]:
 
 def triton_kernels() -> set[str]:
     pattern = r"^@(?:triton\.jit|for_any\([^)]*\))(?:\s+#.*)?\s+def (\w+_kernel)\("
-    sources = sorted((ROOT / "tokenops" / "_triton").glob("*.py"))
+    sources = sorted((ROOT / "tokenops" / "ops" / "triton").glob("*.py"))
     return {name for source in sources for name in re.findall(pattern, source.read_text(), re.MULTILINE)}
 
 

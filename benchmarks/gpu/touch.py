@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.runtime.jit import KernelInterface
 
 import tokenops
-from tokenops._backends import TABLE
+from tokenops.ops.backends import TABLE
 
 BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
 

@@ -24,7 +24,7 @@ ScalarType wide_type(const Tensor& x, const Tensor& w) {
                                                                                         : ScalarType::Float;
 }
 
-// The order in memory is (B, M, N), as _schemas.py has it
+// The order in memory is (B, M, N), as ops/schemas.py has it
 bool tokens_last(const Tensor& w) { return w.stride(1) == 1 && w.stride(2) != 1 && w.size(2) != 1; }
 
 Tensor like_logits(const Tensor& w, ScalarType type) {

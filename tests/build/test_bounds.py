@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import bounds
-import tokenops._triton
+import tokenops.ops.triton
 from resources import OF_NOTES, TABLES, read_bounds
 from sass import Irreducible, parse
-from tokenops import _native
+from tokenops.ops import native
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -231,7 +231,7 @@ def test_an_unknown_bound_is_told(tmp_path):
 
 
 def test_every_kernel_has_a_bound():
-    package = tokenops._triton
+    package = tokenops.ops.triton
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert kernels == {name.removesuffix("#2") for one in bounds.PASSES for name in one.triton}
@@ -269,7 +269,7 @@ def compiled(tmp_path, *arguments):
 def test_the_loops_of_one_operator_are_known(tmp_path):
     made = compiled(tmp_path, "--operators", "restore_tokens")
     rows = {name: row for name, row in made.items() if "unknown" not in row}
-    assert len(made) == 4 and len(rows) == (4 if "9.0" in _native.info().get("architectures", ()) else 2), made
+    assert len(made) == 4 and len(rows) == (4 if "9.0" in native.info().get("architectures", ()) else 2), made
     # it cannot be quicker than its bytes, and each warp of a row's 128 threads issues some hundred instructions
     assert all(row["bound"] >= row["bytes"] > 15 and 3 < row["issue"] < 100 for row in rows.values()), rows
 
@@ -279,5 +279,5 @@ def test_all_loops_are_known(tmp_path):
     made = compiled(tmp_path)
     assert {name: row for name, row in made.items() if "unknown" in row and "<" not in name} == {}
     missing = {name: row for name, row in made.items() if "unknown" in row}
-    assert missing == {} or "9.0" not in _native.info().get("architectures", ())
+    assert missing == {} or "9.0" not in native.info().get("architectures", ())
     assert len(made) == sum(len(one.triton) + bool(one.native) for one in bounds.PASSES)

@@ -13,7 +13,7 @@ import pytest
 import setuptools
 import torch
 
-from tokenops import _native
+from tokenops.ops import native
 
 ROOT = Path(__file__).parents[2]
 MODERN = tuple(int(part) for part in setuptools.__version__.split(".")[:2]) >= (70, 1)
@@ -27,8 +27,8 @@ NVCC = shutil.which("nvcc") or shutil.which(f"{os.environ.get('CUDA_HOME', '/usr
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 needs_setuptools = pytest.mark.skipif(not MODERN, reason=f"needs setuptools 70.1, this is {setuptools.__version__}")
 # of the library in use
-needs_library = pytest.mark.skipif(_native.info()["cpu"] is not None, reason=str(_native.info()["cpu"]))
-needs_cuda_in_it = pytest.mark.skipif(_native.info()["cuda"] is not None, reason=str(_native.info()["cuda"]))
+needs_library = pytest.mark.skipif(native.info()["cpu"] is not None, reason=str(native.info()["cpu"]))
+needs_cuda_in_it = pytest.mark.skipif(native.info()["cuda"] is not None, reason=str(native.info()["cuda"]))
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,10 @@ def assert_stable(library):
 
 USE = """
 import torch, tokenops
-from tokenops import _backends, _native
+from tokenops.ops import backends, native
 base, tokens, index = torch.zeros(1, 4, 2), torch.ones(1, 1, 2), torch.tensor([[1]])
 y = tokenops.restore_tokens(base, tokens, index)[0, :, 0].tolist()
-print(tokenops.__file__, y, _backends.choose("restore_tokens", "cpu", torch.float32), _native.why_not("cpu"), sep="|")
+print(tokenops.__file__, y, backends.choose("restore_tokens", "cpu", torch.float32), native.why_not("cpu"), sep="|")
 """
 
 
@@ -96,7 +96,7 @@ def use(content):
 def test_wheel(sources, tmp_path):
     name, files, info = wheel(sources, tmp_path, "cpu")
     assert re.fullmatch(r"tokenops-[\d.]+-cp310-abi3-linux_\w+\.whl", name)
-    assert {"tokenops/_C.abi3.so", "tokenops/py.typed", "tokenops/_triton/launches.json"} <= set(files)
+    assert {"tokenops/_C.abi3.so", "tokenops/py.typed", "tokenops/ops/triton/launches.json"} <= set(files)
     assert all(re.match(r"tokenops/|tokenops-[\d.]+\.dist-info/", file) for file in files)
     assert not [file for file in files if "test" in file or file.endswith((".cpp", ".cu", ".cuh", ".h"))]
     assert any(file.endswith("LICENSE") for file in files)
@@ -216,12 +216,12 @@ def test_source_distribution_holds_the_native_sources(sources, tmp_path):
 
 @needs_library
 def test_this_library_is_stable():
-    assert_stable(_native.LIBRARY)
+    assert_stable(native.LIBRARY)
 
 
 def test_info_tells_what_was_built():
-    info = _native.info()
-    assert info["cpu"] == _native.why_not("cpu")
+    info = native.info()
+    assert info["cpu"] == native.why_not("cpu")
     if info["cuda"] is None:
         assert info["architectures"] and info["nvcc"]
 
@@ -309,8 +309,8 @@ def cuobjdump():
 @needs_cuda_in_it
 def test_cuda_kernels_do_not_spill():
     """Of the library in use, on every architecture that it was built for."""
-    info = _native.info()
-    command = [cuobjdump(), "--dump-resource-usage", _native.LIBRARY]
+    info = native.info()
+    command = [cuobjdump(), "--dump-resource-usage", native.LIBRARY]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     parts = re.split(r"^arch = sm_(\d+)$", said, flags=re.M)[1:]
     kernels = {}

@@ -55,7 +55,7 @@ def test_every_kernel_is_listed():
     }
     sources = [path.read_text() for path in (ROOT / "csrc" / "cuda").iterdir()]
     assert len(listed) == sum(source.count("__global__") for source in sources), "a name was not found"
-    sources = [path.read_text() for path in (ROOT / "tokenops" / "_triton").glob("*.py")]
+    sources = [path.read_text() for path in (ROOT / "tokenops" / "ops" / "triton").glob("*.py")]
     assert len(sanitize.triton_kernels()) == sum(source.count("_kernel(\n") for source in sources)
     for device in ("cpu", "cuda"):
         assert list(touch.cases(device)) == sanitize.cases(device)

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from gpu import candidates, kernels, results, sweep
 from gpu.record import FAILED, OK, Lines
 from kernel_cases import CASES, case_names
-from tokenops._triton import launches
+from tokenops.ops.triton import launches
 
 ROOT = Path(__file__).parents[2]
 GROUP = candidates.Group("soft_aggregate_fwd", candidates.TINY, "bf16")
@@ -94,7 +94,7 @@ def test_another_result_is_a_failure(found, monkeypatch, spoil):
 
 def test_what_was_not_written_is_a_failure(found, monkeypatch):
     """Though memory that is handed out again may hold the right numbers."""
-    from tokenops._triton import soft_aggregate
+    from tokenops.ops.triton import soft_aggregate
 
     original = soft_aggregate.triton.cdiv
     monkeypatch.setattr(soft_aggregate.triton, "cdiv", lambda size, block: 0 if block == 64 else original(size, block))

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tokenops import _native
+from tokenops.ops import native
 
 NEW = """
 import sys
@@ -40,10 +40,10 @@ def test_help_of_the_command_line_brings_in_no_more_than_the_standard_library(ar
 
 
 def test_the_gpu_is_a_constant_to_torch_compile():
-    """What _native does by hand is what torch's decorator does, whose import takes longer than that of tokenops."""
+    """What native.py does by hand is what torch's decorator does, whose import takes longer than that of tokenops."""
 
     def decorated():
         pass
 
     torch.compiler.assume_constant_result(decorated)
-    assert vars(decorated) and vars(_native.gpu_capability) == vars(decorated)
+    assert vars(decorated) and vars(native.gpu_capability) == vars(decorated)

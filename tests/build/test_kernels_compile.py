@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import tokenops._triton
+import tokenops.ops.triton
 from kernel_cases import PRODUCTS, SHARED_LIMIT
 from resources import Row, read
 
@@ -35,7 +35,7 @@ def compiled(real):
 
 
 def test_every_kernel_once(compiled):
-    package = tokenops._triton
+    package = tokenops.ops.triton
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert sorted(row["kernel"] for row in compiled) == sorted(kernels)

@@ -23,7 +23,7 @@ def test_every_mutant_applies_once(file):
 
 def test_there_are_enough_everywhere():
     assert len(MUTANTS) >= 60 and len(set(map(str, MUTANTS))) == len(MUTANTS)
-    patterns = ("csrc/cuda/*.cuh", "csrc/cpu/*.cpp", "csrc/cpu/*.h", "tokenops/_triton/*.py")
+    patterns = ("csrc/cuda/*.cuh", "csrc/cpu/*.cpp", "csrc/cpu/*.h", "tokenops/ops/triton/*.py")
     files = {str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)}
     files = {file for file in files if Path(file).name not in HELPERS}
     assert files == {mutant.file for mutant in MUTANTS}
@@ -36,7 +36,7 @@ def test_every_mutant_has_tests():
 
 
 def test_a_mutant_that_does_not_apply_is_an_error():
-    file = "tokenops/_triton/restore_tokens.py"
+    file = "tokenops/ops/triton/restore_tokens.py"
     for before in ("no such text", "tl.load("):  # never, and more than once
         with pytest.raises(Broken, match=f"{file} has '{before[:4]}.* [0-9]+ times"):
             mutated(Mutant(file, before, "", "nothing"), (ROOT / file).read_text())
@@ -50,7 +50,7 @@ def test_patterns_choose(capsys):
 
 @pytest.mark.slow
 def test_wrong_kernels_are_killed_and_others_survive(tmp_path):
-    file, before, tests = "tokenops/_triton/restore_tokens.py", "(n >= 0) & (n < N), n, N)", "test_table"
+    file, before, tests = "tokenops/ops/triton/restore_tokens.py", "(n >= 0) & (n < N), n, N)", "test_table"
     planted = [
         Mutant(file, before, "(n >= 0) & (n < N - 1), n, N)", "the last place is out of range", tests),
         Mutant(file, before, f"{before}  # a comment", "nothing", tests),

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tokenops import _backends, _native
 from tokenops.__main__ import main
 from tokenops.cli import columns, info
 from tokenops.cli.timing import Spread, interleaved, ratio, recorded_kernels
+from tokenops.ops import backends, native
 
 
 def run(*arguments, **environment):
@@ -37,7 +37,7 @@ def test_info_names_versions_devices_and_every_operator_on_every_device():
     assert done.returncode == 0, done.stderr
     assert torch.__version__ in done.stdout and "cpu " in done.stdout
     lines = done.stdout.splitlines()
-    for op, devices in _backends.TABLE.items():
+    for op, devices in backends.TABLE.items():
         for device in devices:
             assert any(line.split()[:2] == [op, device] for line in lines), f"{op} on {device} is not in\n{done.stdout}"
     assert "TRITON_INTERPRET=1" in done.stdout, "why Triton does not run on a CPU"
@@ -48,20 +48,20 @@ def operators(text):
     return {
         tuple(line.split()[:2]): line
         for line in text.splitlines()
-        if line.split()[:1] and line.split()[0] in _backends.TABLE
+        if line.split()[:1] and line.split()[0] in backends.TABLE
     }
 
 
 def test_info_says_which_backend_is_chosen(monkeypatch):
     rows = operators(info.text())
-    for op in _backends.TABLE:
-        assert rows[op, "cpu"].split()[2] == _backends.choose(op, "cpu", torch.float32)
+    for op in backends.TABLE:
+        assert rows[op, "cpu"].split()[2] == backends.choose(op, "cpu", torch.float32)
 
 
 def test_info_follows_the_environment_and_says_so():
     done = run("info", TOKENOPS_BACKEND="reference")
     rows = operators(done.stdout)
-    assert all(rows[op, "cpu"].split()[2] == "reference" for op in _backends.TABLE)
+    assert all(rows[op, "cpu"].split()[2] == "reference" for op in backends.TABLE)
     assert "TOKENOPS_BACKEND asks for reference" in done.stdout
 
 
@@ -77,7 +77,7 @@ def test_info_on_a_machine_with_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: gpu)
-    monkeypatch.setattr(_native, "gpu_capability", lambda: (9, 0))
+    monkeypatch.setattr(native, "gpu_capability", lambda: (9, 0))
     text = info.text()
     assert "cuda:0  NVIDIA H200, compute capability 9.0, 139 GiB" in text
     row = operators(text)["soft_aggregate", "cuda"]

@@ -15,7 +15,7 @@ from fuzz import suite
 from fuzz.operators import CALLS
 from support import emulation
 from support.compiled import needs_compiled
-from tokenops import _backends
+from tokenops.ops import backends
 
 ROOT = Path(__file__).parents[2]
 #: calls of each operator: (in every run, in the long one)
@@ -35,7 +35,7 @@ def run(capsys, request):
 
 
 def test_every_operator_is_here():
-    assert set(_backends.TABLE) <= set(CALLS)
+    assert set(backends.TABLE) <= set(CALLS)
 
 
 @pytest.mark.parametrize("path", BACKENDS)

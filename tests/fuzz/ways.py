@@ -2,7 +2,7 @@
 
 import torch
 
-from tokenops import _backends
+from tokenops.ops import backends
 
 
 def leaves_of(call, tensors, subset):
@@ -74,7 +74,7 @@ def inference(call, api, tensors, subset, upstream):
 def autocast(call, api, tensors, subset, upstream):
     """It changes no dtype. Gradients of torch's own operators it does change, so the reference's are made outside."""
     within = torch.autocast("cpu", dtype=torch.bfloat16)
-    if _backends.forced() == "reference":
+    if backends.forced() == "reference":
         return eager(_Within(call, within), api, tensors, subset, upstream)
     with within:
         return eager(call, api, tensors, subset, upstream)

@@ -34,7 +34,7 @@ from mutants import Mutant  # noqa: E402
 from mutants.listed import MUTANTS  # noqa: E402
 
 NEEDED = ("tokenops", "csrc", "tests", "benchmarks", "pyproject.toml", "setup.py")
-FOLDERS = ("csrc/cuda", "csrc/cpu", "tokenops/_triton")  # compiled ones first: they take longest
+FOLDERS = ("csrc/cuda", "csrc/cpu", "tokenops/ops/triton")  # compiled ones first: they take longest
 LIBRARY = "tokenops/_C.abi3.so"
 LIMIT = 600.0  # seconds of a mutant's tests
 
@@ -54,11 +54,11 @@ OPERATORS = {
     "csrc/cpu/token_mlp*": ("token_mlp",),
     "csrc/cpu/vector_math.h": ("soft_aggregate",),
     "csrc/cpu/vector_rows.h": ("merge_neighbours",),
-    "tokenops/_triton/ahead.py": ("host",),
-    "tokenops/_triton/launch.py": ("host",),
-    "tokenops/_triton/common.py": ("masked_channel_attention", "merge_neighbours", "soft_aggregate"),
-    "tokenops/_triton/masked_channel_attention*.py": ("masked_channel_attention", "launches"),
-    "tokenops/_triton/match_bipartite.py": ("merge_bipartite",),
+    "tokenops/ops/triton/ahead.py": ("host",),
+    "tokenops/ops/triton/launch.py": ("host",),
+    "tokenops/ops/triton/common.py": ("masked_channel_attention", "merge_neighbours", "soft_aggregate"),
+    "tokenops/ops/triton/masked_channel_attention*.py": ("masked_channel_attention", "launches"),
+    "tokenops/ops/triton/match_bipartite.py": ("merge_bipartite",),
 }
 #: which tests of the emulation do, as pytest -k has it
 EMULATED = {

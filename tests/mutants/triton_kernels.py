@@ -4,11 +4,11 @@ from mutants import of_file
 
 MUTANTS = [
     *of_file(
-        "tokenops/_triton/ahead.py",
+        "tokenops/ops/triton/ahead.py",
         ("            _launcher(name)(*arguments)\n", "            pass\n", "nothing is compiled ahead", "foresees"),
     ),
     *of_file(
-        "tokenops/_triton/launch.py",
+        "tokenops/ops/triton/launch.py",
         (
             "odd and tuple([pointer & 15 == 0 for pointer in pointers]),",
             "0,",
@@ -31,7 +31,7 @@ MUTANTS = [
         ),
     ),
     *of_file(
-        "tokenops/_triton/common.py",
+        "tokenops/ops/triton/common.py",
         (
             "(c < C)[None, :], other=0.0).to(DOT)",
             "(c < C)[None, :], other=1.0).to(DOT)",
@@ -65,7 +65,7 @@ MUTANTS = [
         ),
     ),
     *of_file(
-        "tokenops/_triton/match_bipartite.py",
+        "tokenops/ops/triton/match_bipartite.py",
         ("here > best", "here >= best", "of equals in two tiles the last is taken", "far_apart"),
         (
             "(j[None, :] < i[:, None])",
@@ -88,7 +88,7 @@ MUTANTS = [
         ("norm < 2.0**-40, 2.0**90", "norm < 2.0**-40, 1.0", "squares of small rows vanish", "lengths_do_not_count"),
     ),
     *of_file(
-        "tokenops/_triton/merge_bipartite.py",
+        "tokenops/ops/triton/merge_bipartite.py",
         (
             "(n[None, :] > last[:, None])",
             "(n[None, :] >= last[:, None])",
@@ -110,7 +110,7 @@ MUTANTS = [
         ),
     ),
     *of_file(
-        "tokenops/_triton/merge_neighbours.py",
+        "tokenops/ops/triton/merge_neighbours.py",
         (
             "second = i + 1 < H",
             "second = i < H",
@@ -132,7 +132,7 @@ MUTANTS = [
         ("wide * (x_a - x_b)", "wide * x_a", "a logit's gradient loses the other token", "gradcheck"),
     ),
     *of_file(
-        "tokenops/_triton/restore_tokens.py",
+        "tokenops/ops/triton/restore_tokens.py",
         ("(n >= 0) & (n < N), n, N)", "(n > 0) & (n < N), n, N)", "token 0 has no place", "test_table"),
         (
             "j[None, :] > (n - carried)[:, None]",
@@ -148,7 +148,7 @@ MUTANTS = [
         ),
     ),
     *of_file(
-        "tokenops/_triton/select_tokens.py",
+        "tokenops/ops/triton/select_tokens.py",
         (
             "tl.where(value != value, 0, bits)",
             "bits",
@@ -182,7 +182,7 @@ MUTANTS = [
         ),
     ),
     *of_file(
-        "tokenops/_triton/soft_aggregate.py",
+        "tokenops/ops/triton/soft_aggregate.py",
         (
             "total = total * shrink + tl.sum(e, axis=1)",
             "total = total + tl.sum(e, axis=1)",
@@ -227,7 +227,7 @@ MUTANTS = [
         ),
     ),
     *of_file(
-        "tokenops/_triton/token_mlp.py",
+        "tokenops/ops/triton/token_mlp.py",
         (
             "slope = cdf + pre * tl.exp2",
             "slope = cdf + 0 * tl.exp2",
@@ -257,7 +257,7 @@ MUTANTS = [
         ),
     ),
     *of_file(
-        "tokenops/_triton/masked_channel_attention.py",
+        "tokenops/ops/triton/masked_channel_attention.py",
         (
             'return tl.where(lse == float("-inf"), 0.0, lse)',
             "return lse",
@@ -291,7 +291,7 @@ MUTANTS = [
         ("/ (M * heads)", "/ M", "scores are summed over the heads", "everything_as_good and N5 and received-mean"),
     ),
     *of_file(
-        "tokenops/_triton/masked_channel_attention_bwd.py",
+        "tokenops/ops/triton/masked_channel_attention_bwd.py",
         (
             "k = _rows(k_ptr, n, ck, counts, DK, stride_kn, stride_kc, DOT, INDEX)  # 0",
             "k = _rows(k_ptr, n, ck, n < length, DK, stride_kn, stride_kc, DOT, INDEX)  # 0",

@@ -11,7 +11,8 @@ import torch
 from support.attention import EVERYTHING, INF, attention, double, inputs, limited
 from support.cases import Attend
 from support.tolerance import assert_as_good_as_plain
-from tokenops import _native, reference
+from tokenops import reference
+from tokenops.ops import native
 
 NAN = float("nan")
 
@@ -166,7 +167,7 @@ def test_nan_stays_where_it_belongs(value):
     for where in "qkv":
         t = tensors(40, 70, 24, 24, B=1, H=3)
         t[where][0, 1, 35, 5] = value
-        with _native.limit_cpu_isa("avx512bf16"):
+        with native.limit_cpu_isa("avx512bf16"):
             expected = attention(**t, scores="received", return_lse=True)
         for found, right in zip(attention(**t, scores="received", return_lse=True), expected):
             assert torch.equal(found.isfinite(), right.isfinite()) and torch.equal(found.isnan(), right.isnan())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import tokenops
 from support.compiled import needs_amx, needs_compiled
-from tokenops._schemas import KERNELS
+from tokenops.ops.schemas import KERNELS
 
 OPERATORS = {
     tokenops.soft_aggregate: dict(x=(2, 4, 3), w=(2, 4, 2), scale=(), mask="bool"),

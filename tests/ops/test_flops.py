@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import tokenops
-from tokenops._schemas import KERNELS
+from tokenops.ops.schemas import KERNELS
 
 timm = pytest.importorskip("timm")
 

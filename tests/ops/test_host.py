@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 
 import triton.language as tl
 
-from tokenops._triton import launch, launches
-from tokenops._triton.common import dot_options
+from tokenops.ops.triton import launch, launches
+from tokenops.ops.triton.common import dot_options
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 import triton
 from triton.runtime import driver
 
-from tokenops._triton import common, launch, launches
+from tokenops.ops.triton import common, launch, launches
 
 BF16 = torch.bfloat16
 CALL = ("soft_aggregate_fwd", BF16, 256, (196, 98, 384))
@@ -212,8 +212,10 @@ class Asked:
 def launched(group, entries):
     """What the group's launch is given, of tensors without memory."""
     known = candidates.KERNELS[group.kernel]
-    modules = [importlib.import_module(f"tokenops._triton.{m}") for m in ("soft_aggregate", "token_mlp", known.module)]
-    modules.append(importlib.import_module("tokenops._triton.masked_channel_attention"))
+    modules = [
+        importlib.import_module(f"tokenops.ops.triton.{m}") for m in ("soft_aggregate", "token_mlp", known.module)
+    ]
+    modules.append(importlib.import_module("tokenops.ops.triton.masked_channel_attention"))
     asked = {name: Asked() for module in modules for name in vars(module) if name.endswith("_kernel")}
     with patch_all(modules, asked), launches.using(entries):
         known.call(group.size, BF16, "meta")()
@@ -248,8 +250,8 @@ def test_every_launcher_takes_what_the_table_says(kernel, gpu):
 
 @pytest.mark.parametrize("there", (None, "qk_mask", "v_mask", "bias", "lengths"))
 def test_attention_says_what_it_was_given(there, monkeypatch):
-    forward = importlib.import_module("tokenops._triton.masked_channel_attention")
-    backward = importlib.import_module("tokenops._triton.masked_channel_attention_bwd")
+    forward = importlib.import_module("tokenops.ops.triton.masked_channel_attention")
+    backward = importlib.import_module("tokenops.ops.triton.masked_channel_attention_bwd")
     said = {}
     monkeypatch.setattr(
         launches,
@@ -273,8 +275,8 @@ def test_attention_says_what_it_was_given(there, monkeypatch):
 
 def attention_launches(dtype, DK, DV):
     """The constants of the launches of both passes, of tensors without memory."""
-    forward = importlib.import_module("tokenops._triton.masked_channel_attention")
-    backward = importlib.import_module("tokenops._triton.masked_channel_attention_bwd")
+    forward = importlib.import_module("tokenops.ops.triton.masked_channel_attention")
+    backward = importlib.import_module("tokenops.ops.triton.masked_channel_attention_bwd")
     q, v = (torch.empty(2, 3, 40, D, dtype=dtype, device="meta") for D in (DK, DV))
     nothing, scores = (None,) * 4, ("received", False)
     asked = {name: Asked() for module in (forward, backward) for name in vars(module) if name.endswith("_kernel")}

@@ -17,7 +17,7 @@ def engine(request, monkeypatch):
     if request.param == "triton":
         pytest.importorskip("triton")
     if request.param == "composed":
-        monkeypatch.setattr("tokenops._native.attention_isa", lambda dtype: None)
+        monkeypatch.setattr("tokenops.ops.native.attention_isa", lambda dtype: None)
     with use_backend("native" if request.param == "composed" else request.param):
         yield request.param
 

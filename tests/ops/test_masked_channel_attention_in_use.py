@@ -1,7 +1,6 @@
 """masked_channel_attention in use: layouts, dtypes, autograd and compile modes, memory, and its errors."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,8 @@ import tokenops
 from support.attention import EVERYTHING, FLOATS, SCORES, attention, check, double, inputs, limited, run
 from support.cases import ATTEND, DTYPES, Attend
 from support.compiled import needs_compiled
-from tokenops import _native, reference
+from tokenops import reference
+from tokenops.ops import native
 
 OPERATOR = "masked_channel_attention"  # of the `backend` fixture
 
@@ -132,10 +132,10 @@ def test_the_matrix_never_exists(scores, heads, backend, device):
         t = inputs(case, torch.float32, device)
     q, k, v = t.values()
     rest = (None,) * 4
-    room = "_triton" if backend == "triton" else "_cpu"  # of native code no memory is seen: composed in its place
-    forward = __import__(f"tokenops.{room}.masked_channel_attention", fromlist=["x"]).masked_channel_attention_fwd
+    room = "triton" if backend == "triton" else "cpu"  # of native code no memory is seen: composed in its place
+    forward = __import__(f"tokenops.ops.{room}.masked_channel_attention", fromlist=["x"]).masked_channel_attention_fwd
     backward = __import__(
-        f"tokenops.{room}.masked_channel_attention" + "_bwd" * (backend == "triton"), fromlist=["x"]
+        f"tokenops.ops.{room}.masked_channel_attention" + "_bwd" * (backend == "triton"), fromlist=["x"]
     ).masked_channel_attention_bwd
     kind = scores or "none"
     with Sizes():
@@ -160,7 +160,7 @@ def test_the_kernel_that_was_asked_for_runs(backend, ran_kernels, device):
 
 def test_compiled_attention_is_used(ran_kernels):
     """Where there is compiled code the CPU path runs it, in the dtypes it takes."""
-    there = _native.why_not("cpu") is None
+    there = native.why_not("cpu") is None
     for dtype in (*DTYPES, torch.float64):
         with ran_kernels() as names, tokenops.use_backend("native"):
             run(attention, inputs(ATTEND[0], dtype, "cpu"))
@@ -181,27 +181,27 @@ def test_every_instruction_set(isa, dtype):
 
 @needs_compiled
 def test_an_instruction_set_is_one_there_is():
-    before = _native.attention_isa(torch.float32)
+    before = native.attention_isa(torch.float32)
     with pytest.raises(ValueError, match="'sse9', but it must be one of amx, .*baseline"):
-        _native.limit_cpu_isa("sse9").__enter__()
-    with _native.limit_cpu_isa("baseline"):
-        assert _native.attention_isa(torch.float32) == "baseline"
-    assert _native.attention_isa(torch.float32) == before and _native.attention_isa(torch.float64) is None
+        native.limit_cpu_isa("sse9").__enter__()
+    with native.limit_cpu_isa("baseline"):
+        assert native.attention_isa(torch.float32) == "baseline"
+    assert native.attention_isa(torch.float32) == before and native.attention_isa(torch.float64) is None
 
 
 @needs_compiled
 def test_the_best_instruction_set_that_the_machine_has():
     """By what Linux says of the processor: each runs where it is the best allowed, and floats by the best of theirs."""
-    cpuinfo, compiler = Path("/proc/cpuinfo"), re.search(r"\) (\d+)\.\d+\.\d+$", _native.info()["compiler"])
+    cpuinfo, compiler = Path("/proc/cpuinfo"), re.search(r"\) (\d+)\.\d+\.\d+$", native.info()["compiler"])
     if not cpuinfo.exists() or compiler is None or int(compiler[1]) < 11:
         pytest.skip("what the processor has is not known here, or the compiler does not take all of it")
     flags = {"amx": "amx_bf16", "avx512bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2"}
     found = cpuinfo.read_text().split()
     for isa in (isa for isa, flag in flags.items() if flag in found):
-        with _native.limit_cpu_isa(isa):
-            assert _native.attention_isa(torch.bfloat16) == isa
+        with native.limit_cpu_isa(isa):
+            assert native.attention_isa(torch.bfloat16) == isa
             for dtype in (torch.float32, torch.float16):
-                assert _native.attention_isa(dtype) == ("avx2" if isa == "avx2" else "avx512")
+                assert native.attention_isa(dtype) == ("avx2" if isa == "avx2" else "avx512")
 
 
 def test_threads_change_nothing():
@@ -415,7 +415,7 @@ class Kernels(Exception):
 
 def test_on_a_gpu_what_asks_for_nothing_else_is_torchs_attention(monkeypatch):
     """Without a GPU: fake tensors say that they are on one."""
-    module, asked = sys.modules["tokenops.masked_channel_attention"], []
+    module, asked = tokenops.ops.masked_channel_attention, []
 
     def torchs(q, k, v, scale):
         asked.append((scale, torch.is_autocast_enabled("cuda")))

@@ -20,7 +20,7 @@ from support.bipartite import (
 )
 from support.cases import BIPARTITE, BIPARTITE_LARGE, DTYPES, QUICK, Bipartite
 from tokenops import reference
-from tokenops.merge_bipartite import merge_by_index, sum_by_index
+from tokenops.ops.merge_bipartite import merge_by_index, sum_by_index
 
 NAN, INF = math.nan, math.inf
 ALL = (*DTYPES, torch.float64)

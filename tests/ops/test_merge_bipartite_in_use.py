@@ -7,9 +7,10 @@ from torch import library
 import tokenops
 from support.bipartite import exact_metric, plain_merge
 from support.compiled import ABSENT
-from tokenops import _backends, reference, tome
-from tokenops._schemas import kernel
-from tokenops.merge_bipartite import merge_by_index
+from tokenops import reference, tome
+from tokenops.ops import backends
+from tokenops.ops.merge_bipartite import merge_by_index
+from tokenops.ops.schemas import kernel
 from tokenops.tome import Merge, bipartite_soft_matching, merge_source, merge_wavg
 
 OPS = ("match_bipartite", "merge_bipartite", "unmerge_bipartite")
@@ -320,7 +321,7 @@ def test_automatic_choice(device, ran_kernels):
     with ran_kernels() as names:
         merged = merge_bipartite(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in good().items()})
         unmerge_bipartite(merged.tokens, merged.index)
-    reason = _backends.why_not("merge_bipartite", "native", device, torch.float32)
+    reason = backends.why_not("merge_bipartite", "native", device, torch.float32)
     expected = {"merge_bipartite_matched.native", "unmerge_bipartite_fwd.native"}
     assert names == (expected if reason is None else set())
 

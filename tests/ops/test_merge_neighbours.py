@@ -9,8 +9,9 @@ import tokenops
 from support.cases import DTYPES, MERGE, MERGE_LARGE, QUICK, Merge
 from support.compiled import ABSENT
 from support.neighbours import AXES, OPTIONS, cancelling, compare, double, inputs, run
-from tokenops import _backends, reference
-from tokenops._schemas import kernel
+from tokenops import reference
+from tokenops.ops import backends
+from tokenops.ops.schemas import kernel
 
 NAN, INF = math.nan, math.inf
 merge_neighbours, unmerge_neighbours = tokenops.merge_neighbours, tokenops.unmerge_neighbours
@@ -406,5 +407,5 @@ def test_the_compiled_code_checks_again(device):
 def test_automatic_choice(device, ran_kernels):
     with ran_kernels() as names:
         merge_neighbours(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in good().items()})
-    reason = _backends.why_not("merge_neighbours", "native", device, torch.float32)
+    reason = backends.why_not("merge_neighbours", "native", device, torch.float32)
     assert names == ({"merge_neighbours_fwd.native"} if reason is None else set())

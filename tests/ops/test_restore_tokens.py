@@ -6,8 +6,9 @@ import torch
 import tokenops
 from support.cases import DTYPES, QUICK, RESTORE
 from support.compiled import ABSENT
-from tokenops import _backends, reference
-from tokenops._schemas import kernel
+from tokenops import reference
+from tokenops.ops import backends
+from tokenops.ops.schemas import kernel
 
 ALL = (*DTYPES, torch.float64)
 
@@ -362,5 +363,5 @@ def test_the_compiled_code_checks_again(device):
 def test_automatic_choice(device, ran_kernels):
     with ran_kernels() as names:
         tokenops.restore_tokens(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in good().items()})
-    reason = _backends.why_not("restore_tokens", "native", device, torch.float32)
+    reason = backends.why_not("restore_tokens", "native", device, torch.float32)
     assert names == ({"restore_tokens_fwd.native"} if reason is None else set())

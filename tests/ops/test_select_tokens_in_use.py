@@ -5,8 +5,9 @@ import torch
 
 import tokenops
 from support.compiled import ABSENT
-from tokenops import _backends, reference
-from tokenops._schemas import kernel
+from tokenops import reference
+from tokenops.ops import backends
+from tokenops.ops.schemas import kernel
 
 select_tokens = tokenops.select_tokens
 
@@ -180,13 +181,13 @@ def test_the_compiled_code_checks_again(device):
 def test_automatic_choice(device, ran_kernels):
     with ran_kernels() as names:
         select_tokens(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in good().items()})
-    reason = _backends.why_not("select_tokens", "native", device, torch.float32)
+    reason = backends.why_not("select_tokens", "native", device, torch.float32)
     assert names == ({"select_tokens_fwd.native"} if reason is None else set())
 
 
 def test_many_images_choose_once():
     """On Triton a program makes its image's choice: of few images several do, each for some channels."""
-    plan = pytest.importorskip("tokenops._triton.select_tokens")._fwd_plan
+    plan = pytest.importorskip("tokenops.ops.triton.select_tokens")._fwd_plan
     for B, C, norm, programs in (
         (1, 384, False, 3),
         (256, 384, False, 256),

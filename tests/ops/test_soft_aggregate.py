@@ -11,7 +11,8 @@ from support.aggregation import delta_terms, inputs, run
 from support.cases import AGGREGATE, DTYPES, QUICK, Aggregate
 from support.compiled import needs_amx
 from support.tolerance import assert_as_good_as_plain
-from tokenops import _native, reference
+from tokenops import reference
+from tokenops.ops import native
 
 INF = float("inf")
 
@@ -326,7 +327,7 @@ def test_bfloat16_runs_on_tiles():
         return run(lambda x, w: tokenops.soft_aggregate(x, w, prefix=1), (x, w), dy)[2]
 
     on_tiles = dw()
-    with _native.limit_cpu_isa("avx512bf16"):
+    with native.limit_cpu_isa("avx512bf16"):
         without = dw()
     assert not torch.equal(on_tiles, without) and torch.equal(on_tiles, dw())
 

@@ -8,7 +8,8 @@ import tokenops
 from support.cases import DTYPES, TOKEN_MLP, TokenMlp
 from support.compiled import needs_amx
 from support.tolerance import assert_as_good_as_plain
-from tokenops import _native, reference
+from tokenops import reference
+from tokenops.ops import native
 
 NAMES = ("dz", "dw1", "db1", "dw2", "db2")
 
@@ -75,7 +76,7 @@ def test_images_that_do_not_fit_at_once(dtype, backend, device, monkeypatch):
     """Two, two and one."""
     case = TokenMlp(5, 17, 12, 7, 9, "w1's rows are no multiple of what the kernel reads")
     if backend == "triton":
-        monkeypatch.setattr("tokenops._triton.token_mlp.HIDDEN_BYTES", 2 * case.R * case.C * dtype.itemsize)
+        monkeypatch.setattr("tokenops.ops.triton.token_mlp.HIDDEN_BYTES", 2 * case.R * case.C * dtype.itemsize)
     check_as_good_as_plain(case, dtype, device)
 
 
@@ -95,7 +96,7 @@ def test_bfloat16_runs_on_tiles():
     """Where the machine has them: what the GELU takes is then not rounded."""
     tensors = [torch.randn(shape).bfloat16() for shape in ((2, 40, 64), (48, 40), (48,), (33, 48), (33,))]
     on_tiles = tokenops.token_mlp(*tensors)
-    with _native.limit_cpu_isa("avx512bf16"):
+    with native.limit_cpu_isa("avx512bf16"):
         without = tokenops.token_mlp(*tensors)
     assert not torch.equal(on_tiles, without) and torch.equal(on_tiles, tokenops.token_mlp(*tensors))
 
@@ -114,7 +115,7 @@ def test_the_gelu(dtype, backend, device):
     y, dz, *_ = run(
         lambda z: tokenops.token_mlp(z, one, None, one, None), [z[None, None]], torch.ones_like(z)[None, None]
     )
-    tiles = dtype == torch.bfloat16 and _native.attention_isa(dtype) == "amx"
+    tiles = dtype == torch.bfloat16 and native.attention_isa(dtype) == "amx"
     own = device == "cpu" and backend == "native" and not tiles
     truth, slope = run(torch.nn.functional.gelu, [z if own else z.double()], torch.ones_like(z))
     rtol, atol = 2 * torch.finfo(dtype).eps, {torch.float64: 1e-12, torch.float32: 3e-7}.get(dtype, 2e-6)
@@ -194,7 +195,7 @@ def test_the_hidden_tensor_never_exists(backend, device, monkeypatch):
     tensors = inputs(case, torch.float32, device)
     dy = torch.randn(case.B, case.N, case.C, device=device)
     implementation = __import__(
-        f"tokenops._{'cpu' if backend == 'native' else 'triton'}.token_mlp", fromlist=["token_mlp_fwd"]
+        f"tokenops.ops.{'cpu' if backend == 'native' else 'triton'}.token_mlp", fromlist=["token_mlp_fwd"]
     )
     if backend == "triton":
         monkeypatch.setattr(implementation, "HIDDEN_BYTES", 4 * case.B * case.R * case.C // 6)

@@ -10,12 +10,13 @@ import tokenops
 from support.compiled import needs_compiled
 from support.patched_models import images, model_of
 from support.weights import redrawn
-from tokenops import _native, apply_patch
-from tokenops.masked_channel_attention import FASTER
+from tokenops import apply_patch
 from tokenops.nn import convert_attention
+from tokenops.ops import native
+from tokenops.ops.masked_channel_attention import FASTER
 
 BF16 = torch.bfloat16
-ISA = _native.attention_isa(BF16)
+ISA = native.attention_isa(BF16)
 OURS = "tokenops.masked_channel_attention_fwd.native"
 pytestmark = needs_compiled
 
@@ -71,7 +72,7 @@ def test_idle_blocks_take_what_the_machine_has():
     """In bfloat16 ours on AMX tiles, which is twice as fast as torch's, and else torch's."""
     idle = "packed" if ISA == "amx" else "sdpa"
     assert attentions(evit(), images().to(BF16)) == [idle, "packed", idle]
-    with _native.limit_cpu_isa("avx512"):
+    with native.limit_cpu_isa("avx512"):
         assert attentions(evit(), images().to(BF16)) == ["sdpa", "packed", "sdpa"]
     assert attentions(evit(dtype=torch.float32), images()) == ["sdpa", "packed", "sdpa"]
 

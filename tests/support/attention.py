@@ -8,7 +8,8 @@ import torch
 import tokenops
 from support.compiled import ABSENT
 from support.tolerance import assert_as_good_as_plain
-from tokenops import _native, reference
+from tokenops import reference
+from tokenops.ops import native
 
 INF = float("inf")
 FLOATS = ("q", "k", "v", "qk_mask", "v_mask", "key_bias")
@@ -96,8 +97,8 @@ def limited(isa, dtype):
     """In the block attention of a dtype runs on a CPU by this instruction set; skips where there is no such."""
     if ABSENT is not None:
         pytest.skip(ABSENT)
-    with _native.limit_cpu_isa(isa):
-        if _native.attention_isa(dtype) != isa:
+    with native.limit_cpu_isa(isa):
+        if native.attention_isa(dtype) != isa:
             pytest.skip(f"{isa} in {dtype} is not for this machine")
         with tokenops.use_backend("native"):
             yield

@@ -21,19 +21,19 @@ from triton.runtime.jit import JITFunction
 import kernel_cases
 import tokenops
 from host import IdleDriver, idle
-from tokenops._triton.masked_channel_attention import masked_channel_attention_fwd
-from tokenops._triton.masked_channel_attention_bwd import masked_channel_attention_bwd
-from tokenops._triton.match_bipartite import match_bipartite_fwd
-from tokenops._triton.merge_bipartite import (
+from tokenops.ops.triton.masked_channel_attention import masked_channel_attention_fwd
+from tokenops.ops.triton.masked_channel_attention_bwd import masked_channel_attention_bwd
+from tokenops.ops.triton.match_bipartite import match_bipartite_fwd
+from tokenops.ops.triton.merge_bipartite import (
     merge_bipartite_bwd,
     merge_bipartite_fwd,
     unmerge_bipartite_bwd,
     unmerge_bipartite_fwd,
 )
-from tokenops._triton.merge_neighbours import merge_neighbours_bwd, merge_neighbours_fwd
-from tokenops._triton.restore_tokens import restore_tokens_bwd, restore_tokens_fwd
-from tokenops._triton.select_tokens import select_tokens_bwd, select_tokens_fwd
-from tokenops._triton.soft_aggregate import soft_aggregate_bwd, soft_aggregate_fwd
+from tokenops.ops.triton.merge_neighbours import merge_neighbours_bwd, merge_neighbours_fwd
+from tokenops.ops.triton.restore_tokens import restore_tokens_bwd, restore_tokens_fwd
+from tokenops.ops.triton.select_tokens import select_tokens_bwd, select_tokens_fwd
+from tokenops.ops.triton.soft_aggregate import soft_aggregate_bwd, soft_aggregate_fwd
 
 
 class Launched:

@@ -8,8 +8,8 @@ import torch
 
 import tokenops
 
-from .. import _backends, _native
-from ..masked_channel_attention import FASTER
+from ..ops import backends, native
+from ..ops.masked_channel_attention import FASTER
 from . import columns, machine
 
 PACKAGES = ("numpy", "triton", "timm", "torchvision")
@@ -55,7 +55,7 @@ def _no_gpu() -> str:
 
 
 def _compiled() -> list[tuple[str, str]]:
-    built = _native.info()
+    built = native.info()
     cpu = f"built with {built.get('compiler')} against torch {built.get('torch')}"
     cuda = f"built by nvcc {built.get('nvcc')} for {', '.join(built.get('architectures', ()))}"
     return [
@@ -69,7 +69,7 @@ def _attention() -> list[tuple[str, str]]:
     """By which instruction set attention runs on this CPU, and who runs what asks for no scores, bias or masks."""
     rows = []
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        isa = _native.attention_isa(dtype)
+        isa = native.attention_isa(dtype)
         times = FASTER.get((dtype, isa), 0.0)
         plain = f"{times} times as fast as torch's own where it was measured" if times else "plain calls are torch's"
         if isa is not None:
@@ -79,17 +79,17 @@ def _attention() -> list[tuple[str, str]]:
 
 def _operators() -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for op in _backends.TABLE:
-        for device in _backends.TABLE[op]:
+    for op in backends.TABLE:
+        for device in backends.TABLE[op]:
             if device == "cuda" and not torch.cuda.is_available():
                 rows.append((op, device, "-", _no_gpu()))
                 continue
             try:
-                chosen = _backends.choose(op, device, DTYPE)
+                chosen = backends.choose(op, device, DTYPE)
             except RuntimeError as error:
                 rows.append((op, device, "error", str(error)))
                 continue
-            rest = [(b, _reason(op, b, device, chosen)) for b in _backends.BACKENDS if b != chosen]
+            rest = [(b, _reason(op, b, device, chosen)) for b in backends.BACKENDS if b != chosen]
             rows += [
                 (*((op, device, chosen) if i == 0 else ("", "", "")), f"not {backend}: {reason}")
                 for i, (backend, reason) in enumerate(rest)
@@ -98,7 +98,7 @@ def _operators() -> list[tuple[str, ...]]:
 
 
 def _reason(op: str, backend: str, device: str, chosen: str) -> str:
-    reason = _backends.why_not(op, backend, device, DTYPE)
+    reason = backends.why_not(op, backend, device, DTYPE)
     if reason is not None:
         return reason
     if os.environ.get("TOKENOPS_BACKEND", "auto") != "auto":

@@ -12,8 +12,8 @@ import torch
 
 import tokenops
 
-from ..merge_neighbours import AXES
 from ..nn.neighbour_merging import KINDS
+from ..ops.merge_neighbours import AXES
 from . import CommandError
 
 try:

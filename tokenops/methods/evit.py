@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.select_tokens import select_tokens
 from ..patching.blocks import attend, feed, rope_rows, whole
 from ..patching.engine import Flow, Method, Record, Role, sources_of
 from ..patching.modules import fusable
-from ..select_tokens import select_tokens
 from .options import PartRole, block_indices, per_block, quarters
 
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..restore_tokens import restore_tokens
-from ..select_tokens import select_tokens
+from ..ops.restore_tokens import restore_tokens
+from ..ops.select_tokens import select_tokens
 from .levit_layers import AttentionSubsample, Layer, LeViT, mlp
 
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.restore_tokens import restore_tokens
+from ..ops.select_tokens import select_tokens
 from ..patching.blocks import attend, feed, rope_rows
 from ..patching.engine import Flow, Method, Record, Role, sources_of
 from ..patching.modules import fusable
-from ..restore_tokens import restore_tokens
-from ..select_tokens import select_tokens
 from .options import PartRole, block_indices, per_block
 
 

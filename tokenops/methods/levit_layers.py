@@ -10,7 +10,7 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from ..masked_channel_attention import masked_channel_attention
+from ..ops.masked_channel_attention import masked_channel_attention
 
 Model = TypeVar("Model", bound="LeViT")
 #: all classifiers, in the order of the training's outputs

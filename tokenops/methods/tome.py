@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..merge_bipartite import merge_bipartite, unmerge_bipartite
+from ..ops.merge_bipartite import merge_bipartite, unmerge_bipartite
+from ..ops.reference import accumulation_dtype
 from ..patching.blocks import attend, feed
 from ..patching.engine import Flow, Method, Record, Role
 from ..patching.modules import fusable
-from ..reference import accumulation_dtype
 from .options import is_number
 
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import reference
-from ..masked_channel_attention import WIDEST_HEAD, masked_channel_attention, masked_channel_attention_qkv
-from ..reference import accumulation_dtype
+from ..ops import reference
+from ..ops.masked_channel_attention import WIDEST_HEAD, masked_channel_attention, masked_channel_attention_qkv
+from ..ops.reference import accumulation_dtype
 from .watched import exact
 
 #: the modules whose Attention is the one this module stands in for

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..merge_neighbours import AXES, merge_neighbours, unmerge_neighbours
+from ..ops.merge_neighbours import AXES, merge_neighbours, unmerge_neighbours
 
 KINDS = ("average", "scalar", "channel", "linear", "content")
 LAYOUTS = ("raster", "block")

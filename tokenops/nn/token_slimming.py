@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ..reference import aggregation_weights
-from ..soft_aggregate import soft_aggregate
-from ..token_mlp import token_mlp
+from ..ops.reference import aggregation_weights
+from ..ops.soft_aggregate import soft_aggregate
+from ..ops.token_mlp import token_mlp
 
 
 class TokenSlimming(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..masked_channel_attention import WIDEST_HEAD
+from ..ops.masked_channel_attention import WIDEST_HEAD
 from .engine import (
     METHODS,
     Method,

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
-from ..masked_channel_attention import WIDEST_HEAD, masked_channel_attention, masked_channel_attention_qkv
 from ..nn import Attention
+from ..ops import reference
+from ..ops.masked_channel_attention import WIDEST_HEAD, masked_channel_attention, masked_channel_attention_qkv
 from .families import PATCH_ANEW, Family, family_of, widest_of
 from .modules import name_of, unwrapped
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from ..masked_channel_attention import WIDEST_HEAD, faster
+from ..ops.masked_channel_attention import WIDEST_HEAD, faster
 from . import families
 from .blocks import Ask, attended, dropped_by
 

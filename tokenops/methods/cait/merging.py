@@ -8,10 +8,10 @@ import torch
 from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 
-from ...merge_bipartite import unmerge_bipartite
-from ...merge_neighbours import unmerge_neighbours
 from ...nn import NeighbourMerging, grid_order
 from ...nn.watched import exact
+from ...ops.merge_bipartite import unmerge_bipartite
+from ...ops.merge_neighbours import unmerge_neighbours
 from ...patching.blocks import attend, feed, whole
 from ...patching.engine import Flow, Method, Record, Role
 from .blocks import Mlp, check_model, hidden, project

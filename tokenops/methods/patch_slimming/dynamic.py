@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ops.select_tokens import select_tokens
 from ...patching.engine import Method, Role
-from ...select_tokens import select_tokens
 from .blocks import check_model, embed_tokens
 from .counts import counts_for
 from .impact import checked_for, impact

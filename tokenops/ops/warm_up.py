@@ -74,7 +74,7 @@ def warm_up(
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), _undone(model, device):
         calls, unforeseen = _foreseen(model, inputs, wanted if backward else None)
         if calls:
-            from ._triton.ahead import compile_all
+            from .triton.ahead import compile_all
 
             kernels = compile_all(((name, _on_meta(given)) for name, given in calls), workers)
         _run(model, inputs, wanted if backward else None)

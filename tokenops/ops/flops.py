@@ -1,6 +1,6 @@
 """Teaches torch.utils.flop_counter our operators (matrix products only, two FLOPs a multiply-add, as it counts).
 
-Imported as soon as tokenops and that module both are (_counted.py), so that a count does not depend on what was
+Imported as soon as tokenops and that module both are (counted.py), so that a count does not depend on what was
 counted before.
 """
 
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from ._schemas import KERNELS
+from .schemas import KERNELS
 
 _ops, _aten = torch.ops.tokenops, torch.ops.aten
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .._schemas import attention_gradients, parts_of
 from ..reference import heads_of
+from ..schemas import attention_gradients, parts_of
 from . import launches
 from .common import ALL_REGISTERS, before_hopper, for_any, from_units, tile
 from .launch import Launch, launch, planned

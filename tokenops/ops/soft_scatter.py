@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from . import _checks
+from . import checks
 from .soft_aggregate import _apply, _check_scale
 
 
@@ -33,9 +33,9 @@ def soft_scatter(z: Tensor, w: Tensor, *, scale: Tensor | float | None = None) -
     torch.Size([2, 196, 64])
     """
     op = "soft_scatter"
-    _checks.tensor(op, "z", z, "B,M,C")
-    _checks.tensor(op, "w", w, "B,N,M", like=z)
-    _checks.same(op, "images", "w", w.shape[0], "z", z.shape[0])
-    _checks.same(op, "slim tokens", "w", w.shape[2], "z", z.shape[1])
+    checks.tensor(op, "z", z, "B,M,C")
+    checks.tensor(op, "w", w, "B,N,M", like=z)
+    checks.same(op, "images", "w", w.shape[0], "z", z.shape[0])
+    checks.same(op, "slim tokens", "w", w.shape[2], "z", z.shape[1])
     _check_scale(op, scale, z)
     return _apply(op, z, w.transpose(1, 2), scale, None, 0)

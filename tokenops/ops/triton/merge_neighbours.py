@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._schemas import merged_tokens
 from ..reference import accumulation_dtype
+from ..schemas import merged_tokens
 from .common import FUSION, cast, for_any, tile, write_rows
 from .launch import Launch, launch, planned
 

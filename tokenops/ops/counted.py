@@ -9,9 +9,9 @@ COUNTER = "torch.utils.flop_counter"
 
 
 def from_now_on() -> None:
-    """Registers _flops.py, now or with the import of torch's counter."""
+    """Registers flops.py, now or with the import of torch's counter."""
     if COUNTER in sys.modules:
-        from . import _flops  # noqa: F401
+        from . import flops  # noqa: F401
     elif not any(isinstance(finder, _WithCounter) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WithCounter())
 
@@ -29,7 +29,7 @@ class _WithCounter:
 
             def exec_module(module: Any) -> None:
                 execute(module)
-                from . import _flops  # noqa: F401
+                from . import flops  # noqa: F401
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -3,9 +3,9 @@ images at a time that they stay in cache."""
 
 import torch
 
-from .. import _native, _token_mlp
-from .._token_mlp import each, groups
+from .. import native, token_mlp_grouped
 from ..reference import accumulation_dtype
+from ..token_mlp_grouped import each, groups
 
 #: images whose hidden activations exist together: enough to occupy the cores, few enough to stay in cache
 TOGETHER = 4
@@ -16,7 +16,7 @@ _kernels = torch.ops.tokenops
 def _on_tiles(z, w1, w2):
     return (
         z.dtype == torch.bfloat16
-        and _native.attention_isa(z.dtype) == "amx"
+        and native.attention_isa(z.dtype) == "amx"
         and min(z.numel(), w1.numel(), w2.numel()) > 0
     )
 
@@ -52,4 +52,4 @@ def token_mlp_bwd(dy, z, w1, b1, w2):
         torch.ops.aten.gelu_backward.grad_input(gradient, pre, grad_input=gradient)
         return gradient.sum(dim=(0, 2), dtype=accumulation_dtype(z.dtype))
 
-    return _token_mlp.token_mlp_bwd(dy, z, w1, w2, TOGETHER, activations)
+    return token_mlp_grouped.token_mlp_bwd(dy, z, w1, w2, TOGETHER, activations)

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, reference
-from ._autograd import Operator, gradients, needs_grad, zeros_like_tokens
-from ._backends import choose
-from ._schemas import kernel
+from . import checks, reference
+from .autograd import Operator, gradients, needs_grad, zeros_like_tokens
+from .backends import choose
+from .schemas import kernel
 
 
 def restore_tokens(
@@ -51,17 +51,17 @@ def restore_tokens(
     tensor([0., 0., 1., 0.])
     """
     op = "restore_tokens"
-    B, rows, C = _checks.tensor(op, "base", base, "B,P+N,C")
-    of_tokens = _checks.tensor(op, "tokens", tokens, "B,k,C", like=base)
-    images, k = _checks.tensor(op, "index", index, "B,k", like=base, floating=False)
-    _checks.prefix(op, "prefix", prefix, rows)
+    B, rows, C = checks.tensor(op, "base", base, "B,P+N,C")
+    of_tokens = checks.tensor(op, "tokens", tokens, "B,k,C", like=base)
+    images, k = checks.tensor(op, "index", index, "B,k", like=base, floating=False)
+    checks.prefix(op, "prefix", prefix, rows)
     if index.dtype != torch.int64:
         raise TypeError(f"{op}: index must be int64, but got {index.dtype}")
     if tokens.dtype != base.dtype:
         raise TypeError(f"{op}: tokens must have base's dtype {base.dtype}, but got {tokens.dtype}")
-    _checks.same(op, "images", "tokens", of_tokens[0], "base", B)
-    _checks.same(op, "images", "index", images, "base", B)
-    _checks.same(op, "channels", "tokens", of_tokens[2], "base", C)
+    checks.same(op, "images", "tokens", of_tokens[0], "base", B)
+    checks.same(op, "images", "index", images, "base", B)
+    checks.same(op, "channels", "tokens", of_tokens[2], "base", C)
     if of_tokens[1] != k and of_tokens[1] != prefix + k:
         raise ValueError(
             f"{op}: tokens has {of_tokens[1]} rows, but index has {k} an image:"
@@ -72,7 +72,7 @@ def restore_tokens(
     if backend == "reference":
         N = rows - prefix
         words = "base has {} tokens after a prefix of {}: 0 to {} is allowed (and -1, which goes nowhere)"
-        _checks.places(op, "index", index, N, lambda: words.format(N, prefix, N - 1), lowest=-1, unique=True)
+        checks.places(op, "index", index, N, lambda: words.format(N, prefix, N - 1), lowest=-1, unique=True)
         return reference.restore_tokens(base, tokens, index, prefix=prefix, companions=companions)
     flat = [t for pair in pairs for t in pair]
     if torch.jit.is_tracing():  # TorchScript makes one of equal lists, and torch empties a list that a call took
@@ -91,11 +91,11 @@ def _pairs(op: str, companions: Any, base: Tensor, index: Tensor, prefix: int) -
         isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in companions
     ):
         raise TypeError(f"{op}: companions must be a tuple of pairs (old, new), but got {type(companions).__name__}")
-    _checks.companions(op, len(companions))
+    checks.companions(op, len(companions))
     sizes = (base.shape[0], base.shape[1] - prefix), (index.shape[0], index.shape[1])
     for i, pair in enumerate(companions):
         for j, (companion, (images, tokens), shape) in enumerate(zip(pair, sizes, ("B,N", "B,k"))):
-            _checks.companion(op, f"companions[{i}][{j}]", companion, shape, images, tokens, base)
+            checks.companion(op, f"companions[{i}][{j}]", companion, shape, images, tokens, base)
         if pair[0].dtype != pair[1].dtype:
             raise TypeError(f"{op}: companions[{i}] must have one dtype, but got {pair[0].dtype} and {pair[1].dtype}")
     return tuple((old, new) for old, new in companions)

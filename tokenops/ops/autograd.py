@@ -39,7 +39,7 @@ def distinct(arguments: Sequence[Any]) -> list[Any]:
 
 
 class Operator(torch.autograd.Function):
-    """An operator whose kernels torch.vmap can run (_vmap.py): vmap then needs no more than these."""
+    """An operator whose kernels torch.vmap can run (vmap.py): vmap then needs no more than these."""
 
     generate_vmap_rule = True
     _at_once: Any

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _backends, _checks, _native, reference
-from ._autograd import Operator, gradients, needs_grad
-from ._backends import choose
-from ._schemas import kernel
+from . import backends, checks, native, reference
+from .autograd import Operator, gradients, needs_grad
+from .backends import choose
+from .schemas import kernel
 
 #: channels of a head the kernels hold in registers
 WIDEST_HEAD = 128
@@ -137,7 +137,7 @@ def masked_channel_attention_qkv(
     (torch.Size([2, 6, 197, 64]), torch.Size([2, 197]))
     """
     op = "masked_channel_attention_qkv"
-    B, N, channels = _checks.tensor(op, "qkv", qkv, "B,N,C")
+    B, N, channels = checks.tensor(op, "qkv", qkv, "B,N,C")
     for name, value in (("num_heads", num_heads), ("head_dim", head_dim)):
         whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
         if not whole and (value is not None or name == "num_heads"):
@@ -170,15 +170,15 @@ def _attended(op: str, q: Tensor, k: Any, v: Any, sizes: Any, given: "_Given") -
         if served:
             out = _sdpa(*apart, scale=None if given.scale is None else float(given.scale))
             return out.transpose(1, 2).contiguous().transpose(1, 2)
-        _checks.lengths(op, "key_lengths", given.key_lengths, Nk)
+        checks.lengths(op, "key_lengths", given.key_lengths, Nk)
         return reference.masked_channel_attention(*apart, **given._asdict())
     scale = Dk**-0.5 if given.scale is None else given.scale
     bias = None if given.key_bias is None else given.key_bias.expand(B, H, 1, Nk).squeeze(2)
     tensors = q, k, v, given.qk_mask, given.v_mask, bias
     options = scale, given.scores or "none", given.heads == "mean", given.return_key_mean, *packed
     if backend == "native":
-        _checks.lengths(op, "key_lengths", given.key_lengths, Nk)
-        if _native.attention_isa(q.dtype) is None:
+        checks.lengths(op, "key_lengths", given.key_lengths, Nk)
+        if native.attention_isa(q.dtype) is None:
             backend = "composed"
     if needs_grad(*tensors):
         results = _MaskedChannelAttention.of(*tensors, given.key_lengths, *options, backend)
@@ -195,7 +195,7 @@ def sdpa_serves(q: Tensor, k: Any, v: Any, sizes: Any) -> bool:
     On a CPU without gradients alone, as its own cannot be differentiated again.
     """
     Dk, Dv = sizes[4:]
-    if Dk != Dv or 0 in sizes or _backends.forced() is not None or faster(q):
+    if Dk != Dv or 0 in sizes or backends.forced() is not None or faster(q):
         return False
     return q.device.type != "cpu" or not needs_grad(q, k, v)
 
@@ -203,9 +203,9 @@ def sdpa_serves(q: Tensor, k: Any, v: Any, sizes: Any) -> bool:
 def faster(x: Tensor) -> float:
     """How many times as fast as torch's own attention ours runs tokens as these, in a plain call; 0 where it is not
     known to be faster, or a backend is forced."""
-    if x.device.type != "cpu" or _backends.forced() is not None:
+    if x.device.type != "cpu" or backends.forced() is not None:
         return 0.0
-    return FASTER.get((x.dtype, _native.attention_isa(x.dtype)), 0.0)
+    return FASTER.get((x.dtype, native.attention_isa(x.dtype)), 0.0)
 
 
 class _Given(NamedTuple):
@@ -232,27 +232,27 @@ class _Given(NamedTuple):
     ) -> None:
         for name, mask, other, channels in (("qk_mask", self.qk_mask, of_q, Dk), ("v_mask", self.v_mask, of_v, Dv)):
             if mask is not None:
-                sizes = _checks.tensor(op, name, mask, "H,D", like=q)
-                _checks.same(op, "heads", name, sizes[0], other, H)
-                _checks.same(op, "channels", name, sizes[1], other, channels)
+                sizes = checks.tensor(op, name, mask, "H,D", like=q)
+                checks.same(op, "heads", name, sizes[0], other, H)
+                checks.same(op, "channels", name, sizes[1], other, channels)
         if self.key_bias is not None:
-            sizes, full = _checks.tensor(op, "key_bias", self.key_bias, "B,1|H,1,Nk", like=q), (B, H, 1, Nk)
+            sizes, full = checks.tensor(op, "key_bias", self.key_bias, "B,1|H,1,Nk", like=q), (B, H, 1, Nk)
             if any(got not in (1, size) for got, size in zip(sizes, full)) or sizes[3] != Nk:
                 raise ValueError(
                     f"{op}: key_bias must have shape ({full[0]} or 1, {full[1]} or 1, 1, {full[3]}), but got"
                     f" {tuple(sizes)}"
                 )
         if self.key_lengths is not None:
-            (images,) = _checks.tensor(op, "key_lengths", self.key_lengths, "B", like=q, floating=False)
+            (images,) = checks.tensor(op, "key_lengths", self.key_lengths, "B", like=q, floating=False)
             if self.key_lengths.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"{op}: key_lengths must be int64 or int32, but got {self.key_lengths.dtype}")
-            _checks.same(op, "images", "key_lengths", images, of_q, B)
+            checks.same(op, "images", "key_lengths", images, of_q, B)
         if self.scale is not None:
-            _checks.number(op, "scale", self.scale, "a number or None")
+            checks.number(op, "scale", self.scale, "a number or None")
         if self.scores is not None and self.scores not in SCORES:
             raise ValueError(f"{op}: scores={self.scores!r}, but it must be None, 'class' or 'received'")
-        _checks.flag(op, "return_lse", self.return_lse)
-        _checks.flag(op, "return_key_mean", self.return_key_mean)
+        checks.flag(op, "return_lse", self.return_lse)
+        checks.flag(op, "return_key_mean", self.return_key_mean)
         if self.heads not in ("each", "mean"):
             raise ValueError(f"{op}: heads={self.heads!r}, but it must be 'each' or 'mean'")
         if self.scores is not None and Nq == 0:
@@ -261,18 +261,18 @@ class _Given(NamedTuple):
 
 def _sizes(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int]:
     """B, H, Nq, Nk, Dk, Dv, checked."""
-    B, H, Nq, Dk = _checks.tensor(op, "q", q, "B,H,Nq,Dk")
-    of_k = _checks.tensor(op, "k", k, "B,H,Nk,Dk", like=q)
-    of_v = _checks.tensor(op, "v", v, "B,H,Nk,Dv", like=q)
+    B, H, Nq, Dk = checks.tensor(op, "q", q, "B,H,Nq,Dk")
+    of_k = checks.tensor(op, "k", k, "B,H,Nk,Dk", like=q)
+    of_v = checks.tensor(op, "v", v, "B,H,Nk,Dv", like=q)
     if H == 0:
         raise ValueError(f"{op}: q has no heads")
     for name, value, sizes in (("k", k, of_k), ("v", v, of_v)):
         if value.dtype != q.dtype:
             raise TypeError(f"{op}: {name} must have q's dtype {q.dtype}, but got {value.dtype}")
-        _checks.same(op, "images", name, sizes[0], "q", B)
-        _checks.same(op, "heads", name, sizes[1], "q", H)
-    _checks.same(op, "channels", "k", of_k[3], "q", Dk)
-    _checks.same(op, "keys", "v", of_v[2], "k", of_k[2])
+        checks.same(op, "images", name, sizes[0], "q", B)
+        checks.same(op, "heads", name, sizes[1], "q", H)
+    checks.same(op, "channels", "k", of_k[3], "q", Dk)
+    checks.same(op, "keys", "v", of_v[2], "k", of_k[2])
     _widths(op, ("q", Dk), ("v", of_v[3]))
     return B, H, Nq, of_k[2], Dk, of_v[3]
 

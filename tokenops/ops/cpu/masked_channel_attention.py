@@ -2,9 +2,9 @@
 
 import torch
 
-from .. import _checks
-from .._schemas import attention_gradients, heads_inside, parts_of
+from .. import checks
 from ..reference import accumulation_dtype, heads_of
+from ..schemas import attention_gradients, heads_inside, parts_of
 
 _aten = torch.ops.aten
 
@@ -79,7 +79,7 @@ def masked_channel_attention_fwd(
 ):
     q, k, v = parts_of(q, k, v, heads, channels)
     (B, H, M, _), N, DV = q.shape, k.shape[2], v.shape[3]
-    _checks.lengths("masked_channel_attention", "key_lengths", lengths, N)
+    checks.lengths("masked_channel_attention", "key_lengths", lengths, N)
     wide = accumulation_dtype(q.dtype)
     q, k, v = _dense(q, k, v)
     out, lse = heads_inside(q, M, DV), q.new_empty((B, H, M), dtype=wide)

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _layer_norm, reference
-from ._autograd import Operator, gradients, needs_grad, zeros_like_tokens
-from ._backends import choose
-from ._schemas import kernel
+from . import checks, layer_norm, reference
+from .autograd import Operator, gradients, needs_grad, zeros_like_tokens
+from .backends import choose
+from .schemas import kernel
 
 AXES = ("horizontal", "vertical")
 MODES = ("repeat", "bilinear")
@@ -67,8 +67,8 @@ def merge_neighbours(
     [0.0, 1.5, 3.0, 4.5, 6.0]
     """
     op = "merge_neighbours"
-    B, rows, _ = _checks.tensor(op, "x", x, "B,P+H*W,C")
-    _checks.prefix(op, "prefix", prefix, rows)
+    B, rows, _ = checks.tensor(op, "x", x, "B,P+H*W,C")
+    checks.prefix(op, "prefix", prefix, rows)
     height, width = _grid(op, grid)
     if rows != prefix + height * width:
         raise ValueError(
@@ -78,9 +78,9 @@ def merge_neighbours(
     _option(op, "axis", axis, AXES)
     _weights(op, weights, x, height * width)
     if sizes is not None:
-        _checks.tensor(op, "sizes", sizes, "B,H*W", like=x)
+        checks.tensor(op, "sizes", sizes, "B,H*W", like=x)
         _shape(op, "sizes", sizes, (B, height * width))
-    weight, bias, eps = _layer_norm.arguments(op, norm, x)
+    weight, bias, eps = layer_norm.arguments(op, norm, x)
     backend = choose(op, x.device.type, x.dtype)
     if backend == "reference":
         return reference.merge_neighbours(x, grid, axis, weights, prefix=prefix, sizes=sizes, norm=norm)
@@ -132,8 +132,8 @@ def unmerge_neighbours(
     [9.0, 1.0, 1.0, 2.0, 1.0, 1.0, 2.0]
     """
     op = "unmerge_neighbours"
-    _checks.tensor(op, "x", x, "B,P+M,C")
-    _checks.prefix(op, "prefix", prefix, x.shape[1])
+    checks.tensor(op, "x", x, "B,P+M,C")
+    checks.prefix(op, "prefix", prefix, x.shape[1])
     height, width = _grid(op, grid)
     if isinstance(merges, str) or not isinstance(merges, (tuple, list)):
         raise TypeError(f"{op}: merges must be a tuple of axes, but got {merges!r}")
@@ -191,20 +191,20 @@ def _weights(op: str, weights: Any, x: Tensor, tokens: int) -> None:
     if weights is None:
         return
     if isinstance(weights, Tensor):
-        _checks.tensor(op, "weights", weights, "B,H*W", like=x)
+        checks.tensor(op, "weights", weights, "B,H*W", like=x)
         return _shape(op, "weights", weights, (x.shape[0], tokens))
     if not isinstance(weights, (tuple, list)) or len(weights) != 2:
         raise TypeError(f"{op}: weights must be None, a pair or logits (B,H*W), but got {weights!r}")
     for i, weight in enumerate(weights):
         name = f"weights[{i}]"
         if isinstance(weight, Tensor):
-            _checks.dense(op, name, weight)
+            checks.dense(op, name, weight)
             flat = weight.reshape(-1) if weight.numel() == 1 else weight
-            _checks.tensor(op, name, flat, "C", like=x)
+            checks.tensor(op, name, flat, "C", like=x)
             if weight.numel() != 1 and flat.shape[0] != x.shape[2]:
                 raise ValueError(f"{op}: {name} must have one element or {x.shape[2]}, but got {flat.shape[0]}")
         else:
-            _checks.number(op, name, weight, "a number or a tensor")
+            checks.number(op, name, weight, "a number or a tensor")
     return None
 
 
@@ -249,7 +249,7 @@ class _MergeNeighbours(Operator):
             y = reference.merge_neighbours(x, (height, width), axis, weights, prefix=prefix, sizes=constants[0])
             return (y if constants[0] is None else y[0],)
 
-        dy, dweight, dbias = _layer_norm.added(dy, dnormed, of_norm)
+        dy, dweight, dbias = layer_norm.added(dy, dnormed, of_norm)
         x = x if learned else zeros_like_tokens(dy, prefix + height * width)
         dx, dfirst, dsecond, dlogits, *_ = gradients(
             ctx, run, plain, {0: x, 1: first, 2: second, 3: logits}, (dy,), (sizes,)
@@ -258,6 +258,6 @@ class _MergeNeighbours(Operator):
 
 
 def _run(x, first, second, logits, sizes, weight, bias, options, norm, backend):
-    weight, bias = _layer_norm.as_taken(x, backend, weight, bias)
+    weight, bias = layer_norm.as_taken(x, backend, weight, bias)
     sizes = None if sizes is None else sizes.detach()
     return kernel("merge_neighbours_fwd", backend)(x, first, second, logits, sizes, weight, bias, *options, *norm)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).parent.parent
 LIBRARY = _HERE / "_C.abi3.so"
 _INFO = _HERE / "_build_info.json"
 _NOT_BUILT = "compiled code is missing: this source tree was not built (python setup.py build_ext --inplace)"

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _layer_norm, reference
-from ._autograd import Operator, gradients, needs_grad, zeros_like_tokens
-from ._backends import choose
-from ._schemas import kernel
+from . import checks, layer_norm, reference
+from .autograd import Operator, gradients, needs_grad, zeros_like_tokens
+from .backends import choose
+from .schemas import kernel
 
 MOST_TOKENS = 16384
 RESTS = ("none", "weighted", "mean")
@@ -86,11 +86,11 @@ def select_tokens(
     ([0.0, 2.0, 3.0, 2.5], [[1, 2]])
     """
     op = "select_tokens"
-    B, rows, _ = _checks.tensor(op, "x", x, "B,P+N,C")
-    images, tokens = _checks.tensor(op, "scores", scores, "B,N", like=x)
-    _checks.prefix(op, "prefix", prefix, rows)
+    B, rows, _ = checks.tensor(op, "x", x, "B,P+N,C")
+    images, tokens = checks.tensor(op, "scores", scores, "B,N", like=x)
+    checks.prefix(op, "prefix", prefix, rows)
     N = rows - prefix
-    _checks.same(op, "images", "scores", images, "x", B)
+    checks.same(op, "images", "scores", images, "x", B)
     if tokens != N:
         raise ValueError(f"{op}: scores has {tokens} tokens, but x has {rows} tokens, {N} after a prefix of {prefix}")
     if N > MOST_TOKENS:
@@ -102,15 +102,15 @@ def select_tokens(
     for name, value, allowed in (("rest", rest, RESTS), ("order", order, ORDERS)):
         if value not in allowed:
             raise ValueError(f"{op}: {name}={value!r}, but it must be one of {', '.join(map(repr, allowed))}")
-    _checks.flag(op, "normalize", normalize)
+    checks.flag(op, "normalize", normalize)
     companions = _companions(op, companions, x, scores)
     if counts is not None:
         counts = _counts(op, counts, x)
-    weight, bias, eps = _layer_norm.arguments(op, norm, x)
+    weight, bias, eps = layer_norm.arguments(op, norm, x)
     backend = choose(op, x.device.type, x.dtype)
     if backend == "reference":
         if counts is not None:
-            _checks.places(op, "counts", counts, k + 1, lambda: f"it must be between 0 and k={k}")
+            checks.places(op, "counts", counts, k + 1, lambda: f"it must be between 0 and k={k}")
         return Selection(
             *reference.select_tokens(
                 x,
@@ -145,17 +145,17 @@ def select_tokens(
 def _companions(op: str, companions: Any, x: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
     if isinstance(companions, Tensor) or not isinstance(companions, (tuple, list)):
         raise TypeError(f"{op}: companions must be a tuple of tensors, but got {type(companions).__name__}")
-    _checks.companions(op, len(companions))
+    checks.companions(op, len(companions))
     for i, companion in enumerate(companions):
-        _checks.companion(op, f"companions[{i}]", companion, "B,N", scores.shape[0], scores.shape[1], x)
+        checks.companion(op, f"companions[{i}]", companion, "B,N", scores.shape[0], scores.shape[1], x)
     return tuple(companions)
 
 
 def _counts(op: str, counts: Any, x: Tensor) -> Tensor:
-    _checks.tensor(op, "counts", counts, "B", like=x, floating=False)
+    checks.tensor(op, "counts", counts, "B", like=x, floating=False)
     if counts.dtype != torch.int64:
         raise TypeError(f"{op}: counts must be int64, but got {counts.dtype}")
-    _checks.same(op, "images", "counts", counts.shape[0], "x", x.shape[0])
+    checks.same(op, "images", "counts", counts.shape[0], "x", x.shape[0])
     return counts.contiguous()
 
 
@@ -211,7 +211,7 @@ class _SelectTokens(Operator):
             )  # fmt: skip
             return tokens, *found
 
-        dtokens, dweight, dbias = _layer_norm.added(dtokens, dnormed, of_norm)
+        dtokens, dweight, dbias = layer_norm.added(dtokens, dnormed, of_norm)
         given = [(i, d) for i, d in enumerate((dtokens, *dfollowers)) if ctx.zeros[i][1].is_floating_point]
         given = [(i, index.new_zeros(ctx.zeros[i][0], dtype=ctx.zeros[i][1]) if d is None else d) for i, d in given]
         (_, dtokens), *followers = given
@@ -226,5 +226,5 @@ class _SelectTokens(Operator):
 
 
 def _run(x, scores, k, counts, companions, weight, bias, options, backend):
-    weight, bias = _layer_norm.as_taken(x, backend, weight, bias)
+    weight, bias = layer_norm.as_taken(x, backend, weight, bias)
     return kernel("select_tokens_fwd", backend)(x, scores, k, counts, list(companions), weight, bias, *options)

@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from . import _native
+from . import native
 
 BACKENDS = ("native", "triton", "reference")
 
@@ -91,7 +91,7 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
     if dtype not in FLOATS:
         return f"{op} takes {', '.join(str(d)[6:] for d in FLOATS)}, not {str(dtype)[6:]}"
     if backend == "native" and op in COMPILED_ON_CPU - COMPOSED:
-        return _native.why_not(device)
+        return native.why_not(device)
     if backend == "triton":
         if not HAS_TRITON:
             return "triton is not installed"
@@ -100,8 +100,8 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
         if device == "cuda" and not INTERPRETED:
             if dtype == torch.float64 and op not in COMPILED:
                 return "the Triton matrix kernels take no float64 on a GPU"
-            if _native.gpu_capability() < (8, 0):
-                return f"the Triton kernels need compute capability 8.0, this GPU has {_native.gpu_capability()}"
+            if native.gpu_capability() < (8, 0):
+                return f"the Triton kernels need compute capability 8.0, this GPU has {native.gpu_capability()}"
     return None
 
 

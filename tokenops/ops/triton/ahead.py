@@ -8,7 +8,7 @@ from typing import Any
 
 from triton import AsyncCompileMode
 
-from .._schemas import MODULES
+from ..schemas import MODULES
 from .common import INTERPRETED
 
 
@@ -28,5 +28,5 @@ def compile_all(calls: Iterable[tuple[str, tuple]], workers: int | None = None) 
 
 
 def _launcher(name: str) -> Any:
-    module = importlib.import_module(f".{MODULES.get(('_triton', name), name.rpartition('_')[0])}", __package__)
+    module = importlib.import_module(f".{MODULES.get(('triton', name), name.rpartition('_')[0])}", __package__)
     return getattr(module, name)

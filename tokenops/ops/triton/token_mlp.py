@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from .. import _token_mlp
-from .._token_mlp import each, groups
+from .. import token_mlp_grouped
+from ..token_mlp_grouped import each, groups
 from . import launches
 from .common import FUSION, cast, dot_options, for_any, index_type, rows, tile
 from .launch import Launch, Layout, launch, planned
@@ -189,4 +189,4 @@ def token_mlp_bwd(dy, z, w1, b1, w2):
         launch(token_mlp_kernel, plan.launch, (z_g, w1, w1 if b1 is None else b1, hidden, gradient, db1))
         return db1.sum(dim=0)
 
-    return _token_mlp.token_mlp_bwd(dy, z, w1[:, :M], w2, _together(z, R), activations)
+    return token_mlp_grouped.token_mlp_bwd(dy, z, w1[:, :M], w2, _together(z, R), activations)

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._schemas import heads_inside, parts_of
+from ..schemas import heads_inside, parts_of
 from . import launches
 from .common import (
     ALL_REGISTERS,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _vmap
-from ._backends import COMPILED_ON_CPU, COMPOSED, TABLE
+from . import vmap
+from .backends import COMPILED_ON_CPU, COMPOSED, TABLE
 from .reference import accumulation_dtype, heads_of
 
 _SCHEMAS = {
@@ -252,9 +252,9 @@ def _unmerge_bipartite_bwd(dx, index, tokens, prefix):
 
 #: where an implementation is not in the file of its operator's name
 MODULES = {
-    ("_triton", "masked_channel_attention_bwd"): "masked_channel_attention_bwd",
-    ("_triton", "unmerge_bipartite_fwd"): "merge_bipartite",
-    ("_triton", "unmerge_bipartite_bwd"): "merge_bipartite",
+    ("triton", "masked_channel_attention_bwd"): "masked_channel_attention_bwd",
+    ("triton", "unmerge_bipartite_fwd"): "merge_bipartite",
+    ("triton", "unmerge_bipartite_bwd"): "merge_bipartite",
 }
 
 _library = torch.library.Library("tokenops", "DEF")
@@ -303,10 +303,10 @@ def _register() -> None:
             for device, backends in TABLE[op].items():
                 composed = backend == "composed" and device == "cpu"
                 if composed or backend in backends and not (backend == "native" and op in COMPILED_ON_CPU):
-                    room = "_triton" if backend == "triton" else f"_{device}"
+                    room = "triton" if backend == "triton" else device
                     module = f".{room}.{MODULES.get((room, name), op)}"
                     _library.impl(overload, _late(module, name), device.upper())
-            batched = _vmap.rule(name, backend, getattr(getattr(torch.ops.tokenops, name), backend))
+            batched = vmap.rule(name, backend, getattr(getattr(torch.ops.tokenops, name), backend))
             torch.library.register_vmap(f"tokenops::{overload}", batched, lib=_library)
 
 

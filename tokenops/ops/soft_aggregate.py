@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from . import _checks, reference
-from ._autograd import Operator, apart, gradients, needs_grad
-from ._backends import choose
-from ._schemas import kernel
+from . import checks, reference
+from .autograd import Operator, apart, gradients, needs_grad
+from .backends import choose
+from .schemas import kernel
 
 
 def soft_aggregate(
@@ -48,23 +48,23 @@ def soft_aggregate(
 
 
 def _check(op, x, w, scale, mask, prefix):
-    B, rows, _ = _checks.tensor(op, "x", x, "B,P+N,C")
-    images, N, _ = _checks.tensor(op, "w", w, "B,N,M", like=x)
-    _checks.prefix(op, "prefix", prefix, rows)
-    _checks.same(op, "images", "w", images, "x", B)
-    _checks.same(op, "tokens", "w", N, f"x after a prefix of {prefix}", rows - prefix)
+    B, rows, _ = checks.tensor(op, "x", x, "B,P+N,C")
+    images, N, _ = checks.tensor(op, "w", w, "B,N,M", like=x)
+    checks.prefix(op, "prefix", prefix, rows)
+    checks.same(op, "images", "w", images, "x", B)
+    checks.same(op, "tokens", "w", N, f"x after a prefix of {prefix}", rows - prefix)
     if mask is not None:
-        images, tokens = _checks.tensor(op, "mask", mask, "B,N", like=x, floating=False)
+        images, tokens = checks.tensor(op, "mask", mask, "B,N", like=x, floating=False)
         if mask.dtype != torch.bool:
             raise TypeError(f"{op}: mask must be bool, but got {mask.dtype}")
-        _checks.same(op, "images", "mask", images, "x", B)
-        _checks.same(op, "tokens", "mask", tokens, "w", N)
+        checks.same(op, "images", "mask", images, "x", B)
+        checks.same(op, "tokens", "mask", tokens, "w", N)
     _check_scale(op, scale, x)
 
 
 def _check_scale(op, scale, x):
     if isinstance(scale, Tensor):
-        _checks.dense(op, "scale", scale)
+        checks.dense(op, "scale", scale)
         if scale.numel() != 1:
             raise ValueError(f"{op}: scale must have one element, but got shape {tuple(scale.shape)}")
         if not scale.is_floating_point():
@@ -72,7 +72,7 @@ def _check_scale(op, scale, x):
         if scale.device != x.device:
             raise ValueError(f"{op}: scale is on {scale.device}, but x is on {x.device}")
     elif scale is not None:
-        _checks.number(op, "scale", scale, "a number, a one-element tensor or None")
+        checks.number(op, "scale", scale, "a number, a one-element tensor or None")
 
 
 def _apply(op, x, w, scale, mask, prefix):

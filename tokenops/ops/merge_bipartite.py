@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _layer_norm, reference
-from ._autograd import Operator, apart, gradients, needs_grad, zeros_like_tokens
-from ._backends import choose
-from ._schemas import kernel
+from . import checks, layer_norm, reference
+from .autograd import Operator, apart, gradients, needs_grad, zeros_like_tokens
+from .backends import choose
+from .schemas import kernel
 
 
 class Merged(NamedTuple):
@@ -62,8 +62,8 @@ def match_bipartite(metric: Tensor, r: int, *, prefix: int = 1) -> Tensor:
     [[1, 0, 2, 2]]
     """
     op = "match_bipartite"
-    _, rows, _ = _checks.tensor(op, "metric", metric, "B,P+N,D")
-    _checks.prefix(op, "prefix", prefix, rows)
+    _, rows, _ = checks.tensor(op, "metric", metric, "B,P+N,D")
+    checks.prefix(op, "prefix", prefix, rows)
     _check_r(op, r, rows, prefix)
     return _matched(metric, r, prefix)
 
@@ -121,11 +121,11 @@ def merge_bipartite(
     ([[[9.0, 9.0], [1.0, 0.10000000149011612], [1.0, 0.0], [0.0, 2.0]]], [[1.0, 1.0, 1.0, 2.0]])
     """
     op = "merge_bipartite"
-    B, rows, _ = _checks.tensor(op, "x", x, "B,P+N,C")
-    of_metric = _checks.tensor(op, "metric", metric, "B,P+N,D", like=x)
-    _checks.prefix(op, "prefix", prefix, rows)
-    _checks.same(op, "images", "metric", of_metric[0], "x", B)
-    _checks.same(op, "tokens", "metric", of_metric[1], "x", rows)
+    B, rows, _ = checks.tensor(op, "x", x, "B,P+N,C")
+    of_metric = checks.tensor(op, "metric", metric, "B,P+N,D", like=x)
+    checks.prefix(op, "prefix", prefix, rows)
+    checks.same(op, "images", "metric", of_metric[0], "x", B)
+    checks.same(op, "tokens", "metric", of_metric[1], "x", rows)
     _check_r(op, r, rows, prefix)
     sizes, weight, bias, eps = _arguments(op, x, sizes, norm)
     backend = choose(op, x.device.type, x.dtype)
@@ -149,11 +149,11 @@ def _arguments(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, float]:
     """Sizes, and the norm's weight, bias and eps, checked."""
     if sizes is not None:
-        images, rows = _checks.tensor(op, "sizes", sizes, "B,P+N", like=x)
-        _checks.same(op, "images", "sizes", images, "x", x.shape[0])
-        _checks.same(op, "tokens", "sizes", rows, "x", x.shape[1])
+        images, rows = checks.tensor(op, "sizes", sizes, "B,P+N", like=x)
+        checks.same(op, "images", "sizes", images, "x", x.shape[0])
+        checks.same(op, "tokens", "sizes", rows, "x", x.shape[1])
         sizes = apart(sizes)
-    return sizes, *_layer_norm.arguments(op, norm, x)
+    return sizes, *layer_norm.arguments(op, norm, x)
 
 
 def merge_by_index(
@@ -203,12 +203,12 @@ def unmerge_bipartite(y: Tensor, index: Tensor, *, prefix: int = 1) -> Tensor:
     Hoffman, Token Merging for Fast Stable Diffusion (2023).
     """
     op = "unmerge_bipartite"
-    B, rows, _ = _checks.tensor(op, "y", y, "B,P+M,C")
-    _checks.prefix(op, "prefix", prefix, rows)
-    images, _ = _checks.tensor(op, "index", index, "B,N", like=y, floating=False)
+    B, rows, _ = checks.tensor(op, "y", y, "B,P+M,C")
+    checks.prefix(op, "prefix", prefix, rows)
+    images, _ = checks.tensor(op, "index", index, "B,N", like=y, floating=False)
     if index.dtype != torch.int64:
         raise TypeError(f"{op}: index must be int64, but got {index.dtype}")
-    _checks.same(op, "images", "index", images, "y", B)
+    checks.same(op, "images", "index", images, "y", B)
     backend = choose(op, y.device.type, y.dtype)
     if backend == "reference":
         _check_places(op, index, rows - prefix)
@@ -244,7 +244,7 @@ def _check_r(op: str, r: Any, rows: int, prefix: int) -> None:
 
 def _check_places(op: str, index: Tensor, tokens: int) -> None:
     words = "it must be from 0 to {}: there are {} tokens behind the prefix"
-    _checks.places(op, "index", index, tokens, lambda: words.format(tokens - 1, tokens))
+    checks.places(op, "index", index, tokens, lambda: words.format(tokens - 1, tokens))
 
 
 class _MergeBipartite(Operator):
@@ -301,7 +301,7 @@ def _merge_gradients(ctx, dy, dnormed):
         index, sizes, _ = constants
         return (reference.merge_bipartite(*inputs, index, tokens, prefix=prefix, sizes=sizes)[0],)
 
-    dy, dweight, dbias = _layer_norm.added(dy, dnormed, of_norm)
+    dy, dweight, dbias = layer_norm.added(dy, dnormed, of_norm)
     x = zeros_like_tokens(dy, prefix + index.shape[1])
     dx = gradients(ctx, run, plain, {0: x}, (dy,), (index, sizes, merged))[0]
     return dx, None, None, None, dweight, dbias, None, None
@@ -353,10 +353,10 @@ class _Sum(Operator):
 
 
 def _run(x, index, tokens, sizes, weight, bias, options, backend):
-    weight, bias = _layer_norm.as_taken(x, backend, weight, bias)
+    weight, bias = layer_norm.as_taken(x, backend, weight, bias)
     return kernel("merge_bipartite_fwd", backend)(x, index, tokens, sizes, weight, bias, *options)
 
 
 def _run_matched(x, metric, r, sizes, weight, bias, options, backend):
-    weight, bias = _layer_norm.as_taken(x, backend, weight, bias)
+    weight, bias = layer_norm.as_taken(x, backend, weight, bias)
     return kernel("merge_bipartite_matched", backend)(x, metric, r, sizes, weight, bias, *options)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from . import _checks, reference
-from ._autograd import Operator, gradients, needs_grad
-from ._backends import choose
-from ._schemas import kernel
+from . import checks, reference
+from .autograd import Operator, gradients, needs_grad
+from .backends import choose
+from .schemas import kernel
 
 
 def token_mlp(z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -42,15 +42,15 @@ def token_mlp(z: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
     torch.Size([2, 196, 64])
     """
     op = "token_mlp"
-    _, M, _ = _checks.tensor(op, "z", z, "B,M,C")
-    R, columns = _checks.tensor(op, "w1", w1, "R,M", like=z)
-    N, hidden = _checks.tensor(op, "w2", w2, "N,R", like=z)
-    _checks.same(op, "columns", "w1", columns, "z (its tokens)", M)
-    _checks.same(op, "columns", "w2", hidden, "w1 (its rows)", R)
+    _, M, _ = checks.tensor(op, "z", z, "B,M,C")
+    R, columns = checks.tensor(op, "w1", w1, "R,M", like=z)
+    N, hidden = checks.tensor(op, "w2", w2, "N,R", like=z)
+    checks.same(op, "columns", "w1", columns, "z (its tokens)", M)
+    checks.same(op, "columns", "w2", hidden, "w1 (its rows)", R)
     for name, bias, shape, weight, rows in (("b1", b1, "R", "w1 (its rows)", R), ("b2", b2, "N", "w2 (its rows)", N)):
         if bias is not None:
-            (elements,) = _checks.tensor(op, name, bias, shape, like=z)
-            _checks.same(op, "elements", name, elements, weight, rows)
+            (elements,) = checks.tensor(op, name, bias, shape, like=z)
+            checks.same(op, "elements", name, elements, weight, rows)
     if torch.is_autocast_enabled(z.device.type):
         w1, w2 = w1.to(z.dtype), w2.to(z.dtype)
         b1, b2 = (b if b is None else b.to(z.dtype) for b in (b1, b2))

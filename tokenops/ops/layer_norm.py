@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import checks
 from .reference import accumulation_dtype
 
 
@@ -19,9 +19,9 @@ def arguments(op: str, norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | No
     for name, value in zip(("weight", "bias"), norm[:2]):
         if value is None:
             continue
-        (channels,) = _checks.tensor(op, f"norm's {name}", value, "C", like=x)
-        _checks.same(op, "channels", f"norm's {name}", channels, "x", x.shape[2])
-    _checks.number(op, "norm's eps", norm[2], "a number of at least 0")
+        (channels,) = checks.tensor(op, f"norm's {name}", value, "C", like=x)
+        checks.same(op, "channels", f"norm's {name}", channels, "x", x.shape[2])
+    checks.number(op, "norm's eps", norm[2], "a number of at least 0")
     if not norm[2] >= 0:
         raise ValueError(f"{op}: norm's eps must be a number of at least 0, but got {norm[2]!r}")
     return norm[0], norm[1], float(norm[2])
