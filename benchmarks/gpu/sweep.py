@@ -1,4 +1,4 @@
-"""Launch configurations of the matrix kernels, tried one after another: what tokenops/ops/triton/launches.json is made of.
+"""Launch configurations of the matrix kernels, tried one after another: what ops/triton/launches.json is made of.
 
 `python -m gpu.sweep` writes a line a candidate: its time beside that of the launcher's own configuration, taken in the
 same rounds. A candidate that fails, spills, or gives something else is a line too. Those that have a line are not tried
