@@ -36,6 +36,11 @@ def eager(x, first, second, logits, weight, bias, *, grid, axis, kind, norm):
     return (y, F.layer_norm(y, y.shape[-1:], weight, bias, 1e-6)) if norm else y
 
 
+def asked(bench, size, kind, axis, passes):
+    """Kinds and axes are compared at the main size; the others show how an average scales."""
+    return size.main or bench.quick or (kind, axis) == ("average", "horizontal")
+
+
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("axis", ("horizontal", "vertical"))
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,8 +48,6 @@ def eager(x, first, second, logits, weight, bias, *, grid, axis, kind, norm):
 def test_merge_neighbours(bench, compare, size, kind, axis, passes):
     B, _, _, C = size.of(bench)
     grid = GRIDS[bench.quick]
-    if not (size.main or bench.quick) and (kind != "average" or axis != "horizontal"):
-        pytest.skip("kinds and axes are compared at the main size; the others show how an average scales")
     name, _, norm = kind.partition("+")
     options = dict(grid=grid, axis=axis, kind=name, norm=bool(norm))
     N = grid[0] * grid[1]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import measure
+from comparison import BATCHES
 from gpu import record
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,8 +58,11 @@ def pytest_collection_modifyitems(config, items):
         return item.callspec.params if hasattr(item, "callspec") else {}
 
     def asked(item):
+        params = params_of(item)
+        if any(getattr(p, "batch", "batch") not in BATCHES[config.bench.device] for p in params.values()):
+            return False
         of_module = getattr(item.module, "asked", None)
-        return of_module is None or of_module(config.bench, **params_of(item))
+        return of_module is None or of_module(config.bench, **params)
 
     def priority(item):
         params = params_of(item)
@@ -67,7 +71,7 @@ def pytest_collection_modifyitems(config, items):
             return of_module(**params)
         said = [getattr(p, "batch", None) for p in params.values()]
         main = any(getattr(p, "main", False) for p in params.values())
-        return 0 if main else 1 if "single" in said else 2 if "middle" in said else 3
+        return (0 if main else 1 if "single" in said else 2 if "middle" in said else 3,)
 
     config.hook.pytest_deselected(items=[item for item in items if not asked(item)])
     items[:] = sorted(filter(asked, items), key=priority)

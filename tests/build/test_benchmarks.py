@@ -44,6 +44,11 @@ def results(tmp_path_factory):
     return folder, before, json.loads(file.read_text())
 
 
+def test_operators_and_models_are_collected_together(tmp_path):
+    said = bench(tmp_path, "--collect-only")
+    assert "bench_models.py::" in said and "bench_token_mlp.py::" in said and "middle" not in said
+
+
 def is_spread(value):
     return len(value) == 3 and 0 < value[1] <= value[0] <= value[2]
 
