@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load
 #: object files, so that the tests of building do not compile again what the set-up has compiled
 export TOKENOPS_BUILD_CACHE ?= $(CURDIR)/build/objects
 
-.PHONY: demo test test-all check mutants resources bench accuracy gpu gpu-rehearsal clean
+.PHONY: demo test test-all check mutants resources bench accuracy dist gpu gpu-rehearsal clean
 
 demo: $(READY)
 	$(BIN)/python -m tokenops demo
@@ -43,6 +43,12 @@ accuracy: $(READY)
 resources: $(READY)
 	$(BIN)/python benchmarks/resources.py
 	$(BIN)/python benchmarks/instructions.py
+
+# the three files of a release in dist/, each tried in an empty environment; DIST_PYTHONS="/a/python /another/python"
+# tries the wheels with those, of environments that have torch
+DIST_PYTHONS ?=
+dist: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m support.distributions $(DIST_PYTHONS)
 
 # torch first, so that the compiled code is built against the one that runs it and is not fetched a second time
 $(READY): $(SOURCES)

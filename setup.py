@@ -273,7 +273,8 @@ class Pure(build_py):
 
 plan = Plan()
 setup(
-    license="MIT",
+    license="MIT",  # for setuptools before 77
+    license_expression="MIT",
     ext_modules=[] if plan.cpu else [Extension("tokenops._C", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": Build, "build_py": Pure},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

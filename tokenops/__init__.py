@@ -19,7 +19,7 @@ from .ops.soft_scatter import soft_scatter
 from .ops.token_mlp import token_mlp
 
 counted.from_now_on()
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Merged",
     "Selection",

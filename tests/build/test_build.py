@@ -6,19 +6,28 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 import setuptools
 import torch
 
+from support.distributions import (
+    NOT_BUILT,
+    ROOT,
+    attempt,
+    bare_clone,
+    checked_compiled,
+    checked_pure,
+    release,
+    sdist,
+    smoke,
+    wheel,
+)
 from tokenops.ops import native
 
-ROOT = Path(__file__).parents[2]
 MODERN = tuple(int(part) for part in setuptools.__version__.split(".")[:2]) >= (70, 1)
-#: what `make` compiled, so that no test compiles the same again
-OBJECTS = os.environ.get("TOKENOPS_BUILD_CACHE", str(ROOT / "build/objects"))
+NO_COMPILER = "there was no C++ compiler when tokenops was installed"
 
 needs_sources = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
@@ -33,30 +42,27 @@ needs_cuda_in_it = pytest.mark.skipif(native.info()["cuda"] is not None, reason=
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A copy of what a bare clone holds, so that building leaves no trace in this one."""
-    copy = tmp_path_factory.mktemp("sources") / "tokenops"
-    unwanted = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
-    for folder in ("csrc", "tokenops", "tests"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=unwanted)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    return copy
+    return bare_clone(tmp_path_factory.mktemp("sources") / "tokenops")
 
 
-def python(*arguments, cwd, **environment):
-    command, given = [sys.executable, *map(str, arguments)], {"TOKENOPS_BUILD_CACHE": OBJECTS, **environment}
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **given}, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def archive(sources, tmp_path_factory):
+    return sdist(sources, tmp_path_factory.mktemp("sdist"))
 
 
-def wheel(sources, folder, mode):
-    shutil.rmtree(sources / "build", ignore_errors=True)
-    arguments = ("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--quiet", "--wheel-dir", folder, ".")
-    done = python(*arguments, cwd=sources, TOKENOPS_BUILD=mode)
-    assert done.returncode == 0, done.stderr
-    (made,) = Path(folder).glob("*.whl")
-    with zipfile.ZipFile(made) as archive:
-        archive.extractall(folder / "content")
-        return made.name, archive.namelist(), json.loads(archive.read("tokenops/_build_info.json"))
+@pytest.fixture(autouse=True)
+def objects(monkeypatch):
+    """What `make` compiled is there, so that no test compiles the same again."""
+    monkeypatch.setenv("TOKENOPS_BUILD_CACHE", os.environ.get("TOKENOPS_BUILD_CACHE", str(ROOT / "build/objects")))
+
+
+def setup_py(sources, *arguments, **environment):
+    return attempt(sys.executable, "setup.py", *arguments, cwd=sources, **environment)
+
+
+def unpacked_smoke(folder, *expected):
+    """The smoke test of a package that is on the path, not installed."""
+    assert smoke(sys.executable, *expected, cwd=folder, PYTHONPATH=str(folder)).is_relative_to(folder)
 
 
 def undefined(library):
@@ -73,45 +79,25 @@ def assert_stable(library):
     assert undefined(library)  # nm saw something
 
 
-USE = """
-import torch, tokenops
-from tokenops.ops import backends, native
-base, tokens, index = torch.zeros(1, 4, 2), torch.ones(1, 1, 2), torch.tensor([[1]])
-y = tokenops.restore_tokens(base, tokens, index)[0, :, 0].tolist()
-print(tokenops.__file__, y, backends.choose("restore_tokens", "cpu", torch.float32), native.why_not("cpu"), sep="|")
-"""
-
-
-def use(content):
-    done = python("-c", USE, cwd=content, PYTHONPATH=str(content), TRITON_INTERPRET="0")
-    assert done.returncode == 0, done.stderr
-    place, y, backend, reason = done.stdout.strip().split("|")
-    assert place.startswith(str(content)) and y == "[0.0, 0.0, 1.0, 0.0]"
-    return backend, reason
-
-
 @needs_sources
 @needs_compiler
 @needs_setuptools
-def test_wheel(sources, tmp_path):
-    name, files, info = wheel(sources, tmp_path, "cpu")
-    assert re.fullmatch(r"tokenops-[\d.]+-cp310-abi3-linux_\w+\.whl", name)
-    assert {"tokenops/_C.abi3.so", "tokenops/py.typed", "tokenops/ops/triton/launches.json"} <= set(files)
-    assert all(re.match(r"tokenops/|tokenops-[\d.]+\.dist-info/", file) for file in files)
-    assert not [file for file in files if "test" in file or file.endswith((".cpp", ".cu", ".cuh", ".h"))]
-    assert any(file.endswith("LICENSE") for file in files)
-    assert info["cpu"] is None and info["cuda"] == "installed with TOKENOPS_BUILD=cpu" and info["torch"]
+def test_wheel(archive, tmp_path):
+    made = wheel(archive, tmp_path, TOKENOPS_BUILD="cpu")
+    assert checked_compiled(made)["cuda"] == "installed with TOKENOPS_BUILD=cpu"
+    shutil.unpack_archive(made, tmp_path / "content", "zip")
     assert_stable(tmp_path / "content/tokenops/_C.abi3.so")
-    assert use(tmp_path / "content") == ("native", "None")
+    unpacked_smoke(tmp_path / "content", "native")
 
 
 @needs_sources
 @needs_setuptools
-def test_pure_wheel(sources, tmp_path):
-    name, files, info = wheel(sources, tmp_path, "none")
-    assert name.endswith("-py3-none-any.whl") and not [file for file in files if file.endswith(".so")]
-    assert info["cpu"] == info["cuda"] == "installed with TOKENOPS_BUILD=none"
-    assert use(tmp_path / "content") == ("reference", "installed with TOKENOPS_BUILD=none")
+@pytest.mark.parametrize("mode, why", {"none": NOT_BUILT, "auto": NO_COMPILER}.items())
+def test_pure_wheel_without_a_compiler(archive, tmp_path, mode, why):
+    made = wheel(archive, tmp_path, TOKENOPS_BUILD=mode, PATH="", CXX="")
+    checked_pure(made, why)
+    shutil.unpack_archive(made, tmp_path / "content", "zip")
+    unpacked_smoke(tmp_path / "content", "reference", why)
 
 
 @needs_sources
@@ -131,7 +117,7 @@ def test_pure_wheel(sources, tmp_path):
     ],
 )
 def test_errors_in_words(sources, environment, words):
-    done = python("setup.py", "--version", cwd=sources, **environment)
+    done = setup_py(sources, "--version", **environment)
     assert done.returncode != 0 and words in done.stderr
 
 
@@ -150,7 +136,7 @@ def test_architectures_by_name(sources, architectures, words):
     """What torch takes is taken, and where CUDA is optional nothing that is asked for ends the build."""
     if architectures == "native" and torch.cuda.is_available():
         words = None
-    done = python("setup.py", "--version", cwd=sources, TORCH_CUDA_ARCH_LIST=architectures, TOKENOPS_BUILD="auto")
+    done = setup_py(sources, "--version", TORCH_CUDA_ARCH_LIST=architectures, TOKENOPS_BUILD="auto")
     assert done.returncode == 0, done.stderr
     assert words in done.stderr if words else "without CUDA" not in done.stderr
 
@@ -166,15 +152,6 @@ def test_before_ampere(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert b"match_bipartite_kernel" in (tmp_path / "matching.cubin").read_bytes()
-
-
-@needs_sources
-@pytest.mark.slow
-def test_without_tools_it_installs_and_says_why(sources, tmp_path):
-    done = python("setup.py", "build", "--build-lib", tmp_path, cwd=sources, TOKENOPS_BUILD="auto", CXX="no-such")
-    reason = "there was no C++ compiler when tokenops was installed"
-    assert done.returncode == 0 and f"C++ not built: {reason}" in done.stderr
-    assert use(tmp_path) == ("reference", reason)
 
 
 NVCC_THAT_FAILS = """#!/bin/sh
@@ -193,25 +170,23 @@ def test_an_nvcc_that_fails_is_left_out_aloud_unless_it_was_asked_for(sources, t
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(NVCC_THAT_FAILS)
     nvcc.chmod(0o755)
-    build = ("setup.py", "build", "--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib")
+    build = ("build", "--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib")
     environment = {"CUDA_HOME": str(tmp_path / "cuda"), "TORCH_CUDA_ARCH_LIST": ""}
-    done = python(*build, cwd=sources, TOKENOPS_BUILD="auto", **environment)
+    done = setup_py(sources, *build, TOKENOPS_BUILD="auto", **environment)
     assert done.returncode == 0, done.stderr
     assert "compute capability 10.0+PTX: left out" in done.stderr
     assert "CUDA not built: nvcc failed when tokenops was installed: nvcc fatal: no licence today" in done.stderr
-    assert use(tmp_path / "lib") == ("native", "None")
-    done = python(*build, cwd=sources, TOKENOPS_BUILD="cuda", **environment)
+    unpacked_smoke(tmp_path / "lib", "native")
+    done = setup_py(sources, *build, TOKENOPS_BUILD="cuda", **environment)
     assert done.returncode != 0 and "TOKENOPS_BUILD=cuda, but that cannot be built" in done.stderr
 
 
 @needs_sources
-def test_source_distribution_holds_the_native_sources(sources, tmp_path):
-    done = python("setup.py", "--quiet", "sdist", "--dist-dir", tmp_path, cwd=sources, TOKENOPS_BUILD="none")
-    assert done.returncode == 0, done.stderr
-    (made,) = tmp_path.glob("*.tar.gz")
-    listing = subprocess.check_output(["tar", "tzf", made], text=True)
+def test_source_distribution_holds_the_native_sources_and_no_tests(archive):
+    listing = subprocess.check_output(["tar", "tzf", archive], text=True)
     for source in (ROOT / "csrc").rglob("*.*"):
         assert f"/{source.relative_to(ROOT)}\n" in listing
+    assert "/tests/" not in listing
 
 
 @needs_library
@@ -255,7 +230,7 @@ def test_objects_are_kept_by_what_they_are_made_from(sources, tmp_path):
         folders = ("--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib")
         environment = {"TOKENOPS_BUILD": mode, "CXX": str(tools / "c++"), "CUDA_HOME": str(tmp_path)}
         environment |= {"TORCH_CUDA_ARCH_LIST": architectures, "TOKENOPS_BUILD_CACHE": str(tmp_path / "objects")}
-        done = python("setup.py", "build", *folders, cwd=copy, **environment)
+        done = setup_py(copy, "build", *folders, **environment)
         assert done.returncode == 0, done.stderr
         commands = [line for line in (tools / "log").read_text().splitlines() if " -shared " not in line]
         return sorted(re.search(r" -c \S*?([^/ ]+) ", command)[1] for command in commands), commands
@@ -288,14 +263,24 @@ def test_one_library_holds_cuda_too_and_still_loads(sources, tmp_path):
     """Compiled anew, for an architecture without tensor cores of bfloat16 and one with."""
     folders = ("--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib")
     environment = {"TOKENOPS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "7.5;9.0+PTX", "TOKENOPS_BUILD_CACHE": ""}
-    done = python("setup.py", "build", *folders, cwd=sources, **environment)
+    done = setup_py(sources, "build", *folders, **environment)
     assert done.returncode == 0, done.stderr
     info = json.loads((tmp_path / "lib/tokenops/_build_info.json").read_text())
     assert info["cuda"] is None and info["architectures"] == ["7.5", "9.0", "9.0+PTX"] and info["nvcc"]
     library = tmp_path / "lib/tokenops/_C.abi3.so"
     assert_stable(library)
     assert b"restore_tokens_bwd_kernel" in library.read_bytes()
-    assert use(tmp_path / "lib") == ("native", "None")
+    unpacked_smoke(tmp_path / "lib", "native")
+
+
+@needs_sources
+@needs_compiler
+@needs_nvcc
+@needs_setuptools
+@pytest.mark.slow
+def test_a_release(tmp_path):
+    release(tmp_path, [sys.executable])
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".gz", ".whl", ".whl"]
 
 
 def cuobjdump():
