@@ -10,7 +10,7 @@
 #include <optional>
 #include <tuple>
 
-#include "strided.h"
+#include "shared.h"
 
 namespace tokenops {
 
@@ -43,6 +43,12 @@ inline Tensor new_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
 inline Strided strided(const Tensor& x) {
   const int64_t bytes = static_cast<int64_t>(x.element_size());
   return {static_cast<char*>(x.data_ptr()), x.stride(0) * bytes, x.stride(1) * bytes, x.stride(2) * bytes};
+}
+
+// Itself where its last dimension lies side by side in memory, else a copy
+inline Tensor dense(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return last < 0 || x.stride(last) == 1 || x.size(last) == 1 || x.numel() == 0 ? x : torch::stable::contiguous(x);
 }
 
 inline void check_rows(const char* name, const Tensor& x, const Tensor& like) {

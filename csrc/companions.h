@@ -7,8 +7,6 @@
 
 namespace tokenops {
 
-constexpr size_t MOST_COMPANIONS = 4;
-
 inline void check_matrix(const char* name, const Tensor& t, const Tensor& like, int64_t columns) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == like.size(0) && t.size(1) == columns, name, " must have other sizes");
   STD_TORCH_CHECK(t.get_device_index() == like.get_device_index() && t.is_cuda() == like.is_cuda(), name,
@@ -17,7 +15,7 @@ inline void check_matrix(const char* name, const Tensor& t, const Tensor& like, 
 
 inline void check_companions(const char* name, const std::vector<Tensor>& companions, const Tensor& like,
                              int64_t columns) {
-  STD_TORCH_CHECK(companions.size() <= MOST_COMPANIONS, name, " must be at most 4");
+  STD_TORCH_CHECK(companions.size() <= size_t{MOST_COMPANIONS}, name, " must be at most 4");
   for (const Tensor& c : companions) {
     check_matrix(name, c, like, columns);
     const int64_t bytes = static_cast<int64_t>(c.element_size());

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "companions.h"
-#include "rest.h"
 
 #include <algorithm>
 #include <optional>

@@ -1,6 +1,7 @@
 // Which of many scores are the best, on a CPU: counting those that reach a bound is faster than sorting.
 #pragma once
 
+#include "isa.h"
 #include "rows.h"
 
 #include <type_traits>

@@ -28,12 +28,6 @@ attention::Type type_of(const Tensor& x) {
   return attention::Type::Half;
 }
 
-// Channels side by side in memory.
-Tensor dense(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  return last < 0 || x.stride(last) == 1 || x.size(last) == 1 || x.numel() == 0 ? x : torch::stable::contiguous(x);
-}
-
 Tensor as(const Tensor& x, ScalarType type) {
   return x.scalar_type() == type && x.is_contiguous() ? x : torch::stable::contiguous(torch::stable::to(x, type));
 }

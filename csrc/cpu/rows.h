@@ -1,12 +1,7 @@
-// Rows of channels on a CPU: copied as they are, or converted to floats and back; and loops over them in parallel.
+// Rows of channels on a CPU: copied as they are, and loops over them in parallel.
 #pragma once
 
-#include "../strided.h"
-#include "bfloat16.h"
-
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstring>
@@ -21,9 +16,6 @@
 
 namespace tokenops {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 constexpr int64_t GRAIN_BYTES = 1 << 15;  // less than this is not worth a second thread
 
@@ -81,30 +73,6 @@ void for_rows(int64_t B, int64_t rows, int64_t row_bytes, const F& f) {
     }
   });
 }
-
-[[maybe_unused]] CLONES void load(const float* in, float* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
-}
-[[maybe_unused]] CLONES void load(const BFloat16* in, float* out, int64_t n) {
-  const uint16_t* raw = reinterpret_cast<const uint16_t*>(in);
-  for (int64_t i = 0; i < n; ++i) out[i] = from_bfloat16(raw[i]);
-}
-[[maybe_unused]] void load(const Half* in, float* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
-}
-
-[[maybe_unused]] CLONES void store(const float* in, float* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
-}
-[[maybe_unused]] CLONES void store(const float* in, BFloat16* out, int64_t n) {
-  uint16_t* raw = reinterpret_cast<uint16_t*>(out);
-  for (int64_t i = 0; i < n; ++i) raw[i] = to_bfloat16(in[i]);
-}
-[[maybe_unused]] void store(const float* in, Half* out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
-}
-[[maybe_unused]] void load(const double* in, double* out, int64_t n) { std::copy_n(in, n, out); }
-[[maybe_unused]] void store(const double* in, double* out, int64_t n) { std::copy_n(in, n, out); }
 
 }  // namespace
 }  // namespace tokenops

@@ -1,11 +1,12 @@
-// soft_aggregate on a CPU: what a call takes is checked and laid out, then it runs on tiles, or as weights and torch's
-// products (aten::bmm).
+// soft_aggregate on a CPU: what a call takes is checked and laid out, then it runs on tiles, or as torch's products, the
+// weights made on AVX-512, or by torch's softmax, to which logits of -inf, masks and scales are brought.
 #include "soft_aggregate.h"
-#include "rows.h"
 #include "isa.h"
-#include "tile_products.h"
+#include "vector_rows.h"
 
 #include <array>
+#include <limits>
+#include <numeric>
 
 namespace tokenops {
 namespace {
@@ -13,11 +14,15 @@ namespace {
 using namespace soft_aggregate;
 namespace stable = torch::stable;
 
-void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 3> stack{stable::detail::from(a), stable::detail::from(b), stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
-  stable::detail::to<Tensor>(stack[0]);
+// An operator of torch by its name, of one result
+template <typename... Arguments>
+Tensor call(const char* op, const char* overload, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  return stable::detail::to<Tensor>(stack[0]);
 }
+// autocast leaves this form alone
+void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) { call("aten::bmm", "out", a, b, out); }
 
 ScalarType wide_type(const Tensor& x, const Tensor& w) {
   return x.scalar_type() == ScalarType::Double || w.scalar_type() == ScalarType::Double ? ScalarType::Double
@@ -39,8 +44,6 @@ Tensor in_order(const Tensor& t, const Tensor& w) {
   if (t.stride(side) == 1 || t.size(side) == 1) return t;
   return side == 2 ? stable::contiguous(t) : stable::transpose(stable::contiguous(stable::transpose(t, 1, 2)), 1, 2);
 }
-
-Tensor rows_of(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : stable::contiguous(x); }
 
 double number(const std::optional<Tensor>& scale) {
   if (!scale) return 1.0;
@@ -68,11 +71,95 @@ Sizes checked(const Tensor& x, const Tensor& w, const std::optional<Tensor>& mas
   return {w.size(0), w.size(1), w.size(2), x.size(2), prefix};
 }
 
-bool low(const Tensor& x, const Tensor& w) {  // 16 or 32 bits, and something to do
-  return wide_type(x, w) != ScalarType::Double && x.numel() != 0 && w.numel() != 0;
+bool on_avx512(const Tensor& x, const Tensor& w) {  // 16 or 32 bits, and something to do
+  return wide_type(x, w) != ScalarType::Double && x.numel() != 0 && w.numel() != 0 && usable(Isa::Avx512);
 }
 bool on_tiles(const Tensor& x, const Tensor& w) {
-  return low(x, w) && x.scalar_type() == ScalarType::BFloat16 && usable(Isa::Amx);
+  return x.scalar_type() == ScalarType::BFloat16 && on_avx512(x, w) && usable(Isa::Amx);
+}
+
+// Logits or weights as they lie in memory, which is where torch's softmax is fastest; its own inverse
+Tensor in_memory(const Tensor& t, const Tensor& w) { return tokens_last(w) ? stable::transpose(t, 1, 2) : t; }
+int64_t tokens_dim(const Tensor& w) { return tokens_last(w) ? 2 : 1; }
+
+// A copy of logits or weights in a dtype, in the order that w has
+Tensor copied(const Tensor& t, ScalarType type, const Tensor& w) {
+  Tensor made = like_logits(w, type);
+  return stable::copy_(made, t);
+}
+Tensor as(const Tensor& t, ScalarType type, const Tensor& w) {
+  return t.scalar_type() == type ? t : copied(t, type, w);
+}
+
+// f(numbers, how many, image) for every image of a tensor in the accumulation dtype, in parallel
+template <typename F>
+void for_images(const Tensor& t, const F& f) {
+  const int64_t count = t.size(1) * t.size(2);
+  const auto run = [&](auto* data) {
+    torch::stable::parallel_for(0, t.size(0), 1 + (1 << 14) / (1 + count), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) f(data + b * count, count, b);
+    });
+  };
+  if (t.scalar_type() == ScalarType::Double) run(static_cast<double*>(t.data_ptr()));
+  else run(static_cast<float*>(t.data_ptr()));
+}
+
+// A = softmax over the tokens of scale * w, in the accumulation dtype; zeros of a slot without a token that counts
+Tensor weights(const Tensor& w, ScalarType wide, double by, const Mask& mask, const Sizes& z) {
+  constexpr float none = -std::numeric_limits<float>::infinity();  // stays whatever the scale
+  const Tensor s = copied(w, wide, w);
+  const int64_t step_n = tokens_last(w) ? 1 : z.M, step_m = tokens_last(w) ? z.N : 1;
+  std::vector<char> some(z.B);  // images where something is left out
+  for_images(s, [&](auto* logits, int64_t count, int64_t b) {
+    using Wide = std::remove_pointer_t<decltype(logits)>;
+    for (int64_t n = 0; mask.data && n < z.N; ++n) {
+      for (int64_t m = 0; !mask.image(b)[n * mask.stride_n] && m < z.M; ++m) logits[n * step_n + m * step_m] = none;
+    }
+    std::conditional_t<sizeof(Wide) == 8, int64_t, int32_t> out = 0;  // as wide as they: else it is not vectorised
+    for (int64_t i = 0; i < count; ++i) out |= logits[i] == none;
+    some[b] = out != 0;
+    const Wide factor = static_cast<Wide>(by);
+    if (by > 0 || !some[b]) {
+      for (int64_t i = 0; i < count; ++i) logits[i] *= factor;
+    } else {
+      for (int64_t i = 0; i < count; ++i) logits[i] = logits[i] == none ? none : logits[i] * factor;
+    }
+  });
+  const Tensor a = call("aten::_softmax", "", in_memory(s, w), tokens_dim(w), false);
+  for_images(s, [&](auto* logits, int64_t count, int64_t b) {
+    auto* const weights = static_cast<decltype(logits)>(a.data_ptr()) + b * count;
+    for (int64_t i = 0; some[b] && i < count; ++i) weights[i] = logits[i] == none ? 0 : weights[i];
+  });
+  return in_memory(a, w);
+}
+
+// Rounded weights in the accumulation dtype: they add up to about 1, which torch's gradient takes for 1
+Tensor normalized(const Tensor& rounded, ScalarType wide, const Tensor& w) {
+  if (rounded.scalar_type() == wide) return rounded;
+  const Tensor a = in_memory(copied(rounded, wide, w), w);
+  const int64_t dim = tokens_dim(w);
+  const Tensor total = stable::sum(a, torch::headeronly::IntHeaderOnlyArrayRef(&dim, 1), true);
+  float* const sums = static_cast<float*>(total.data_ptr());
+  for (int64_t i = 0; i < total.numel(); ++i) sums[i] = sums[i] == 0 ? 1 : sums[i];
+  return in_memory(call("aten::div", "Tensor", a, total), w);
+}
+
+// dw = scale * A (dA - D), D the mean of dA under A; and of each image the sum of A (dA - D) w, if asked for
+Tensor weights_backward(const Tensor& da, const Tensor& a, const Tensor& w, double by, std::vector<double>* sums) {
+  const ScalarType wide = a.scalar_type();
+  const Tensor ds = call("aten::_softmax_backward_data", "", in_memory(da, w), in_memory(a, w), tokens_dim(w), wide);
+  const Tensor logits = sums ? copied(w, wide, w) : Tensor();
+  for_images(ds, [&](auto* gradients, int64_t count, int64_t b) {
+    using Wide = std::remove_pointer_t<decltype(gradients)>;
+    if (sums) {
+      Wide* const image = static_cast<Wide*>(logits.data_ptr()) + b * count;
+      for (int64_t i = 0; i < count; ++i) image[i] = gradients[i] == 0 ? 0 : image[i];  // else it may be NaN
+      (*sums)[b] = dot(gradients, image, count);
+    }
+    const Wide factor = static_cast<Wide>(by);
+    for (int64_t i = 0; i < count; ++i) gradients[i] *= factor;
+  });
+  return in_memory(ds, w);
 }
 
 // The tokens behind the prefix, those that do not count as zeros: they may hold anything.
@@ -106,19 +193,21 @@ std::tuple<Tensor, Tensor> soft_aggregate_fwd(Tensor x, Tensor w, std::optional<
   const Mask mask(masked);
   const double by = factor * number(scale);
   w = in_order(w, w);
-  Tensor y = new_tensor(x, {z.B, prefix + z.M, z.C}), a = like_logits(w, x.scalar_type());
+  Tensor y = new_tensor(x, {z.B, prefix + z.M, z.C}), a;
   if (on_tiles(x, w)) {
-    x = rows_of(x);
+    x = dense(x), a = like_logits(w, x.scalar_type());
     forward_on_tiles(z, Tokens(x), Logits(w), static_cast<float>(by), mask, Logits(a), Tokens(y));
   } else {
-    Tensor left = stable::transpose(a, 1, 2);  // products are faster where its rows are contiguous
-    if (low(x, w) && usable(Isa::Avx512)) {
+    Tensor left;  // products are faster where its rows are contiguous
+    if (on_avx512(x, w)) {
       const bool twice = !tokens_last(w);
-      if (twice) left = new_tensor(a, {z.B, z.M, z.N});
+      a = like_logits(w, x.scalar_type());
+      left = twice ? new_tensor(a, {z.B, z.M, z.N}) : stable::transpose(a, 1, 2);
       const Logits turned(stable::transpose(left, 1, 2));
       weights_on_avx512(z, Logits(w), static_cast<float>(by), mask, Logits(a), twice ? &turned : nullptr);
     } else {
-      weights(w, by, mask, a);
+      a = as(weights(w, wide_type(x, w), by, mask, z), x.scalar_type(), w);
+      left = stable::transpose(a, 1, 2);
     }
     multiply_behind(y, x, prefix, left, counting(x, z, mask));
   }
@@ -138,38 +227,37 @@ std::tuple<Tensor, Tensor, Tensor> soft_aggregate_bwd(Tensor dy, Tensor x, Tenso
   const Mask mask(masked);
   const double by = factor * number(scale);
   w = in_order(w, w), a = in_order(a, w);
-  Tensor dx = new_tensor(x, {z.B, prefix + z.N, z.C}), dw = like_logits(w, w.scalar_type());
-  Tensor partial = stable::new_zeros(x, {scale ? z.B * z.M : 0}, wide_type(x, w));
-  float* sums = scale && low(x, w) ? static_cast<float*>(partial.data_ptr()) : nullptr;
+  const ScalarType wide = wide_type(x, w);
+  Tensor dx = new_tensor(x, {z.B, prefix + z.N, z.C}), dw;
+  std::vector<double> shares(z.B);  // of the scale's gradient
+  std::vector<float> partial(scale && on_avx512(x, w) ? z.B * z.M : 0);
+  float* const sums = partial.empty() ? nullptr : partial.data();
   if (on_tiles(x, w)) {
-    dy = rows_of(dy), x = rows_of(x);
+    dy = dense(dy), x = dense(x), dw = like_logits(w, w.scalar_type());
     backward_on_tiles(z, Tokens(dy), Tokens(x), Logits(w), static_cast<float>(by), mask, Logits(a), Tokens(dx),
                       Logits(dw), sums);
   } else {
-    Tensor tokens = counting(x, z, mask), dslots = stable::narrow(dy, 1, prefix, z.M);
+    const Tensor tokens = counting(x, z, mask), dslots = stable::narrow(dy, 1, prefix, z.M);
     multiply_behind(dx, dy, prefix, a, dslots);
-    const bool wide_vectors = low(x, w) && usable(Isa::Avx512);
-    const bool slots_first = wide_vectors || tokens_last(w);  // in memory
-    Tensor da = slots_first ? stable::transpose(new_tensor(x, {z.B, z.M, z.N}), 1, 2)
-                            : new_tensor(x, {z.B, z.N, z.M});
-    if (slots_first) multiply_into(stable::transpose(da, 1, 2), dslots, stable::transpose(tokens, 1, 2));
-    else multiply_into(da, tokens, stable::transpose(dslots, 1, 2));
-    if (wide_vectors) {
+    const bool slots_first = on_avx512(x, w) || tokens_last(w);  // in memory
+    const Tensor left = slots_first ? dslots : tokens, right = slots_first ? tokens : dslots;
+    Tensor da = new_tensor(x, {z.B, left.size(1), right.size(1)});
+    multiply_into(da, left, stable::transpose(right, 1, 2));
+    if (slots_first) da = stable::transpose(da, 1, 2);
+    if (on_avx512(x, w)) {
+      dw = like_logits(w, w.scalar_type());
       weights_backward_on_avx512(z, Logits(da), Logits(a), Logits(w), static_cast<float>(by), Logits(dw), sums);
     } else {
-      weights_backward(da, a, w, by, dw, partial);
+      const Tensor weights = normalized(a, wide, w);
+      dw = as(weights_backward(as(da, wide, w), weights, w, by, scale ? &shares : nullptr), w.scalar_type(), w);
     }
   }
-  if (!scale) return {dx, dw, partial};
-  Tensor dscale = new_tensor(x, {}, wide_type(x, w));
-  const auto add_up = [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    T total = 0;
-    for (int64_t i = 0; i < partial.numel(); ++i) total += static_cast<const T*>(partial.data_ptr())[i];
-    *static_cast<T*>(dscale.data_ptr()) = static_cast<T>(factor) * total;
-  };
-  if (wide_type(x, w) == ScalarType::Double) add_up(static_cast<double*>(nullptr));
-  else add_up(static_cast<float*>(nullptr));
+  for (size_t i = 0; i < partial.size(); ++i) shares[i / z.M] += partial[i];
+  if (!scale) return {dx, dw, new_tensor(x, {0}, wide)};
+  Tensor dscale = new_tensor(x, {}, wide);
+  const double total = factor * std::accumulate(shares.begin(), shares.end(), 0.0);
+  if (wide == ScalarType::Double) *static_cast<double*>(dscale.data_ptr()) = total;
+  else *static_cast<float*>(dscale.data_ptr()) = static_cast<float>(total);
   return {dx, dw, dscale};
 }
 

@@ -1,5 +1,5 @@
-// soft_aggregate on a CPU, as its parts see it: products on AMX tiles (soft_aggregate_tiles.cpp), or weights
-// (aggregation_weights.cpp) and torch's products; soft_aggregate.cpp chooses.
+// soft_aggregate on a CPU, as its parts see it: all of it on AMX tiles (soft_aggregate_tiles.cpp), weights on AVX-512
+// (soft_aggregate_avx512.cpp) between torch's products, or torch's softmax; soft_aggregate.cpp chooses.
 #pragma once
 
 #include "../common.h"
@@ -56,9 +56,5 @@ void weights_on_avx512(const Sizes& sizes, const Logits& w, float scale, const M
                        const Logits* turned);
 void weights_backward_on_avx512(const Sizes& sizes, const Logits& da, const Logits& a, const Logits& w, float scale,
                                 const Logits& dw, float* partial);
-
-// Where they lie side by side w, a and dw have the same dimension; a and dw lie without gaps.
-void weights(const Tensor& w, double scale, const Mask& mask, Tensor& a);
-void weights_backward(const Tensor& da, const Tensor& a, const Tensor& w, double scale, Tensor& dw, Tensor& partial);
 
 }  // namespace tokenops::soft_aggregate

@@ -144,7 +144,8 @@ INLINE void softmax_panel(float* p, int64_t N, float scale, const bool* mask, in
   }
 }
 
-// dA becomes dw = scale * A * (dA - D), as in aggregation_weights.cpp; sums of A * (dA - D) * w where there is w
+// dA becomes dw = scale * A * (dA - D), D the mean of dA under A (A was rounded: its sum is only about 1); and sums of
+// A * (dA - D) * w where there is w
 template <int COLUMNS>
 INLINE void softmax_backward_panel(const float* a, float* da, const float* w, int64_t N, float scale, float* sums) {
   const __m512 zero = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale);

@@ -13,10 +13,6 @@ namespace {
 namespace stable = torch::stable;
 using torch::headeronly::BFloat16;
 
-Tensor with_rows(const Tensor& x) {
-  return x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) == 1 ? x : stable::contiguous(x);
-}
-
 struct Sizes {
   int64_t B, M, C, R, N;
 };
@@ -365,7 +361,7 @@ Tensor token_mlp_tiles_fwd(Tensor z, Tensor w1, std::optional<Tensor> b1, Tensor
   if (b2) check("b2", *b2, {s.N});
   Tensor y = new_tensor(z, {s.B, s.N, s.C});
   if (y.numel() == 0) return y;
-  z = with_rows(z), w1 = with_rows(w1), w2 = with_rows(w2);
+  z = dense(z), w1 = dense(w1), w2 = dense(w2);
   forward(s, z, w1, floats_of(b1, s.R).data(), w2, floats_of(b2, s.N).data(), y);
   return y;
 }
@@ -381,7 +377,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_mlp_tiles_bwd(Tensor dy
     for (Tensor* t : {&dz, &dw1, &db1, &dw2, &db2}) stable::zero_(*t);
     return {dz, dw1, db1, dw2, db2};
   }
-  dy = with_rows(dy), z = with_rows(z), w1 = with_rows(w1), w2 = with_rows(w2);
+  dy = dense(dy), z = dense(z), w1 = dense(w1), w2 = dense(w2);
   backward(s, dy, z, w1, floats_of(b1, s.R).data(), w2, dz, dw1, db1, dw2, db2);
   return {dz, dw1, db1, dw2, db2};
 }

@@ -1,8 +1,13 @@
-// Arithmetic on rows of channels on a CPU: sums, dot products and the layer norm of a row.
+// Arithmetic on rows of channels on a CPU: conversions to floats and back, sums, dot products, and the layer norm of a
+// row.
 #pragma once
 
 #include "../common.h"
+#include "bfloat16.h"
 #include "rows.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 #include <limits>
@@ -12,6 +17,9 @@
 
 namespace tokenops {
 namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
 constexpr int64_t LANES = 16;  // what is worked on at once
 
@@ -24,6 +32,30 @@ void with_float(torch::headeronly::ScalarType type, const F& f) {
   else if (type == torch::headeronly::ScalarType::Double) f(static_cast<double*>(nullptr));
   else STD_TORCH_CHECK(false, "float16, bfloat16, float32 and float64 are allowed");
 }
+
+[[maybe_unused]] CLONES void load(const float* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+}
+[[maybe_unused]] CLONES void load(const BFloat16* in, float* out, int64_t n) {
+  const uint16_t* raw = reinterpret_cast<const uint16_t*>(in);
+  for (int64_t i = 0; i < n; ++i) out[i] = from_bfloat16(raw[i]);
+}
+[[maybe_unused]] void load(const Half* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+}
+
+[[maybe_unused]] CLONES void store(const float* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+}
+[[maybe_unused]] CLONES void store(const float* in, BFloat16* out, int64_t n) {
+  uint16_t* raw = reinterpret_cast<uint16_t*>(out);
+  for (int64_t i = 0; i < n; ++i) raw[i] = to_bfloat16(in[i]);
+}
+[[maybe_unused]] void store(const float* in, Half* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+}
+[[maybe_unused]] void load(const double* in, double* out, int64_t n) { std::copy_n(in, n, out); }
+[[maybe_unused]] void store(const double* in, double* out, int64_t n) { std::copy_n(in, n, out); }
 
 // LANES values at once; the compiler makes of them what the machine has.
 template <typename Wide>

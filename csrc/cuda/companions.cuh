@@ -1,11 +1,9 @@
 // Companions on a GPU: small tensors (B, tokens) of any dtype that follow the tokens in the same launch.
 #pragma once
 
-#include "../cuda_common.cuh"
+#include "numbers.cuh"
 
 namespace tokenops {
-
-constexpr int MAX_COMPANIONS = 4;
 
 struct Companion {
   char* data;

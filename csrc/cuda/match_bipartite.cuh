@@ -3,12 +3,10 @@
 #pragma once
 
 #include "../unit_rows.h"
-#include "accesses.cuh"
 #include "choose.cuh"
-#include "merge_neighbours.cuh"
 #include "mma.cuh"
+#include "rows.cuh"
 
-#include <algorithm>
 #include <climits>
 
 namespace tokenops {
@@ -307,15 +305,10 @@ __global__ void __launch_bounds__(THREADS, 2) match_bipartite_choice_kernel(cons
   number_tokens(p, blockIdx.x, choosing, list);
 }
 
-struct MatchPlan {
-  int width;  // bytes of an access: 16, or those of an element; 0 where the data is not even aligned to its elements
-  int64_t blocks;
-};
-
 // Chooses the accesses and how many blocks an image has, and writes both into p. Where these are several, they only
 // find the edges, and a second launch makes the choice. By reckoning, 128 bytes of channels of two tiles take a block
 // about 1 us and the launch 2 to 3; blocks that share a multiprocessor would gain nothing.
-inline MatchPlan plan(MatchBipartite& p, int64_t element, int64_t multiprocessors) {
+inline Plan plan(MatchBipartite& p, int64_t element, int64_t multiprocessors) {
   const int width = access_width(element, p.B, p.D, 0, {{&p.metric, p.prefix + p.tokens}});
   if (width == 0) return {};
   p.units = static_cast<int>(p.D * element / width);
@@ -324,7 +317,7 @@ inline MatchPlan plan(MatchBipartite& p, int64_t element, int64_t multiprocessor
   const int64_t fewer = slices > 1 ? tiles - ceil_div(tiles, slices) : 0;  // tiles that a block has
   const int64_t saved = fewer * columns * ceil_div(p.D * element, CHUNK_BYTES);
   p.slices = p.r && saved > 3 ? static_cast<int>(slices) : 1;
-  return {width, p.B * p.slices};
+  return {width, p.B * p.slices, 0};
 }
 
 }  // namespace tokenops

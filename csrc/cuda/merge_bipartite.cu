@@ -1,32 +1,14 @@
 // Launches of match_bipartite.cuh and merge_bipartite.cuh.
 #include "merge_bipartite.cuh"
 
-#include "../cuda_launch.h"
 #include "../merge_bipartite.h"
+#include "launch.h"
 #include "match_bipartite.cuh"
-
-#include <climits>
-#include <optional>
 
 namespace tokenops {
 namespace {
 
 const char* const OP = "merge_bipartite";
-
-// Calls f with a value of the elements' type; nothing to do where there are no blocks.
-template <typename Plan, typename F>
-void run(const Plan& chosen, const Tensor& like, const F& f) {
-  STD_TORCH_CHECK(chosen.width > 0, "the data is not aligned to its elements");
-  STD_TORCH_CHECK(chosen.blocks <= INT_MAX, "too many images for one launch");
-  if (chosen.blocks == 0) return;
-  switch (float_of(like)) {
-    case Float::F32: f(float{}); break;
-    case Float::BF16: f(BFloat16{}); break;
-    case Float::F16: f(Half{}); break;
-    case Float::F64: f(double{}); break;
-  }
-  check_cuda(OP, cudaGetLastError());
-}
 
 // Two launches where several blocks look for an image's edges: one block would make few images wait for it.
 Tensor match_bipartite_fwd(Tensor metric, int64_t r, int64_t prefix) {
@@ -44,8 +26,8 @@ Tensor match_bipartite_fwd(Tensor metric, int64_t r, int64_t prefix) {
   p.stride_sb = sides.evens, p.stride_sn = 1, p.N = static_cast<int>(sides.evens);
   p.B = metric.size(0), p.D = D, p.prefix = prefix, p.tokens = static_cast<int>(sides.tokens);
   p.odds = static_cast<int>(sides.odds), p.r = static_cast<int>(r);
-  const MatchPlan chosen = plan(p, static_cast<int64_t>(metric.element_size()), on.multiprocessors);
-  run(chosen, metric, [&](auto type) {
+  const Plan chosen = plan(p, static_cast<int64_t>(metric.element_size()), on.multiprocessors);
+  launch(OP, chosen, metric, [&](auto type) {
     using T = decltype(type);
     const dim3 grid(static_cast<unsigned>(chosen.blocks)), images(static_cast<unsigned>(p.B));
     if (chosen.width == 16) match_bipartite_kernel<T, MOST_IN_PACK<T>><<<grid, THREADS, 0, on.stream>>>(p);
@@ -54,11 +36,6 @@ Tensor match_bipartite_fwd(Tensor metric, int64_t r, int64_t prefix) {
     if (p.slices > 1) match_bipartite_choice_kernel<<<images, THREADS, list, on.stream>>>(p);
   });
   return index;
-}
-
-Values values(const std::optional<Tensor>& t) {
-  if (!t) return {};
-  return {static_cast<char*>(t->data_ptr()), float_of(*t), t->stride(0), t->stride(1)};
 }
 
 // x is (B, P+N, C) and y (B, P+M, C).
@@ -77,22 +54,22 @@ MergeBipartite common(const Tensor& x, const Tensor& y, const Tensor& index, int
 
 void merge(MergeBipartite& p, const Tensor& x) {
   const OnDevice on(OP, x);
-  const BipartitePlan chosen = plan(p, static_cast<int64_t>(x.element_size()), on.multiprocessors, false);
-  run(chosen, x, [&](auto type) {
+  const Plan chosen = plan(p, static_cast<int64_t>(x.element_size()), on.multiprocessors, false);
+  launch(OP, chosen, x, [&](auto type) {
     using T = decltype(type);
     constexpr int V = MOST_IN_PACK<T>;
     const dim3 grid(static_cast<unsigned>(chosen.blocks));
-    if (chosen.width == 16 && p.norm) merge_bipartite_kernel<T, V, true><<<grid, THREADS, 0, on.stream>>>(p);
+    if (chosen.width == 16 && p.norm.wanted) merge_bipartite_kernel<T, V, true><<<grid, THREADS, 0, on.stream>>>(p);
     else if (chosen.width == 16) merge_bipartite_kernel<T, V, false><<<grid, THREADS, 0, on.stream>>>(p);
-    else if (p.norm) merge_bipartite_kernel<T, 1, true><<<grid, THREADS, 0, on.stream>>>(p);
+    else if (p.norm.wanted) merge_bipartite_kernel<T, 1, true><<<grid, THREADS, 0, on.stream>>>(p);
     else merge_bipartite_kernel<T, 1, false><<<grid, THREADS, 0, on.stream>>>(p);
   });
 }
 
 void unmerge(MergeBipartite& p, const Tensor& y) {
   const OnDevice on(OP, y);
-  const BipartitePlan chosen = plan(p, static_cast<int64_t>(y.element_size()), on.multiprocessors, true);
-  run(chosen, y, [&](auto type) {
+  const Plan chosen = plan(p, static_cast<int64_t>(y.element_size()), on.multiprocessors, true);
+  launch(OP, chosen, y, [&](auto type) {
     using T = decltype(type);
     const dim3 grid(static_cast<unsigned>(chosen.blocks));
     if (chosen.width == 16) unmerge_bipartite_kernel<T, MOST_IN_PACK<T>><<<grid, THREADS, 0, on.stream>>>(p);
@@ -107,14 +84,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> merge_bipartite_fwd(Tensor x,
                                                                        bool norm, double eps) {
   const MergedTokens out(x, index, tokens, sizes, prefix, norm);
   MergeBipartite p = common(x, out.y, index, prefix);
-  p.sizes = values(sizes), p.mean = true, p.norm = norm, p.eps = eps;
+  p.sizes = values(sizes), p.mean = true, p.norm = norm_of(norm, x, out.normed, out.statistics, weight, bias, eps);
   p.totals = out.sizes.data_ptr(), p.logs = out.log_sizes.data_ptr();
-  p.weight = checked_channels("weight", weight, x), p.bias = checked_channels("bias", bias, x);
-  if (norm) {
-    const int64_t half = out.statistics.numel() / 2 * static_cast<int64_t>(out.statistics.element_size());
-    p.normed = static_cast<char*>(out.normed.data_ptr());
-    p.means = out.statistics.data_ptr(), p.deviations = static_cast<char*>(p.means) + half;
-  }
   merge(p, x);
   return out.tuple();
 }

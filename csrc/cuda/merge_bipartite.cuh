@@ -2,10 +2,8 @@
 // result: what goes into each it learns by counting, and rows of more than two tokens look for theirs again, in order.
 #pragma once
 
-#include "accesses.cuh"
-#include "merge_neighbours.cuh"
+#include "rows.cuh"
 
-#include <algorithm>
 #include <climits>
 
 namespace tokenops {
@@ -17,12 +15,9 @@ struct MergeBipartite {
   int64_t stride_ib, stride_in;  // in elements
   Values sizes;                  // (B, P+N), or none: 1
   Values merged;                 // (B, P+M), where a gradient is shared out by size
-  bool norm, mean;               // mean: sums are divided by the sizes' sum
+  bool mean;                     // sums are divided by the sizes' sum
   void *totals, *logs;           // (B, P+M), or none
-  char* normed;                  // like y, contiguous
-  void *means, *deviations;      // (B, P+M)
-  const void *weight, *bias;     // (C,), in the accumulation dtype
-  double eps;
+  Norm norm;
   int64_t B, C;
   int prefix, tokens, merged_tokens;  // N and M
   int units, share, slices;  // accesses in a row; rows of a block; of merging, blocks of an image
@@ -119,55 +114,6 @@ __device__ W merge_row(const MergeBipartite& p, int64_t b, int64_t row, const Or
   return total;
 }
 
-// The layer norm of a row. Each lane holds the first of its accesses; the others it reads back as it wrote them.
-template <typename T, int V>
-__device__ void normalize_held(const MergeBipartite& p, int64_t b, int row, bool mine, const Pack<T, V> (&held)[HELD]) {
-  using W = typename Wide<T>::type;
-  const int lanes = p.x_threads, lane = threadIdx.x % lanes, units = mine ? p.units : 0;
-  const int64_t flat = b * (p.prefix + static_cast<int64_t>(p.merged_tokens)) + row;
-  const W *weights = static_cast<const W*>(p.weight), *biases = static_cast<const W*>(p.bias);
-  const auto each = [&](const auto& f) {
-#pragma unroll
-    for (int h = 0; h < HELD; ++h) {
-      if (h * lanes + lane < units) f(h * lanes + lane, held[h]);
-    }
-#pragma unroll 1
-    for (int u = HELD * lanes + lane; u < units; u += lanes) f(u, *at<T, V>(p.y, b, row, u));
-  };
-  W sum = 0, squares = 0;
-  each([&](int, const Pack<T, V>& y) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) sum += widen(y.of[i]);
-  });
-  const W mean = sum_of_lanes(sum, lanes) / p.C;
-  each([&](int, const Pack<T, V>& y) {
-#pragma unroll
-    for (int i = 0; i < V; ++i) squares += (widen(y.of[i]) - mean) * (widen(y.of[i]) - mean);
-  });
-  const W deviation = inverse_root(sum_of_lanes(squares, lanes) / p.C + static_cast<W>(p.eps));
-  if (mine && lane == 0) static_cast<W*>(p.means)[flat] = mean, static_cast<W*>(p.deviations)[flat] = deviation;
-  each([&](int u, const Pack<T, V>& y) {
-    const int64_t c = static_cast<int64_t>(u) * V;
-    W value[V], factor[V];
-#pragma unroll
-    for (int i = 0; i < V; ++i) value[i] = (widen(y.of[i]) - mean) * deviation;
-    if (weights) {
-      load_aligned(weights + c, factor);
-#pragma unroll
-      for (int i = 0; i < V; ++i) value[i] *= factor[i];
-    }
-    if (biases) {
-      load_aligned(biases + c, factor);
-#pragma unroll
-      for (int i = 0; i < V; ++i) value[i] += factor[i];
-    }
-    Pack<T, V> out;
-#pragma unroll
-    for (int i = 0; i < V; ++i) out.of[i] = narrow<T>(value[i]);
-    reinterpret_cast<Pack<T, V>*>(p.normed)[flat * p.units + u] = out;
-  });
-}
-
 template <typename T, int V, bool NORM>
 __global__ void __launch_bounds__(THREADS, NORM ? 2 : 3)
     merge_bipartite_kernel(const __grid_constant__ MergeBipartite p) {
@@ -199,7 +145,7 @@ __global__ void __launch_bounds__(THREADS, NORM ? 2 : 3)
         static_cast<W*>(p.logs)[b * rows + row] = std::log(size);
       }
     }
-    if (NORM) normalize_held<T, V>(p, b, row, mine, held);
+    if (NORM) normalize_held(p.norm, b * rows + row, p.units, lanes, mine, p.y, b, row, held);
   }
 }
 
@@ -246,17 +192,17 @@ __global__ void __launch_bounds__(THREADS, 3) unmerge_bipartite_kernel(const __g
   for (int i = 0; i < V; ++i) ones[i] = 1;
   const int tx = threadIdx.x % p.x_threads, ty = threadIdx.x / p.x_threads, step = THREADS / p.x_threads;
   for (int u = tx; u < p.units && ty < step; u += p.x_threads) {
-    for (int start = ty; start < here; start += PAIRS_IN_FLIGHT * step) {
-      Pack<T, V> y[PAIRS_IN_FLIGHT];
+    for (int start = ty; start < here; start += IN_FLIGHT * step) {
+      Pack<T, V> y[IN_FLIGHT];
 #pragma unroll
-      for (int i = 0; i < PAIRS_IN_FLIGHT; ++i) {
+      for (int i = 0; i < IN_FLIGHT; ++i) {
         if (start + i * step >= here) continue;
         const Given<W>& g = givens[start + i * step];
         y[i] = {};
         if (g.from >= 0) y[i] = *at<T, V>(p.y, g.image, g.from, u);
       }
 #pragma unroll
-      for (int i = 0; i < PAIRS_IN_FLIGHT; ++i) {
+      for (int i = 0; i < IN_FLIGHT; ++i) {
         if (start + i * step >= here) continue;
         const Given<W>& g = givens[start + i * step];
         *at<T, V>(p.x, g.image, g.row, u) = g.weight == 1 ? y[i] : scaled(y[i], g.weight, ones);
@@ -265,34 +211,21 @@ __global__ void __launch_bounds__(THREADS, 3) unmerge_bipartite_kernel(const __g
   }
 }
 
-struct BipartitePlan {
-  int width;  // bytes of an access: 16, or those of an element; 0 where the data is not even aligned to its elements
-  int64_t blocks;
-};
-
 // Merging: blocks of whole images' rows, as many lanes on a row as hold it. The way back: rows counted through images.
-inline BipartitePlan plan(MergeBipartite& p, int64_t element, int64_t multiprocessors, bool back) {
-  const uint64_t channels = reinterpret_cast<uintptr_t>(p.normed) | reinterpret_cast<uintptr_t>(p.weight) |
-                            reinterpret_cast<uintptr_t>(p.bias);
+inline Plan plan(MergeBipartite& p, int64_t element, int64_t multiprocessors, bool back) {
   const int64_t few = static_cast<int64_t>(p.prefix) + p.merged_tokens;
   const int64_t many = static_cast<int64_t>(p.prefix) + p.tokens;
-  const int width = access_width(element, p.B, p.C, channels, {{&p.x, many}, {&p.y, few}});
+  const int width = access_width(element, p.B, p.C, p.norm.addresses(), {{&p.x, many}, {&p.y, few}});
   if (width == 0) return {};
   p.units = static_cast<int>(p.C * element / width);
-  if (!back) {
-    p.x_threads = FEWEST_LANES;
-    while (p.x_threads < 32 && p.x_threads * HELD < p.units) p.x_threads *= 2;
-  } else {  // of long rows 1 KiB side by side, one part after another
-    const int64_t parts = std::max<int64_t>(1, ceil_div(p.units, 64));
-    p.x_threads = static_cast<int>(std::max<int64_t>(1, ceil_div(p.units, parts)));
-  }
+  p.x_threads = back ? threads_along(p.units, LONG_ROW) : lanes_on(p.units);
   // enough blocks to fill the chip twice over, with as many rows for every thread
   const int64_t step = THREADS / p.x_threads, rows = back ? p.B * many : few, images = back ? 1 : p.B;
   const int64_t blocks = std::max<int64_t>(1, 8 * multiprocessors / std::max<int64_t>(images, 1));
   const int64_t share = ceil_div(std::max<int64_t>(ceil_div(rows, blocks), 1), step) * step;
   p.share = static_cast<int>(std::min(share, MAX_SHARE / step * step));
   p.slices = static_cast<int>(ceil_div(few, p.share));
-  return {width, back ? ceil_div(rows, p.share) : p.B * p.slices};
+  return {width, back ? ceil_div(rows, p.share) : p.B * p.slices, 0};
 }
 
 }  // namespace tokenops

@@ -1,22 +1,13 @@
 // Launches of merge_neighbours.cuh.
 #include "merge_neighbours.cuh"
 
-#include "../cuda_launch.h"
 #include "../merge_neighbours.h"
-
-#include <climits>
-#include <optional>
+#include "launch.h"
 
 namespace tokenops {
 namespace {
 
 const char* const OP = "merge_neighbours";
-
-// (B, tokens)
-Values values(const std::optional<Tensor>& t) {
-  if (!t || t->numel() == 0) return {};
-  return {static_cast<char*>(t->data_ptr()), float_of(*t), t->stride(0), t->stride(1)};
-}
 
 // (C,) or one element
 Values factors(const std::optional<Tensor>& t) {
@@ -25,19 +16,13 @@ Values factors(const std::optional<Tensor>& t) {
 }
 
 template <typename T, int V>
-void launch(const MergeNeighbours& p, const MergePlan& plan, bool backward, cudaStream_t stream) {
+void launch_as(const MergeNeighbours& p, const Plan& plan, bool backward, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(plan.blocks));
-  if (!backward && p.norm) merge_neighbours_norm_kernel<T, V><<<grid, THREADS, plan.shared, stream>>>(p);
+  if (!backward && p.norm.wanted) merge_neighbours_norm_kernel<T, V><<<grid, THREADS, plan.shared, stream>>>(p);
   else if (!backward) merge_neighbours_fwd_kernel<T, V><<<grid, THREADS, 0, stream>>>(p);
   else if (p.dlogits.data) merge_neighbours_logits_bwd_kernel<T, V><<<grid, THREADS, 0, stream>>>(p);
   else if (p.summed) merge_neighbours_bwd_kernel<T, V, true><<<grid, THREADS, 0, stream>>>(p);
   else merge_neighbours_bwd_kernel<T, V, false><<<grid, THREADS, 0, stream>>>(p);
-}
-
-template <typename T>
-void launch(const MergeNeighbours& p, const MergePlan& plan, bool backward, cudaStream_t stream) {
-  if (plan.width == 16) launch<T, MOST_IN_PACK<T>>(p, plan, backward, stream);
-  else launch<T, 1>(p, plan, backward, stream);
 }
 
 // What both directions tell the kernels; `like` has the tokens' dtype, images and channels.
@@ -56,22 +41,12 @@ MergeNeighbours common(const Tensor& like, const Grid& grid, int64_t prefix, dou
   return p;
 }
 
-void run(const MergeNeighbours& p, const MergePlan& chosen, const Tensor& like, bool backward, cudaStream_t stream) {
-  if (chosen.blocks == 0) return;
-  switch (float_of(like)) {
-    case Float::F32: launch<float>(p, chosen, backward, stream); break;
-    case Float::BF16: launch<BFloat16>(p, chosen, backward, stream); break;
-    case Float::F16: launch<Half>(p, chosen, backward, stream); break;
-    case Float::F64: launch<double>(p, chosen, backward, stream); break;
-  }
-  check_cuda(OP, cudaGetLastError());
-}
-
-MergePlan checked_plan(MergeNeighbours& p, const Tensor& like, const OnDevice& on) {
-  const MergePlan chosen = plan(p, static_cast<int64_t>(like.element_size()), on.multiprocessors);
-  STD_TORCH_CHECK(chosen.width > 0, "the data is not aligned to its elements");
-  STD_TORCH_CHECK(chosen.blocks <= INT_MAX, "too many images for one launch");
-  return chosen;
+void run(const MergeNeighbours& p, const Plan& chosen, const Tensor& like, bool backward, cudaStream_t stream) {
+  launch(OP, chosen, like, [&](auto type) {
+    using T = decltype(type);
+    if (chosen.width == 16) launch_as<T, MOST_IN_PACK<T>>(p, chosen, backward, stream);
+    else launch_as<T, 1>(p, chosen, backward, stream);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_neighbours_fwd(
@@ -82,15 +57,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_neighbours_fwd(
   check_merge(x, grid, height * width, prefix, first, second, logits, sizes);
   const Merged out(x, sizes, grid, prefix, norm);
   MergeNeighbours p = common(x, grid, prefix, alpha, beta, first, second, logits, sizes);
-  p.x = strided(x), p.y = strided(out.y), p.norm = norm, p.eps = eps;
+  p.x = strided(x), p.y = strided(out.y), p.norm = norm_of(norm, x, out.normed, out.statistics, weight, bias, eps);
   if (sizes) p.merged = values(out.sizes);
-  if (norm) {
-    p.normed = static_cast<char*>(out.normed.data_ptr()), p.mean = out.statistics.data_ptr();
-    p.deviation = static_cast<char*>(p.mean) + out.statistics.numel() / 2 * out.statistics.element_size();
-    p.weight = checked_channels("weight", weight, x), p.bias = checked_channels("bias", bias, x);
-  }
   const OnDevice on(OP, x);
-  run(p, checked_plan(p, x, on), x, false, on.stream);
+  run(p, plan(p, static_cast<int64_t>(x.element_size()), on.multiprocessors), x, false, on.stream);
   return {out.y, out.sizes, out.normed, out.statistics};
 }
 
@@ -122,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_neighbours_bwd(
   if (x && logits) p.dlogits = values(out.dlogits);
   p.summed = out.dfirst.numel() || out.dsecond.numel();
   const OnDevice on(OP, dy);
-  const MergePlan chosen = checked_plan(p, dy, on);
+  const Plan chosen = plan(p, static_cast<int64_t>(dy.element_size()), on.multiprocessors);
   if (!p.summed) {
     run(p, chosen, dy, true, on.stream);
   } else {

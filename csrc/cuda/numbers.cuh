@@ -1,8 +1,8 @@
-// Floats of every dtype, alone and in packs that one access moves. The tests compile the same source for the host.
+// Floats of every dtype, alone and in packs that one access moves. No launch syntax and no torch in device code: the
+// tests compile the same source for the host.
 #pragma once
 
-#include "../cuda_common.cuh"
-#include "../strided.h"
+#include "../shared.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -12,7 +12,18 @@
 #include <cstring>
 #include <type_traits>
 
+// Shared memory is declared by SHARED(type, name), and an array whose size the launch gives (`count` says how long it
+// is) by DYNAMIC_SHARED(type, name, count), once a kernel. The host emulation replaces both by checked memory.
+#ifndef SHARED
+#define SHARED(type, name) __shared__ type name
+#define DYNAMIC_SHARED(type, name, count)      \
+  extern __shared__ uint4 dynamic_memory[];    \
+  type* const name = reinterpret_cast<type*>(dynamic_memory)
+#endif
+
 namespace tokenops {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int THREADS = 256;  // of a block
 constexpr int WARPS = THREADS / 32;

@@ -1,16 +1,9 @@
 // What the rows of merge_neighbours are made of: which two tokens each, and what these count.
 #pragma once
 
-#include "numbers.cuh"
+#include "rows.cuh"
 
 namespace tokenops {
-
-// A small tensor of any float dtype, (B, tokens) or (C,); strides in elements, no data where it is not given
-struct Values {
-  char* data;
-  Float type;
-  int64_t stride_b, stride_n;
-};
 
 // Forward: x to y. Backward: y (its gradient) to dx; x is read for the gradients of the weights.
 struct MergeNeighbours {
@@ -19,11 +12,7 @@ struct MergeNeighbours {
   Values logits, sizes;       // (B, H*W)
   Values merged, dlogits;     // results, (B, M) and (B, H*W)
   double alpha, beta;
-  bool norm;
-  char* normed;               // like y, contiguous
-  void *mean, *deviation;     // (B, rows)
-  const void *weight, *bias;  // (C,), in the accumulation dtype
-  double eps;
+  Norm norm;
   bool summed;  // in the backward pass: with the gradients of first and second,
   void* sums;   // (blocks, 2, C): what each block adds to them
   int64_t B, C;
@@ -33,33 +22,6 @@ struct MergeNeighbours {
   int x_threads;     // threads side by side on a row; where it is needed whole 8, 16 or 32
   int staged;        // how many channels of first and second the norm's kernel keeps in shared memory
 };
-
-constexpr int MAX_SHARE = 256;  // rows of a block
-
-template <typename F>
-__device__ void with_float(Float type, const F& f) {
-  if (type == Float::F32) f(float{});
-  else if (type == Float::BF16) f(BFloat16{});
-  else if (type == Float::F16) f(Half{});
-  else f(double{});
-}
-
-template <typename W>
-__device__ W load(const Values& v, int64_t b, int64_t n) {
-  W value;
-  with_float(v.type, [&](auto type) {
-    value = static_cast<W>(widen(reinterpret_cast<const decltype(type)*>(v.data)[b * v.stride_b + n * v.stride_n]));
-  });
-  return value;
-}
-
-template <typename W>
-__device__ void store(const Values& v, int64_t b, int64_t n, W value) {
-  with_float(v.type, [&](auto type) {
-    using T = decltype(type);
-    reinterpret_cast<T*>(v.data)[b * v.stride_b + n * v.stride_n] = narrow<T>(value);
-  });
-}
 
 // What a row of the result is made of: rows a and b of an image, and what these count but for the channels' factors.
 // b is below 0 where a is alone, or of the prefix.

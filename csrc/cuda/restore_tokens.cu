@@ -1,9 +1,7 @@
 // Launches of restore_tokens.cuh.
 #include "restore_tokens.cuh"
 
-#include "../cuda_launch.h"
-
-#include <climits>
+#include "launch.h"
 
 namespace tokenops {
 namespace {
@@ -11,7 +9,7 @@ namespace {
 const char* const OP = "restore_tokens";
 
 template <typename Unit>
-void launch(const RestoreTokens& p, const Plan& plan, bool backward, cudaStream_t stream) {
+void launch_as(const RestoreTokens& p, const RestorePlan& plan, bool backward, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(plan.blocks)), block(plan.x, plan.y);
   if (backward) restore_tokens_bwd_kernel<Unit><<<grid, block, 0, stream>>>(p);
   else restore_tokens_fwd_kernel<Unit><<<grid, block, 0, stream>>>(p);
@@ -36,10 +34,9 @@ void run(const Tensor& base, const Tensor& tokens, const Tensor& y, const Tensor
   }
   p.B = B, p.rows = rows, p.C = C, p.prefix = prefix;
   p.k = static_cast<int>(k), p.carried = static_cast<int>(tokens.size(1) - k);
-  const Plan chosen = plan(p, element, on.multiprocessors);
-  STD_TORCH_CHECK(chosen.width > 0, "the data is not aligned to its elements");
-  STD_TORCH_CHECK(chosen.blocks <= INT_MAX, "too many images for one launch");
-  with_unit(chosen.width, [&](auto unit) { launch<decltype(unit)>(p, chosen, backward, on.stream); });
+  const RestorePlan chosen = plan(p, element, on.multiprocessors);
+  if (!checked(chosen)) return;
+  with_unit(chosen.width, [&](auto unit) { launch_as<decltype(unit)>(p, chosen, backward, on.stream); });
   check_cuda(OP, cudaGetLastError());
 }
 

@@ -5,9 +5,7 @@
 #pragma once
 
 #include "companions.cuh"
-#include "../strided.h"
-
-#include <algorithm>
+#include "rows.cuh"
 
 namespace tokenops {
 
@@ -21,7 +19,7 @@ struct RestoreTokens {
   Strided base, tokens, y;  // or their gradients; stride_c is that of one unit, the bytes a thread moves at a time
   const int64_t* index;
   int64_t stride_ib, stride_ik;  // in elements
-  Replaced companions[MAX_COMPANIONS];
+  Replaced companions[MOST_COMPANIONS];
   int companions_given;
   int64_t B, rows, C, prefix;
   int k, carried;
@@ -29,8 +27,6 @@ struct RestoreTokens {
 };
 
 constexpr int MAX_CHUNK = 256;
-constexpr int MAX_THREADS = 256;
-constexpr int UNROLL = 4;
 using Owners = int[MAX_CHUNK];
 
 // Row n of an image, from unit c on
@@ -101,7 +97,7 @@ __device__ void for_companions(const RestoreTokens& p, const Chunk& chunk, const
 }
 
 template <typename Unit>
-__global__ void __launch_bounds__(MAX_THREADS) restore_tokens_fwd_kernel(const __grid_constant__ RestoreTokens p) {
+__global__ void __launch_bounds__(THREADS) restore_tokens_fwd_kernel(const __grid_constant__ RestoreTokens p) {
   SHARED(Owners, owner);
   const Chunk chunk(p);
   find_owners<Unit, false>(p, chunk, owner);
@@ -112,10 +108,10 @@ __global__ void __launch_bounds__(MAX_THREADS) restore_tokens_fwd_kernel(const _
   for (int c = threadIdx.x; c < p.units; c += blockDim.x) {
     const char *base = at(p.base, chunk.b, chunk.first, c), *tokens = at(p.tokens, chunk.b, 0, c);
     char* y = at(p.y, chunk.b, chunk.first, c);
-    for (int start = threadIdx.y; start < chunk.count; start += UNROLL * blockDim.y) {
-      Unit unit[UNROLL];
+    for (int start = threadIdx.y; start < chunk.count; start += IN_FLIGHT * blockDim.y) {
+      Unit unit[IN_FLIGHT];
 #pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
+      for (int u = 0; u < IN_FLIGHT; ++u) {
         const int i = start + u * blockDim.y;
         if (i < chunk.count) {
           const int j = owner[i];
@@ -123,7 +119,7 @@ __global__ void __launch_bounds__(MAX_THREADS) restore_tokens_fwd_kernel(const _
         }
       }
 #pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
+      for (int u = 0; u < IN_FLIGHT; ++u) {
         const int i = start + u * blockDim.y;
         if (i < chunk.count) *reinterpret_cast<Unit*>(y + i * p.y.stride_n) = unit[u];
       }
@@ -132,7 +128,7 @@ __global__ void __launch_bounds__(MAX_THREADS) restore_tokens_fwd_kernel(const _
 }
 
 template <typename Unit>
-__global__ void __launch_bounds__(MAX_THREADS) restore_tokens_bwd_kernel(const __grid_constant__ RestoreTokens p) {
+__global__ void __launch_bounds__(THREADS) restore_tokens_bwd_kernel(const __grid_constant__ RestoreTokens p) {
   SHARED(Owners, owner);
   const Chunk chunk(p);
   find_owners<Unit, true>(p, chunk, owner);
@@ -144,15 +140,15 @@ __global__ void __launch_bounds__(MAX_THREADS) restore_tokens_bwd_kernel(const _
   for (int c = threadIdx.x; c < p.units; c += blockDim.x) {
     const char* dy = at(p.y, chunk.b, chunk.first, c);
     char *dbase = at(p.base, chunk.b, chunk.first, c), *dtokens = at(p.tokens, chunk.b, 0, c);
-    for (int start = threadIdx.y; start < chunk.count; start += UNROLL * blockDim.y) {
-      Unit unit[UNROLL];
+    for (int start = threadIdx.y; start < chunk.count; start += IN_FLIGHT * blockDim.y) {
+      Unit unit[IN_FLIGHT];
 #pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
+      for (int u = 0; u < IN_FLIGHT; ++u) {
         const int i = start + u * blockDim.y;
         if (i < chunk.count) unit[u] = *reinterpret_cast<const Unit*>(dy + i * p.y.stride_n);
       }
 #pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
+      for (int u = 0; u < IN_FLIGHT; ++u) {
         const int i = start + u * blockDim.y;
         if (i < chunk.count) {
           const int j = owner[i];
@@ -164,43 +160,38 @@ __global__ void __launch_bounds__(MAX_THREADS) restore_tokens_bwd_kernel(const _
   }
 }
 
-struct Plan {
-  int width;  // bytes of a unit; 0 where the data is not even aligned to its elements
-  int64_t blocks;
+struct RestorePlan : Plan {
   unsigned x, y;
 };
 
-// Chooses the unit, the chunks and the shape of a block, and writes them into p.
-inline Plan plan(RestoreTokens& p, int64_t element, int64_t multiprocessors) {
-  bool dense = true;
-  uint64_t addresses = 0;  // their bits together: a unit must divide all of them
-  const int64_t sizes[] = {p.rows, p.k + static_cast<int64_t>(p.carried), p.rows};
-  Strided* const all[] = {&p.base, &p.tokens, &p.y};
-  for (int t = 0; t < 3; ++t) {
-    dense = dense && (p.C == 1 || all[t]->stride_c == element);
-    addresses |= reinterpret_cast<uintptr_t>(all[t]->data);
-    if (p.B > 1) addresses |= all[t]->stride_b;
-    if (sizes[t] > 1) addresses |= all[t]->stride_n;
-  }
-  if (dense) addresses |= p.C * element;
-  int width = dense ? 16 : static_cast<int>(element);
-  while (dense && width > 2 && addresses % width) width /= 2;
-  if (addresses % width) return {};
-  if (dense) p.base.stride_c = p.tokens.stride_c = p.y.stride_c = width;
-  p.units = static_cast<int>(p.C * element / width);
+// Calls f with a value of the unsigned type (or CUDA vector) of `width` bytes: 2, 4, 8 or 16.
+template <typename F>
+void with_unit(int width, const F& f) {
+  if (width == 16) f(uint4{});
+  else if (width == 8) f(uint2{});
+  else if (width == 4) f(uint32_t{});
+  else f(uint16_t{});
+}
 
-  const int64_t x = std::max<int64_t>(1, ceil_div(p.units, std::max<int64_t>(1, ceil_div(p.units, MAX_THREADS))));
-  const int64_t y = MAX_THREADS / x;
+// Chooses the unit, the chunks and the shape of a block, and writes them into p.
+inline RestorePlan plan(RestoreTokens& p, int64_t element, int64_t multiprocessors) {
+  const int64_t given = p.k + static_cast<int64_t>(p.carried);
+  const int width = widest_access(element, p.B, p.C, 0, {{&p.base, p.rows}, {&p.tokens, given}, {&p.y, p.rows}});
+  if (width == 0) return {};
+  p.units = static_cast<int>(p.C * element / width);
+  if (width > element) p.base.stride_c = p.tokens.stride_c = p.y.stride_c = width;
+
+  const int x = threads_along(p.units, THREADS), y = THREADS / x;
 
   // Enough chunks to fill the chip twice over; but a block should not read more of the indices than of the rows.
   const int64_t fill = std::min<int64_t>(64, p.B * p.rows / (16 * multiprocessors));
   const int64_t balance = 4 * static_cast<int64_t>(p.k) / std::max<int64_t>(p.C * element, 1);
   int64_t chunk = std::min(std::max(fill, balance), ceil_div(p.B * p.rows, multiprocessors));
-  if (chunk > UNROLL * y) chunk -= chunk % (UNROLL * y);  // every thread has as many rows
+  if (chunk > IN_FLIGHT * y) chunk -= chunk % (IN_FLIGHT * y);  // every thread has as many rows
   chunk = std::max<int64_t>(1, std::min<int64_t>(chunk, MAX_CHUNK));
   p.chunks = static_cast<int>(std::max<int64_t>(1, ceil_div(p.rows, chunk)));
   p.chunk = static_cast<int>(std::max<int64_t>(1, ceil_div(p.rows, p.chunks)));
-  return {width, p.B * p.chunks, static_cast<unsigned>(x), static_cast<unsigned>(std::min<int64_t>(y, p.chunk))};
+  return {{width, p.B * p.chunks, 0}, static_cast<unsigned>(x), static_cast<unsigned>(std::min<int64_t>(y, p.chunk))};
 }
 
 }  // namespace tokenops

@@ -1,10 +1,8 @@
 // Launches of select_tokens.cuh.
 #include "select_tokens.cuh"
 
-#include "../cuda_launch.h"
 #include "../select_tokens.h"
-
-#include <climits>
+#include "launch.h"
 
 namespace tokenops {
 namespace {
@@ -12,17 +10,11 @@ namespace {
 const char* const OP = "select_tokens";
 
 template <typename T, int V>
-void launch(const SelectTokens& p, const SelectPlan& plan, bool backward, cudaStream_t stream) {
+void launch_as(const SelectTokens& p, const Plan& plan, bool backward, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(plan.blocks));
   if (backward) select_tokens_bwd_kernel<T, V><<<grid, THREADS, plan.shared, stream>>>(p);
-  else if (p.normed) select_tokens_fwd_kernel<T, V, true><<<grid, THREADS, plan.shared, stream>>>(p);
+  else if (p.norm.wanted) select_tokens_fwd_kernel<T, V, true><<<grid, THREADS, plan.shared, stream>>>(p);
   else select_tokens_fwd_kernel<T, V, false><<<grid, THREADS, plan.shared, stream>>>(p);
-}
-
-template <typename T>
-void launch(const SelectTokens& p, const SelectPlan& plan, bool backward, cudaStream_t stream) {
-  if (plan.width == 16) launch<T, MOST_IN_PACK<T>>(p, plan, backward, stream);
-  else launch<T, 1>(p, plan, backward, stream);
 }
 
 // `like` has the tokens' dtype.
@@ -34,17 +26,12 @@ void run(SelectTokens& p, const Tensor& like, const Tensor& scores, bool backwar
   p.B = scores.size(0), p.N = static_cast<int>(scores.size(1));
   p.scores = static_cast<const char*>(scores.data_ptr()), p.score_type = float_of(scores);
   p.stride_sb = scores.stride(0), p.stride_sn = scores.stride(1);
-  const SelectPlan chosen = plan(p, element, on.multiprocessors, backward);
-  STD_TORCH_CHECK(chosen.width > 0, "the data is not aligned to its elements");
-  STD_TORCH_CHECK(chosen.blocks <= INT_MAX, "too many images for one launch");
-  if (chosen.blocks == 0) return;
-  switch (float_of(like)) {
-    case Float::F32: launch<float>(p, chosen, backward, on.stream); break;
-    case Float::BF16: launch<BFloat16>(p, chosen, backward, on.stream); break;
-    case Float::F16: launch<Half>(p, chosen, backward, on.stream); break;
-    case Float::F64: launch<double>(p, chosen, backward, on.stream); break;
-  }
-  check_cuda(OP, cudaGetLastError());
+  const Plan chosen = plan(p, element, on.multiprocessors, backward);
+  launch(OP, chosen, like, [&](auto type) {
+    using T = decltype(type);
+    if (chosen.width == 16) launch_as<T, MOST_IN_PACK<T>>(p, chosen, backward, on.stream);
+    else launch_as<T, 1>(p, chosen, backward, on.stream);
+  });
 }
 
 void set_companions(SelectTokens& p, const std::vector<Tensor>& from, const std::vector<Tensor>& to) {
@@ -62,14 +49,9 @@ SelectedTuple select_tokens_fwd(Tensor x, Tensor scores, int64_t k, std::optiona
   p.rest = rest_named(rest);
   Selected out(x, scores, k, prefix, p.rest, norm, companions);
   p.x = strided(x), p.tokens = strided(out.tokens);
-  p.normed = norm ? static_cast<char*>(out.normed.data_ptr()) : nullptr;
+  p.norm = norm_of(norm, x, out.normed, out.statistics, weight, bias, eps);
   p.index = static_cast<int64_t*>(out.index.data_ptr());
   p.counts = checked_counts(counts, x);
-  if (norm) {
-    const int64_t half = out.statistics.numel() / 2 * static_cast<int64_t>(out.statistics.element_size());
-    p.mean = out.statistics.data_ptr(), p.deviation = static_cast<char*>(p.mean) + half;
-  }
-  p.weight = checked_channels("weight", weight, x), p.bias = checked_channels("bias", bias, x), p.eps = eps;
   p.fused = out.fused.data_ptr();
   set_companions(p, companions, out.companions);
   p.C = x.size(2), p.prefix = prefix, p.k = static_cast<int>(k), p.best_first = best_first;

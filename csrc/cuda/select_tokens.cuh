@@ -2,13 +2,9 @@
 // the rows: a range of channels (so that one block sums the rest over all tokens) or, with a norm, a range of rows.
 #pragma once
 
-#include "../rest.h"
-#include "../strided.h"
 #include "choose.cuh"
 #include "companions.cuh"
-
-#include <algorithm>
-#include <utility>
+#include "rows.cuh"
 
 namespace tokenops {
 
@@ -21,15 +17,12 @@ struct Follower {
 // Forward: x to tokens. Backward: tokens (their gradients) to dx; x and fused are read for a weighted rest.
 struct SelectTokens : Scores {
   Strided x, tokens, dx;  // strides in bytes, stride_c of one element
-  char* normed;           // like tokens, contiguous; null without a norm
+  Norm norm;              // of the tokens' rows
   int64_t *index, stride_ib, stride_ik;
   const int64_t* counts;  // (B,), or null
-  void *mean, *deviation;  // (B, rows), of the norm
-  const void *weight, *bias;
-  double eps;
   void* fused;     // (B, 1+C)
   char* dscores;  // (B, N), in the scores' dtype
-  Follower companions[MAX_COMPANIONS];
+  Follower companions[MOST_COMPANIONS];
   int companions_given;
   int64_t B, C, prefix;
   int k;
@@ -39,24 +32,16 @@ struct SelectTokens : Scores {
   int x_threads;             // threads side by side on a row
 };
 
-constexpr int IN_FLIGHT = 4;  // rows a thread reads before it writes them
-
 __device__ inline int count_of(const SelectTokens& p, int64_t b) {
   if (!p.counts) return p.k;
   const int64_t count = p.counts[b];
   return count < 0 ? 0 : count > p.k ? p.k : static_cast<int>(count);
 }
 
-template <typename Wide>
-__device__ Wide sum_of_warp(Wide value) {
-  for (int bits = 16; bits; bits /= 2) value += __shfl_xor_sync(~0u, value, bits);
-  return value;
-}
-
 // The sum over all threads, known to all of them.
 template <typename Wide>
 __device__ Wide sum_of_block(Wide value, Wide* partial) {
-  value = sum_of_warp(value);
+  value = sum_of_lanes(value, 32);
   __syncthreads();
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
   __syncthreads();
@@ -122,38 +107,10 @@ __device__ void fuse_rest(const SelectTokens& p, int64_t b, int count, int first
 template <typename T, int V>
 __device__ void normalize_row(const SelectTokens& p, const Strided& from, int64_t b, int64_t source, bool zero,
                               int64_t row, int64_t rows) {
-  using W = typename Wide<T>::type;
   const int lane = threadIdx.x % 32;
-  W sum = 0, squares = 0;
-  for (int u = lane; u < p.units && !zero; u += 32) {
-    const Pack<T, V> pack = *at<T, V>(from, b, source, u);
-#pragma unroll
-    for (int i = 0; i < V; ++i) sum += widen(pack.of[i]);
-  }
-  const W mean = sum_of_warp(sum) / p.C;
-  for (int u = lane; u < p.units && !zero; u += 32) {
-    const Pack<T, V> pack = *at<T, V>(from, b, source, u);
-#pragma unroll
-    for (int i = 0; i < V; ++i) squares += (widen(pack.of[i]) - mean) * (widen(pack.of[i]) - mean);
-  }
-  const W deviation = inverse_root(sum_of_warp(squares) / p.C + static_cast<W>(p.eps));
-  if (lane == 0) {
-    reinterpret_cast<W*>(p.mean)[b * rows + row] = mean;
-    reinterpret_cast<W*>(p.deviation)[b * rows + row] = deviation;
-  }
-  const W *weight = reinterpret_cast<const W*>(p.weight), *bias = reinterpret_cast<const W*>(p.bias);
-  for (int u = lane; u < p.units; u += 32) {
-    Pack<T, V> pack{};
-    if (!zero) pack = *at<T, V>(from, b, source, u);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      W value = (widen(pack.of[i]) - mean) * deviation;
-      if (weight) value *= weight[u * V + i];
-      if (bias) value += bias[u * V + i];
-      pack.of[i] = narrow<T>(value);
-    }
-    reinterpret_cast<Pack<T, V>*>(p.normed)[(b * rows + row) * p.units + u] = pack;
-  }
+  normalize<T, V>(p.norm, b * rows + row, p.units, 32, lane == 0, [&](const auto& f) {
+    for (int u = lane; u < p.units; u += 32) f(u, zero ? Pack<T, V>{} : *at<T, V>(from, b, source, u));
+  });
 }
 
 template <typename T, int V, bool NORM>
@@ -256,7 +213,7 @@ __global__ void __launch_bounds__(THREADS, 1) select_tokens_bwd_kernel(const __g
 #pragma unroll
       for (int i = 0; i < V; ++i) dot += widen(pack.of[i]) * fused[1 + u * V + i];
     }
-    through_sum = sum_of_warp(dot);
+    through_sum = sum_of_lanes(dot, 32);
   }
 
   for (int row = thread / 32; row < here; row += WARPS) {
@@ -282,13 +239,9 @@ __global__ void __launch_bounds__(THREADS, 1) select_tokens_bwd_kernel(const __g
     }
     if (n < 0) continue;
     if (weighted) {
-      const W sum = sum_of_warp(dot), value = other ? (sum - through_sum) / divisor : W(0);
+      const W sum = sum_of_lanes(dot, 32), value = other ? (sum - through_sum) / divisor : W(0);
       if (lane == 0) {
-        const int64_t target = b * p.N + n;
-        if (p.score_type == Float::F32) reinterpret_cast<float*>(p.dscores)[target] = static_cast<float>(value);
-        else if (p.score_type == Float::F64) reinterpret_cast<double*>(p.dscores)[target] = value;
-        else if (p.score_type == Float::F16) reinterpret_cast<Half*>(p.dscores)[target] = narrow<Half>(value);
-        else reinterpret_cast<BFloat16*>(p.dscores)[target] = narrow<BFloat16>(value);
+        store(Values{p.dscores, p.score_type, p.N, 1}, b, n, value);
       }
     }
     if (lane < p.companions_given) {
@@ -298,29 +251,14 @@ __global__ void __launch_bounds__(THREADS, 1) select_tokens_bwd_kernel(const __g
   }
 }
 
-struct SelectPlan {
-  int width;  // bytes of an access: 16, or those of an element; 0 where the data is not even aligned to its elements
-  int64_t blocks, shared;  // of dynamic shared memory
-};
-
-// Chooses the accesses and the slices, and writes them into p. `tensors` of 3 dimensions, with their rows.
-inline SelectPlan plan(SelectTokens& p, int64_t element, int64_t multiprocessors, bool backward) {
-  bool dense = true;
-  uint64_t addresses = p.C * element | reinterpret_cast<uintptr_t>(p.normed);
+// Chooses the accesses and the slices, and writes them into p.
+inline Plan plan(SelectTokens& p, int64_t element, int64_t multiprocessors, bool backward) {
   const int64_t given = p.prefix + p.k + (p.rest != Rest::None), all = p.prefix + p.N;
-  const std::pair<const Strided*, int64_t> tensors[] = {{&p.x, all}, {&p.tokens, given}, {&p.dx, all}};
-  for (const auto& [t, rows] : tensors) {
-    if (!t->data) continue;
-    dense = dense && (p.C == 1 || t->stride_c == element);
-    addresses |= reinterpret_cast<uintptr_t>(t->data);
-    if (p.B > 1) addresses |= t->stride_b;
-    if (rows > 1) addresses |= t->stride_n;
-    if (!dense && p.C > 1) addresses |= t->stride_c;
-  }
-  if (addresses % element) return {};
-  const int width = dense && addresses % 16 == 0 ? 16 : static_cast<int>(element);
+  const int width =
+      access_width(element, p.B, p.C, p.norm.addresses(), {{&p.x, all}, {&p.tokens, given}, {&p.dx, all}});
+  if (width == 0) return {};
   p.units = static_cast<int>(p.C * element / width);
-  const bool by_rows = backward || p.normed;
+  const bool by_rows = backward || p.norm.wanted;
   const int64_t work = by_rows ? (backward ? all : given) : p.units;
   // Two blocks for every multiprocessor; a slice of channels is what memory moves at least, one of rows a row a warp.
   const int64_t smallest = by_rows ? WARPS : std::max<int64_t>(1, 32 / width);

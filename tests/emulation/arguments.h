@@ -3,7 +3,7 @@
 
 #include "emulation.h"
 
-#include "../../csrc/cuda/numbers.cuh"
+#include "../../csrc/cuda/rows.cuh"
 
 #include <string>
 
@@ -46,6 +46,11 @@ class Arguments {
 inline tokenops::Strided strided(const Array& a) { return {a.data, a.strides[0], a.strides[1], a.strides[2]}; }
 inline tokenops::Strided strided(const Arguments& a, const char* name) {
   return a.find(name) ? strided(a[name]) : tokenops::Strided{};
+}
+
+inline tokenops::Norm norm_of(const Arguments& a, bool wanted) {
+  return {wanted,           a.data("normed"), a.data("mean"),   a.data("deviation"),
+          a.data("weight"), a.data("bias"),   a.number("eps")};
 }
 
 // bfloat16 comes as its bits

@@ -15,7 +15,7 @@ void run(const Arguments& a, int64_t* results) {
   p.tokens = static_cast<int>(index.shape[1]), p.odds = p.tokens - p.N, p.r = a.integer("r");
   with_type(metric, [&](auto type) {
     using T = decltype(type);
-    const MatchPlan chosen = plan(p, sizeof(T), a.integer("multiprocessors"));
+    const Plan chosen = plan(p, sizeof(T), a.integer("multiprocessors"));
     check_alignment(chosen.width);
     const auto kernel = chosen.width == 16 ? match_bipartite_kernel<T, MOST_IN_PACK<T>> : match_bipartite_kernel<T, 1>;
     emulation::launch({static_cast<unsigned>(chosen.blocks)}, {THREADS}, a.seed(), kernel, p);

@@ -15,18 +15,17 @@ void run(const Arguments& a, int64_t* results) {
     const Array* const t = a.find(name);
     if (t) *target = {t->data, float_of(*t), t->strides[0] / t->itemsize, t->strides[1] / t->itemsize};
   }
-  p.totals = a.data("totals"), p.logs = a.data("logs"), p.normed = a.data("normed"), p.norm = p.normed;
-  p.means = a.data("mean"), p.deviations = a.data("deviation"), p.weight = a.data("weight"), p.bias = a.data("bias");
-  p.mean = a.integer("weighted"), p.eps = a.number("eps"), p.B = x.shape[0], p.C = x.shape[2];
+  p.totals = a.data("totals"), p.logs = a.data("logs"), p.norm = norm_of(a, a.find("normed"));
+  p.mean = a.integer("weighted"), p.B = x.shape[0], p.C = x.shape[2];
   p.prefix = a.integer("prefix");
   p.tokens = static_cast<int>(x.shape[1]) - p.prefix, p.merged_tokens = static_cast<int>(y.shape[1]) - p.prefix;
   with_type(x, [&](auto type) {
     using T = decltype(type);
     constexpr int V = MOST_IN_PACK<T>;
-    const BipartitePlan chosen = plan(p, sizeof(T), a.integer("multiprocessors"), back);
+    const Plan chosen = plan(p, sizeof(T), a.integer("multiprocessors"), back);
     check_alignment(chosen.width);
-    const auto wide = p.norm ? merge_bipartite_kernel<T, V, true> : merge_bipartite_kernel<T, V, false>;
-    const auto narrow = p.norm ? merge_bipartite_kernel<T, 1, true> : merge_bipartite_kernel<T, 1, false>;
+    const auto wide = p.norm.wanted ? merge_bipartite_kernel<T, V, true> : merge_bipartite_kernel<T, V, false>;
+    const auto narrow = p.norm.wanted ? merge_bipartite_kernel<T, 1, true> : merge_bipartite_kernel<T, 1, false>;
     const auto backward = chosen.width == 16 ? unmerge_bipartite_kernel<T, V> : unmerge_bipartite_kernel<T, 1>;
     const auto kernel = back ? backward : chosen.width == 16 ? wide : narrow;
     emulation::launch({static_cast<unsigned>(chosen.blocks)}, {THREADS}, a.seed(), kernel, p);

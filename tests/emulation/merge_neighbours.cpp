@@ -7,8 +7,8 @@ using namespace tokenops;
 namespace {
 
 template <typename T, int V>
-void launch(const MergeNeighbours& p, const MergePlan& plan, bool backward, uint64_t seed) {
-  const auto forward = p.norm ? merge_neighbours_norm_kernel<T, V> : merge_neighbours_fwd_kernel<T, V>;
+void launch(const MergeNeighbours& p, const Plan& plan, bool backward, uint64_t seed) {
+  const auto forward = p.norm.wanted ? merge_neighbours_norm_kernel<T, V> : merge_neighbours_fwd_kernel<T, V>;
   const auto fixed = p.summed ? merge_neighbours_bwd_kernel<T, V, true> : merge_neighbours_bwd_kernel<T, V, false>;
   const auto kernel = !backward ? forward : p.dlogits.data ? merge_neighbours_logits_bwd_kernel<T, V> : fixed;
   emulation::launch({static_cast<unsigned>(plan.blocks)}, {THREADS}, seed, kernel, p);
@@ -35,13 +35,12 @@ void run(const Arguments& a, int64_t* results) {
   p.B = y.shape[0], p.rows = static_cast<int>(y.shape[1]), p.C = y.shape[2];
   p.height = a.integer("height"), p.width = a.integer("width"), p.vertical = a.integer("vertical");
   p.prefix = a.integer("prefix"), p.alpha = a.number("alpha"), p.beta = a.number("beta");
-  p.norm = a.integer("norm") && !backward, p.eps = a.number("eps"), p.normed = a.data("normed");
-  p.mean = a.data("mean"), p.deviation = a.data("deviation"), p.weight = a.data("weight"), p.bias = a.data("bias");
+  p.norm = norm_of(a, a.integer("norm") && !backward);
   p.summed = backward && a.find("x") && (a.find("first") || a.find("second"));
   p.sums = a.data("sums");
   with_type(y, [&](auto type) {
     using T = decltype(type);
-    const MergePlan chosen = plan(p, sizeof(T), a.integer("multiprocessors"));
+    const Plan chosen = plan(p, sizeof(T), a.integer("multiprocessors"));
     check_alignment(chosen.width);
     results[0] = chosen.width, results[1] = chosen.blocks, results[2] = p.x_threads;
     if (p.summed && !p.sums) return;

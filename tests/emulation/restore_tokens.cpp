@@ -21,7 +21,7 @@ void run(const Arguments& a, int64_t* results) {
   p.companions_given = 1;
   p.B = base.shape[0], p.rows = base.shape[1], p.C = base.shape[2], p.prefix = a.integer("prefix");
   p.k = static_cast<int>(index.shape[1]), p.carried = static_cast<int>(tokens.shape[1] - index.shape[1]);
-  const Plan chosen = plan(p, base.itemsize, a.integer("multiprocessors"));
+  const RestorePlan chosen = plan(p, base.itemsize, a.integer("multiprocessors"));
   check_alignment(chosen.width);
   with_unit(chosen.width, [&](auto unit) {
     using Unit = decltype(unit);

@@ -7,8 +7,8 @@ using namespace tokenops;
 namespace {
 
 template <typename T, int V>
-void launch(const SelectTokens& p, const SelectPlan& plan, bool backward, uint64_t seed) {
-  const auto forward = p.normed ? select_tokens_fwd_kernel<T, V, true> : select_tokens_fwd_kernel<T, V, false>;
+void launch(const SelectTokens& p, const Plan& plan, bool backward, uint64_t seed) {
+  const auto forward = p.norm.wanted ? select_tokens_fwd_kernel<T, V, true> : select_tokens_fwd_kernel<T, V, false>;
   const auto kernel = backward ? select_tokens_bwd_kernel<T, V> : forward;
   emulation::launch({static_cast<unsigned>(plan.blocks)}, {THREADS}, seed, kernel, p);
 }
@@ -24,9 +24,7 @@ void run(const Arguments& a, int64_t* results) {
   p.x = strided(a, "x"), p.tokens = strided(tokens), p.dx = strided(a, "dx");
   p.scores = scores.data, p.score_type = float_of(scores);
   p.stride_sb = scores.strides[0] / scores.itemsize, p.stride_sn = scores.strides[1] / scores.itemsize;
-  p.normed = a.data("normed"), p.fused = a.data("fused"), p.dscores = a.data("dscores");
-  p.mean = a.data("mean"), p.deviation = a.data("deviation"), p.eps = a.number("eps");
-  p.weight = a.data("weight"), p.bias = a.data("bias");
+  p.norm = norm_of(a, a.find("normed")), p.fused = a.data("fused"), p.dscores = a.data("dscores");
   p.index = reinterpret_cast<int64_t*>(index.data);
   p.stride_ib = index.strides[0] / 8, p.stride_ik = index.strides[1] / 8;
   p.counts = reinterpret_cast<const int64_t*>(a.data("counts"));
@@ -39,7 +37,7 @@ void run(const Arguments& a, int64_t* results) {
   p.rest = static_cast<Rest>(a.integer("rest")), p.best_first = a.integer("best_first");
   with_type(tokens, [&](auto type) {
     using T = decltype(type);
-    const SelectPlan chosen = plan(p, sizeof(T), a.integer("multiprocessors"), backward);
+    const Plan chosen = plan(p, sizeof(T), a.integer("multiprocessors"), backward);
     check_alignment(chosen.width);
     if (a.integer("narrow")) p.x_threads = (p.x_threads + 2) / 3;
     const auto launched = chosen.width == 16 ? launch<T, MOST_IN_PACK<T>> : launch<T, 1>;

@@ -4,36 +4,6 @@ from mutants import of_file
 
 MUTANTS = [
     *of_file(
-        "csrc/cpu/aggregation_weights.cpp",
-        (
-            "return w == NONE ? w : w * scale;",
-            "return w * scale;",
-            "-inf times a scale of 0 or below",
-            "minus_infinity",
-        ),
-        (
-            "(read(da + i * stride) - delta)",
-            "read(da + i * stride)",
-            "dS loses the mean of dA",
-            "as_good_as_plain and plain and float32",
-        ),
-    ),
-    *of_file(
-        "csrc/cpu/aggregation_weights_avx512.cpp",
-        (
-            "      if (slots > 16) _mm512_store_ps(panel + 16, _mm512_mul_ps(by[1], _mm512_load_ps(panel + 16)));\n",
-            "",
-            "weights of the slots behind the 16th do not add up to one",
-            "as_good_as_plain and plain and float32 and native",
-        ),
-        (
-            "partial + b * z.M + m, sums",
-            "partial + m, sums",
-            "the scale's gradient is of the last image alone, on AVX-512",
-            "dscale_is and float32 and native",
-        ),
-    ),
-    *of_file(
         "csrc/cpu/soft_aggregate.cpp",
         (
             "if (!mask.image(i / z.N)[i % z.N * mask.stride_n]) std::memset(data + i * bytes, 0, bytes);",
@@ -52,6 +22,39 @@ MUTANTS = [
             "",
             "the prefix is not written where tiles are not used",
             "as_good_as_plain and plain and float32 and native",
+        ),
+        (
+            "weights[i] = logits[i] == none ? 0 : weights[i];",
+            "weights[i] = weights[i];",
+            "a slot without a token is NaN, by torch's softmax",
+            "no_token_counts and composed and float32",
+        ),
+        (
+            "logits[i] = logits[i] == none ? none : logits[i] * factor;",
+            "logits[i] *= factor;",
+            "-inf times a scale of 0 or below, by torch's softmax",
+            "minus_infinity and composed",
+        ),
+        (
+            "gradients[i] == 0 ? 0 : image[i];",
+            "image[i];",
+            "logits that do not count reach the scale's gradient",
+            "minus_infinity and composed",
+        ),
+    ),
+    *of_file(
+        "csrc/cpu/soft_aggregate_avx512.cpp",
+        (
+            "      if (slots > 16) _mm512_store_ps(panel + 16, _mm512_mul_ps(by[1], _mm512_load_ps(panel + 16)));\n",
+            "",
+            "weights of the slots behind the 16th do not add up to one",
+            "as_good_as_plain and plain and float32 and native",
+        ),
+        (
+            "partial + b * z.M + m, sums",
+            "partial + m, sums",
+            "the scale's gradient is of the last image alone, on AVX-512",
+            "dscale_is and float32 and native",
         ),
     ),
     *of_file(
@@ -290,6 +293,12 @@ MUTANTS = [
             "the last keys are not summed",
             "test_as_good_as_plain and N300 and float32",
         ),
+        (
+            "return x < -87.0f ? Floats{} : p * (Floats)power;",
+            "return p * (Floats)power;",
+            "exp of what is far below is no number",
+            "huge_logits and float32",
+        ),
     ),
     *of_file(
         "csrc/cpu/masked_channel_attention.cpp",
@@ -385,15 +394,6 @@ MUTANTS = [
             "double weight = 1.0 / std::max<int64_t>(1, N - k), by",
             "the mean's gradient is of N - k, whatever the counts",
             "forward_and_backward and B3",
-        ),
-    ),
-    *of_file(
-        "csrc/cpu/vector_math.h",
-        (
-            "return x < -87.0f ? Floats{} : p * (Floats)power;",
-            "return p * (Floats)power;",
-            "exp of what is far below is no number",
-            "huge_logits or mask and float32",
         ),
     ),
     *of_file(

@@ -4,10 +4,6 @@ from mutants import of_file
 
 MUTANTS = [
     *of_file(
-        "csrc/cuda/accesses.cuh",
-        ("    if (rows > 1) addresses |= t->stride_n;\n", "", "rows need not be aligned to accesses"),
-    ),
-    *of_file(
         "csrc/cuda/choose.cuh",
         (
             "    __syncthreads();  // the partial sums of the tile before have been read\n",
@@ -72,6 +68,11 @@ MUTANTS = [
     *of_file(
         "csrc/cuda/restore_tokens.cuh",
         ("if (before >= 0) lost", "if (before > 0) lost", "token 0 that loses its place keeps its gradient"),
+    ),
+    *of_file(
+        "csrc/cuda/rows.cuh",
+        ("    if (rows > 1) addresses |= t->stride_n;\n", "", "rows need not be aligned to accesses"),
+        ("(widen(y.of[i]) - mean) * deviation", "widen(y.of[i]) * deviation", "a norm leaves the mean in"),
     ),
     *of_file(
         "csrc/cuda/select_tokens.cuh",

@@ -40,7 +40,6 @@ LIMIT = 600.0  # seconds of a mutant's tests
 
 #: whose tests notice what is wrong in a file that no operator is named after: modules tests/ops/test_NAME*.py
 OPERATORS = {
-    "csrc/cpu/aggregation_weights*.cpp": ("soft_aggregate",),
     "csrc/cpu/attention*": ("attention_amx", "masked_channel_attention"),
     "csrc/cpu/avx512.h": ("attention_amx", "soft_aggregate", "token_mlp"),
     "csrc/cpu/bfloat16.h": ("masked_channel_attention", "merge_neighbours"),
@@ -52,7 +51,6 @@ OPERATORS = {
     "csrc/cpu/soft_aggregate*": ("soft_aggregate",),
     "csrc/cpu/tile*": ("attention_amx", "soft_aggregate", "token_mlp"),
     "csrc/cpu/token_mlp*": ("token_mlp",),
-    "csrc/cpu/vector_math.h": ("soft_aggregate",),
     "csrc/cpu/vector_rows.h": ("merge_neighbours",),
     "tokenops/ops/triton/ahead.py": ("host",),
     "tokenops/ops/triton/launch.py": ("host",),
@@ -62,7 +60,6 @@ OPERATORS = {
 }
 #: which tests of the emulation do, as pytest -k has it
 EMULATED = {
-    "accesses.cuh": "bipartite and not match",
     "choose.cuh": "select_tokens",
     "companions.cuh": "restore_tokens",
     "match_bipartite.cuh": "bipartite and match",
@@ -72,6 +69,7 @@ EMULATED = {
     "numbers.cuh": "merge_neighbours",
     "pairs.cuh": "merge_neighbours",
     "restore_tokens.cuh": "restore_tokens",
+    "rows.cuh": "bipartite and not match",
     "select_tokens.cuh": "select_tokens",
 }
 #: and which of an operator's do for a CPU, whatever instruction set they run by
