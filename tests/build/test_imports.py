@@ -1,12 +1,22 @@
-"""What importing costs: `import tokenops` brings in torch and its own few modules, nothing that is slow to import."""
+"""What imports what: rooms import downwards alone, and `import tokenops` nothing that is slow to import."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import tokenops
 from tokenops.ops import native
+
+PACKAGE = Path(tokenops.__file__).parent
+#: each imports itself and those before it
+ROOMS = ("ops", "measuring", "nn", "patching", "methods", "training", "cli")
+#: modules in no room, and the highest they import: all public names, methods only when asked for one; ToMe's own names
+#: for operators; and the door of the command line
+OUTSIDE = {"__init__.py": "methods", "tome.py": "ops", "__main__.py": "cli"}
 
 NEW = """
 import sys
@@ -21,6 +31,54 @@ def imported(what):
     done = subprocess.run([sys.executable, "-c", NEW.format(what=what)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1].split()
+
+
+def imports(source, *package):
+    """The full names of what a module of a package imports, at its top or within functions."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            whole = ".".join((*base, *filter(None, [node.module])))
+            yield from (f"{whole}.{alias.name}" for alias in node.names)
+
+
+def upwards(source, room, *package):
+    """Those that a module must not import: of higher rooms, of tokenops itself (the command line may), of tests."""
+    below = ROOMS[: ROOMS.index(room) + 1]
+    for name in imports(source, *package):
+        top, inner = (*name.split("."), "")[:2]
+        if top in ("benchmarks", "examples", "tests", "support"):
+            yield name
+        elif top == "tokenops" and inner not in below:
+            if inner in ROOMS or (room != "cli" and len(package) > 1):
+                yield name
+
+
+def test_every_room_imports_downwards():
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        inside = path.relative_to(PACKAGE).parts
+        room = inside[0] if len(inside) > 1 else OUTSIDE[inside[0]]
+        if wrong := list(upwards(path.read_text(), room, "tokenops", *inside[:-1])):
+            found["/".join(inside)] = wrong
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("from ..ops import reference\nfrom . import attention\nimport torch", []),
+        ("def f():\n    from ..patching.engine import dress_as", ["tokenops.patching.engine.dress_as"]),
+        ("from .. import methods", ["tokenops.methods"]),
+        ("from .. import apply_patch", ["tokenops.apply_patch"]),
+        ("import tokenops.cli.info", ["tokenops.cli.info"]),
+        ("from benchmarks.published import vit", ["benchmarks.published.vit"]),
+    ],
+)
+def test_an_import_upwards_is_seen_wherever_it_stands(source, wrong):
+    assert list(upwards(source, "nn", "tokenops", "nn")) == wrong
 
 
 def test_import_brings_in_nothing_but_tokenops():

@@ -14,7 +14,7 @@ from tokenops.methods.cait.blocks import prunable
 from tokenops.methods.cait.pruning import ChannelPruner
 from tokenops.methods.cait.segmentation import SegmentationModel
 from tokenops.methods.cait.structure import Structure, load_compressed, macs, save_compressed
-from tokenops.methods.cait.training import compress
+from tokenops.training import Pruned, fit
 
 MULTIPLES = {"qk": 4, "v": 4, "hidden": 16}
 
@@ -61,8 +61,10 @@ def test_the_whole_path(tmp_path):
         prunable(tokenops.apply_patch(model, "cait", kind="channel", layout="block"))
         pruner = ChannelPruner(model, 0.6, steps=(2, 8), every=2, multiples=MULTIPLES)
         cost = macs(model)
-        small, record = compress(model, batches(), 12, teacher=teacher, pruner=pruner, lr=1e-3)
-    assert record.compacted_at == 8 and macs(small) <= 0.6 * cost and macs(small) < 0.5 * macs(teacher)
+        objective = Pruned(model, pruner, teacher=teacher, smoothing=0.1)
+        fit(objective, batches(), epochs=2, lr=1e-3, min_lr=0.0, clip=1.0, progress=False, device="cpu")
+    small = objective.model.eval()
+    assert objective.compacted_at == 8 and macs(small) <= 0.6 * cost and macs(small) < 0.5 * macs(teacher)
     assert sum(p.numel() for p in small.parameters()) < 0.8 * sum(p.numel() for p in teacher.parameters())
 
     save_compressed(small, tmp_path / "compressed")

@@ -7,10 +7,9 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from support.cait_merging import KINDS, MODELS, SMALL, dense, lively, merged
-from support.models import close, images, meta
+from support.models import close, flops, images, meta
 from tokenops import apply_patch
 from tokenops.methods.cait import (
     Merge,
@@ -52,9 +51,7 @@ def test_tokens_of_the_default_merges():
 
 
 def counted_macs(model):
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 3, *model.patch_embed.img_size))
-    return counter.get_total_flops() / 2
+    return flops(model, torch.empty(1, 3, *model.patch_embed.img_size)) / 2
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,4 +1,4 @@
-"""CAIT's training loop and its losses, merged token labels, dense prediction, and the command that shows it."""
+"""CAIT's losses, merged token labels, dense prediction, and the command that shows it."""
 
 import copy
 import doctest
@@ -17,17 +17,11 @@ from tokenops import apply_patch, trace
 from tokenops.__main__ import main
 from tokenops.cli import scenes, segment
 from tokenops.cli.scenes import Scenes, sources
-from tokenops.methods.cait import segmentation, training
-from tokenops.methods.cait.blocks import prunable
-from tokenops.methods.cait.compactors import CompactorPruner
+from tokenops.methods.cait import losses, segmentation
+from tokenops.methods.cait.losses import distillation_loss, merge_token_labels
 from tokenops.methods.cait.merging import unmerge_tokens
-from tokenops.methods.cait.pruning import ChannelPruner
 from tokenops.methods.cait.segmentation import SegmentationModel, confusion, feature_maps, mean_iou
-from tokenops.methods.cait.structure import Structure
-from tokenops.methods.cait.training import compress, distillation_loss, merge_token_labels
 from tokenops.methods.lvvit import lv_vit
-
-MULTIPLES = {"qk": 4, "v": 4, "hidden": 16}
 
 
 def vit(size=(32, 32), **kwargs):
@@ -36,17 +30,12 @@ def vit(size=(32, 32), **kwargs):
     return timm.models.VisionTransformer(**{**arguments, **kwargs}).eval()
 
 
-def merged(**kwargs):
-    """Of merged tokens and prunable channels."""
-    return prunable(apply_patch(vit(**kwargs), "cait"))
-
-
 def lvvit():
     return lv_vit(img_size=64, num_classes=5, embed_dim=32, depth=4, num_heads=2, mlp_ratio=3.0, qkv_bias=False).eval()
 
 
 def test_doctests():
-    for module in (segmentation, training):
+    for module in (segmentation, losses):
         assert doctest.testmod(module).failed == 0
 
 
@@ -189,105 +178,6 @@ def test_iou_is_that_of_sklearn():
     expected = jaccard_score(labels.flatten(), predicted.flatten(), average=None)
     torch.testing.assert_close(each[:4], torch.tensor(expected))
     assert each[4].isnan() and mean == pytest.approx(expected.mean())
-
-
-# ---- the training loop
-
-
-def batches(count=4, size=8):
-    images = torch.randn(count, size, 3, 32, 32)
-    return [(x, (x.mean((1, 2, 3)) > 0).long()) for x in images]
-
-
-def test_compress_trains_without_a_pruner():
-    model, teacher = merged(), vit().train()
-    before, seen = copy.deepcopy(teacher.state_dict()), []
-    trained, record = compress(
-        model, batches(), 30, teacher=teacher, lr=2e-3, warmup=2, progress=lambda step, loss: seen.append(float(loss))
-    )
-    assert trained is model and not model.training and not teacher.training
-    assert record.compacted_at is None and record.losses == seen and len(seen) == 30
-    assert sum(seen[-4:]) < 0.9 * sum(seen[:4])
-    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    assert all(parameter.grad is None for parameter in teacher.parameters())
-
-
-@pytest.mark.parametrize("within", [False, True], ids=["itself", "a part"])
-def test_compress_prunes_compacts_and_goes_on(within):
-    model = merged(num_classes=0 if within else 5)
-    pruner = ChannelPruner(model, 0.6, steps=(1, 4), every=1, multiples=MULTIPLES)
-    data = batches()
-    if within:
-        model = SegmentationModel(model, (0, 3), 5, width=16)
-        data = [(x, torch.randint(0, 5, (8, 32, 32))) for x, _ in data]
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    small, record = compress(model, data, 8, pruner=pruner)
-    assert record.compacted_at == 4 and len(record.losses) == 8
-    inner = small.backbone if within else small
-    assert not any("mask" in name for name in small.state_dict())
-    assert [(row.qk, row.v, row.hidden) for row in pruner.report()] == [
-        (w.qk, w.v, w.hidden) for w in Structure.of(inner).widths
-    ]
-    assert min(w.hidden for w in Structure.of(inner).widths) < 128
-    changed = "backbone.patch_embed.proj.weight" if within else "patch_embed.proj.weight"
-    assert not torch.equal(small.state_dict()[changed], before[changed])
-
-
-@pytest.mark.parametrize("kind", [ChannelPruner, CompactorPruner])
-def test_compaction_within_the_loop_changes_nothing(kind):
-    """With a learning rate of 0 the compacted model must say what the masked one says."""
-    model = merged()
-    settle = {"settle": 2} if kind is CompactorPruner else {}
-    pruner = kind(model, 0.7, steps=(0, 3), every=1, multiples=MULTIPLES, **settle)
-    small, record = compress(model, batches(), 6, pruner=pruner, lr=0.0)
-    assert record.compacted_at == (5 if settle else 3) and small is not model
-    assert Structure.of(small) != Structure.of(model)
-    x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(small(x), model.eval()(x), rtol=1e-5, atol=1e-5)
-
-
-def test_compress_compacts_at_the_very_end():
-    model = merged()
-    small, record = compress(
-        model, batches(), 3, pruner=ChannelPruner(model, 0.7, steps=(0, 3), every=1, multiples=MULTIPLES)
-    )
-    assert record.compacted_at == 3 and Structure.of(small) != Structure.of(model)
-
-
-def test_learning_rate_and_decay(monkeypatch):
-    """A warm-up and a cosine; vectors, position embeddings and class tokens do not decay."""
-    rates, model = [], merged()
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-
-    class Watched(torch.optim.AdamW):
-        def step(self, closure=None):
-            rates.append(self.param_groups[0]["lr"])
-            self.plain = {
-                names[id(p)] for group in self.param_groups if not group["weight_decay"] for p in group["params"]
-            }
-            Watched.last = self
-            return super().step(closure)
-
-    monkeypatch.setattr(torch.optim, "AdamW", Watched)
-    compress(model, batches(), 10, lr=1.0, warmup=4, clip=1e-9)
-    assert rates[:5] == [pytest.approx(r) for r in (0.2, 0.4, 0.6, 0.8, 1.0)]
-    assert rates[7] == pytest.approx(0.5) and rates[5] > rates[6] > rates[8] > rates[9] > 0
-    plain = Watched.last.plain
-    assert {"pos_embed", "cls_token", "norm.bias", "blocks.0.norm1.weight"} < plain
-    assert not any(name.endswith("fc1.weight") for name in plain)
-
-
-def test_compress_says_what_is_wrong():
-    model = merged()
-    pruner = ChannelPruner(model, 0.7, steps=(0, 5), every=1, multiples=MULTIPLES)
-    with pytest.raises(ValueError, match="steps=4, but the pruner's schedule ends 5 steps from now"):
-        compress(model, batches(), 4, pruner=pruner)
-    with pytest.raises(ValueError, match="must be the model or a part of it"):
-        compress(vit(), batches(), 9, pruner=pruner)
-    with pytest.raises(ValueError, match="no batches"):
-        compress(model, [], 9)
-    with pytest.raises(ValueError, match="not an iterator"):
-        compress(model, iter(batches()), 9)
 
 
 # ---- scenes

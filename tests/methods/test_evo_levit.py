@@ -5,10 +5,10 @@ import doctest
 import pytest
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import tokenops
 from published.evo_levit import PublishedEvoLeViT
+from support.models import flops, meta
 from support.weights import spread_levit as spread
 from tokenops.methods import evo_levit, load_checkpoint, models
 from tokenops.methods.evo_levit import EvoLeViT, evo_levit_loss
@@ -49,16 +49,8 @@ def against_the_oracle(stage_wise=True, learn=True, **kwargs):
     return model, published
 
 
-def meta(name, **kwargs):
-    """The model of full size without its memory."""
-    with torch.device("meta"):
-        return timm.create_model(name, **kwargs).eval()
-
-
 def gmacs(model):
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 3, *model.img_size, device="meta"))
-    return counter.get_total_flops() / 2e9
+    return flops(model, torch.empty(1, 3, *model.img_size, device="meta")) / 2e9
 
 
 @pytest.mark.usefixtures("on_device")
@@ -200,10 +192,10 @@ def test_state_dicts(tmp_path):
 )
 def test_costs_are_the_published_ones(size):
     parameters, *costs = COSTS[size]
-    model, large = meta(f"evo_levit_{size}"), meta(f"evo_levit_{size}_img384")
+    model, large = (meta(f"evo_levit_{size}{end}").eval() for end in ("", "_img384"))
     count = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head_cls"))
     assert count / 1e6 == pytest.approx(parameters, abs=0.005)
-    dense, large_dense = (meta(f"evo_levit_{size}{end}", keeping_ratio=1.0) for end in ("", "_img384"))
+    dense, large_dense = (meta(f"evo_levit_{size}{end}", keeping_ratio=1.0).eval() for end in ("", "_img384"))
     assert [gmacs(m) for m in (model, dense, large, large_dense)] == pytest.approx(costs, abs=6e-4)
     config = {key: models.LEVIT[size][key] for key in ("embed_dim", "key_dim", "num_heads", "depth")}
     with torch.device("meta"):

@@ -1,8 +1,6 @@
 """Evo-ViT on DeiT computes, costs and trains what was published (published/evo_vit.py is the oracle)."""
 
-import copy
 import doctest
-import pickle
 
 import pytest
 import timm
@@ -195,59 +193,6 @@ def test_loss():
     close(evo_vit_loss((logits, cls), logits, F.mse_loss), F.mse_loss(cls, logits) / 2)
 
 
-def test_gradient_checkpointing_changes_nothing_and_recomputes():
-    model, calls = small(drop_path_rate=0.5).train(), []
-    x = images(model)
-    model.blocks[4].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-
-    def run():
-        torch.manual_seed(1)
-        loss = model(x).square().mean()
-        return loss, gradients(model, loss)
-
-    loss, grads = run()
-    model.set_grad_checkpointing()
-    again, checkpointed = run()
-    assert len(calls) == 3 and torch.equal(loss, again)
-    all_close(checkpointed, grads)
-
-
-@pytest.mark.parametrize("train, stage_wise", [(False, False), (True, True)])
-@pytest.mark.slow
-def test_compiles_whole(train, stage_wise):
-    model = small(depth=3, stages=(1, 2), stage_wise=stage_wise).train(train)
-    x, more = images(model), images(model, 5)
-    torch._dynamo.reset()
-    if train:
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        expected = gradients(model, F.cross_entropy(model(x), torch.arange(2)))
-        all_close(gradients(model, F.cross_entropy(compiled(x), torch.arange(2))), expected)
-    else:
-        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-        with torch.inference_mode():
-            close(compiled(x), model(x))
-            with torch.compiler.set_stance("fail_on_recompile"):
-                close(compiled(more), model(more))
-
-
-@pytest.mark.usefixtures("on_device")
-@pytest.mark.parametrize("stage_wise", [True, False])
-def test_low_precision_runs(stage_wise, device):
-    model = small(stage_wise=stage_wise)
-    x = images(model, 4)
-    exact = model(x).detach()
-    with torch.autocast(device, torch.bfloat16):
-        auto = model(x)
-
-    def loss():  # autocast keeps its casts of weights till its end
-        with torch.autocast(device, torch.bfloat16):
-            return F.cross_entropy(model(x), torch.arange(4))
-
-    train_a_little(model, loss)
-    assert auto.dtype == torch.bfloat16 and (auto - exact).norm() <= 0.1 * exact.norm()
-    assert model.eval().bfloat16()(x.bfloat16()).isfinite().all()
-
-
 def test_other_parts_of_timm():
     model = small(norm_layer="rmsnorm", reg_tokens=2, drop_rate=0.1)
     x = images(model)
@@ -284,11 +229,7 @@ def test_is_a_timm_model():
     assert set(timm.list_models("evo_deit_*")) == set(COSTS)
     model = small()
     x = images(model)
-    assert isinstance(model, timm.models.VisionTransformer)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(other(x), model(x))
-        other.load_state_dict(PublishedEvoViT(**SMALL).state_dict(), strict=True)
-        assert not torch.equal(other(x), model(x))
-    layer = timm.models.group_parameters(model, model.group_matcher(), reverse=True)
-    assert set(layer) == {name for name, _ in model.named_parameters()}
+    before = model(x)
+    model.load_state_dict(PublishedEvoViT(**SMALL).state_dict(), strict=True)
+    assert not torch.equal(model(x), before)
     assert doctest.testmod(evo_vit) == (0, 1)

@@ -3,19 +3,17 @@
 import copy
 import doctest
 import importlib
-import pickle
 
 import pytest
 import timm
 import torch
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from support.models import close
+from support.models import close, flops, masks_of
 from support.weights import spread
 from tokenops import apply_patch, remove_patch, trace
-from tokenops.methods import init_from_teacher, lv_vit, patch_slimming
+from tokenops.methods import init_from_teacher, lv_vit
 from tokenops.methods.patch_slimming import (
     Schedule,
     TokenScorer,
@@ -102,15 +100,6 @@ def literal(model, x, masks):
     return model.forward_head(model.norm(x))
 
 
-def masks_of(order, counts=COUNTS):
-    """(L, B, 1+N) masks that keep the first patches of an order (B, N)."""
-    masks = torch.zeros(len(counts), order.shape[0], 1 + order.shape[1], dtype=torch.bool)
-    masks[..., 0] = True
-    for mask, n in zip(masks, counts):
-        mask.scatter_(1, order[:, : n - 1] + 1, True)
-    return masks
-
-
 @pytest.mark.usefixtures("on_device")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n_out", [1, 7, 16, 17])
@@ -128,7 +117,7 @@ def test_static_model_is_the_literal_masked_one(kind):
     model, x = dense(kind), images()
     plan = schedule()
     slim = apply(model, plan)
-    close(slim(x), literal(model, x, masks_of(torch.tensor(plan.order).expand(2, -1))))
+    close(slim(x), literal(model, x, masks_of(torch.tensor(plan.order).expand(2, -1), COUNTS)))
     assert not torch.allclose(slim(x), model(x), rtol=1e-3, atol=1e-3)
 
 
@@ -210,25 +199,16 @@ def of(name="deit_tiny_patch16_224", **kwargs):
     return timm.create_model(name, **{**DEIT, **kwargs})
 
 
-def flops(model, x):
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x)
-    return counter.get_total_flops()
-
-
-@pytest.mark.parametrize("kind, hidden", [("deit", 192), ("lvvit", 144)])
-def test_report_is_what_the_flop_counter_counts(kind, hidden):
-    model, plan = dense(kind), schedule((17, 12, 6, 1))
-    report = plan.report(48, hidden)
-    x = torch.randn(1, 17, 48)
-    for line, block in zip(report, model.blocks, strict=True):
-        counted = flops(lambda x, line=line, block=block: blocks.slim_block(block, x, line.tokens), x)
-        assert counted == 2 * line.macs and x.shape[1] == line.tokens_in
-        assert line.dense_macs == report[0].macs
-        x = x[:, : line.tokens]
-    assert [line.layer for line in report] == [1, 2, 3, 4]
-    around = flops(lambda x: model.head(blocks.embed_tokens(model, x)[:, 0]), images(1))
-    assert flops(apply(model, plan), images(1)) == 2 * plan.macs(48, hidden) + around
+#: the paper's; of DeiT-B what ours count, as it has no figure we trust
+GMACS = {
+    "ps_deit_tiny": 0.7,
+    "ps_deit_small": 2.6,
+    "ps_deit_base": 10.04,
+    "ps_lvvit_small": 4.7,
+    "dps_deit_tiny": 0.6,
+    "dps_deit_small": 2.4,
+    "dps_lvvit_small": 4.5,
+}
 
 
 @pytest.mark.parametrize("name", published_counts)
@@ -239,11 +219,19 @@ def test_published_costs(name):
     counts = method.counts if name.startswith("dps") else method.value.counts
     assert counts == published_counts[name]
     gmacs = flops(model, torch.empty(1, 3, 224, 224, device="meta")) / 2e9
-    assert gmacs == pytest.approx(patch_slimming.published_gmacs.get(name, 10.04), rel=0.02)
+    assert gmacs == pytest.approx(GMACS[name], rel=0.02)
     doc = timm.models.model_entrypoint(name if "lvvit" in name else name + "_patch16_224").__doc__
     assert float(doc.split(" GMAC")[0].split(" ")[-1]) == pytest.approx(gmacs, abs=0.0501 if "base" in name else 0.0051)
-    report = patch_slimming.counts_report(counts, 196, model.embed_dim, model.blocks[0].mlp.fc1.out_features)
-    assert sum(line.macs for line in report) < gmacs * 1e9
+
+
+@pytest.mark.parametrize("size, gmacs, whole", [("tiny", 0.73, 1.25), ("small", 2.73, 4.60), ("base", 10.5, 17.6)])
+def test_a_secondary_source_s_schedule(size, gmacs, whole):
+    counts, x = (151, 151, 151, 141, 131, *[111] * 6, 1), torch.empty(1, 3, 224, 224, device="meta")
+    with torch.device("meta"):
+        model = timm.create_model(f"deit_{size}_patch16_224").eval()
+    assert flops(model, x) / 2e9 == pytest.approx(whole, rel=0.005)
+    slim = apply_patch(model, "patch_slimming", schedule=counts)
+    assert flops(slim, x) / 2e9 == pytest.approx(gmacs, rel=0.005)
 
 
 def by_name(name="ps_deit_tiny_patch16_224", **kwargs):
@@ -268,19 +256,6 @@ def test_weights_go_in_and_out():
     for wrong, message in ((torch.zeros(9).long(), "size mismatch|must be 16"), (torch.full((16,), 9), "0 to 4")):
         with pytest.raises(RuntimeError, match=message):
             slim.load_state_dict({**state, "lifespan": wrong})
-
-
-@pytest.mark.parametrize("kind", ["deit", "lvvit"])
-def test_is_a_plain_module(kind):
-    for slim in (apply(dense(kind), schedule()), apply_dynamic(dense(kind), (17, 17, 6, 1))):
-        x = images()
-        assert isinstance(slim, type(dense(kind)))
-        assert torch.equal(copy.deepcopy(slim)(x), slim(x))
-        assert torch.equal(pickle.loads(pickle.dumps(slim))(x), slim(x))
-        fresh = copy.deepcopy(slim)
-        spread(fresh).load_state_dict(slim.state_dict(), strict=True)
-        assert torch.equal(fresh(x), slim(x))
-        assert slim.double()(x.double()).dtype == torch.float64
 
 
 def test_slimming_again_and_the_other_way():
@@ -336,53 +311,11 @@ def test_training_reaches_every_parameter(kind, checkpointing):
     assert losses[-1] < losses[0] - 0.05
 
 
-def test_checkpointing_and_dropout():
-    model, x = apply(dense(), schedule()).train(), images()
-    calls = []
-    model.blocks[2].norm1.register_forward_pre_hook(lambda *_: calls.append(1))
-    model(x).sum().backward()
-    grad = model.pos_embed.grad.clone()
-    model.zero_grad()
-    model.set_grad_checkpointing()
-    model(x).sum().backward()
-    assert len(calls) == 3
-    close(model.pos_embed.grad, grad)
+def test_dropping_acts_in_training_only():
+    x = images()
     dropping = apply(of(attn_drop_rate=0.9, drop_path_rate=0.9), schedule())
     assert not torch.equal(dropping.train()(x), dropping(x))
     assert torch.equal(dropping.eval()(x), dropping(x))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(dynamic, train):
-    model = apply_dynamic(dense(), (17, 17, 6, 1)) if dynamic else apply(dense(), schedule())
-    model.train(train)
-    x = images()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.set_grad_enabled(train):
-        expected = model(x)
-        close(compiled(x), expected)
-    if train:
-        expected.square().sum().backward()
-        grad = model.patch_embed.proj.weight.grad.clone()
-        model.zero_grad()
-        compiled(x).square().sum().backward()
-        close(model.patch_embed.proj.weight.grad, grad)
-
-
-@pytest.mark.usefixtures("on_device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@torch.no_grad()
-def test_low_precision_stays_close(dtype, device):
-    model, x = apply(dense(), schedule()), images(4)
-    exact = copy.deepcopy(model).double()(x.double())
-    with torch.autocast(device, dtype):
-        auto = model(x)
-    pure = model.to(dtype)(x.to(dtype))
-    for got in (auto, pure):
-        assert got.dtype == dtype and (got - exact).norm() <= 8 * torch.finfo(dtype).eps * exact.norm()
 
 
 def test_images_of_another_size():

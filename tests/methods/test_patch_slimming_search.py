@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import nn
 
+from support.models import masks_of
 from support.weights import spread
 from tokenops import apply_patch
 from tokenops.methods import lv_vit, patch_slimming
@@ -71,15 +72,6 @@ def brute_force(model, x, layer, masks):
             A = P[:, k] @ A
         scores.append(torch.einsum("bni,bic->bnic", A, U[:, h]).square().sum((1, 3)))
     return torch.stack(scores).mean(0)[:, 1:]
-
-
-def masks_of(order, counts):
-    """(L, B, 1+N) masks that keep the first patches of an order (B, N)."""
-    masks = torch.zeros(len(counts), order.shape[0], 1 + order.shape[1], dtype=torch.bool)
-    masks[..., 0] = True
-    for mask, n in zip(masks, counts):
-        mask.scatter_(1, order[:, : n - 1] + 1, True)
-    return masks
 
 
 @pytest.mark.parametrize("kind", ["deit", "lvvit"])
@@ -307,11 +299,6 @@ def test_the_scorer_leaves_the_tokens_alone():
     assert all(p.grad is not None for p in student.blocks[2].scorer.parameters())
 
 
-def test_progress_needs_no_rich(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "rich.progress", None)
-    assert search(dense(), images(1), 1e6, epochs=0).schedule.counts == (1, 1, 1, 1)
-
-
 def test_schedule():
     plan = Schedule.from_counts([5, 4, 2, 1], (2, 2), order=[3, 0, 2, 1])
     assert plan.masks == ((0, 1, 2, 3), (0, 2, 3), (3,), ())
@@ -380,15 +367,6 @@ def test_errors_of_schedule_files(old, new, message):
 def test_errors_of_schedules(make, error, message):
     with pytest.raises(error, match=message):
         make()
-
-
-def test_a_secondary_source_s_schedule():
-    counts = (151, 151, 151, 141, 131, *[111] * 6, 1)
-    for dim, gmacs, whole in ((192, 0.73, 1.25), (384, 2.73, 4.60), (768, 10.5, 17.6)):
-        outside = dim * (196 * 768 + 1000)
-        report = patch_slimming.counts_report(counts, 196, dim, 4 * dim)
-        assert (sum(line.macs for line in report) + outside) / 1e9 == pytest.approx(gmacs, rel=0.005)
-        assert (sum(line.dense_macs for line in report) + outside) / 1e9 == pytest.approx(whole, rel=0.005)
 
 
 def test_uniform_pyramid():

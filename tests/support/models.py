@@ -33,6 +33,15 @@ def roles(model):
     return [block.tokenops_role for block in model.blocks]
 
 
+def masks_of(order, counts):
+    """(L, B, 1+N) masks that keep the first patches of an order (B, N)."""
+    masks = torch.zeros(len(counts), order.shape[0], 1 + order.shape[1], dtype=torch.bool)
+    masks[..., 0] = True
+    for mask, n in zip(masks, counts):
+        mask.scatter_(1, order[:, : n - 1] + 1, True)
+    return masks
+
+
 def close(a, b):
     first = a if isinstance(a, torch.Tensor) else a[0]
     tolerance = 1e-5 if first.device.type == "cpu" else 1e-4  # a GPU takes three products of TF32 for one of fp32

@@ -6,7 +6,8 @@ from torch import nn
 import tokenops.methods  # noqa: F401
 from support.weights import spread
 from tokenops.nn import ReverseTokenSlimming
-from tokenops.training.distill import block_tokens
+from tokenops.patching.site import Site
+from tokenops.patching.views import patches_behind
 
 TINY = dict(embed_dim=32, num_heads=2, stage_blocks=(1, 1, 2), img_size=64, num_classes=5)
 
@@ -44,7 +45,8 @@ class Distilled(nn.Module):
         self.rtsm.load_state_dict(rtsm, strict=True)
 
     def forward(self, x):
-        logits, layers = block_tokens(self.model, x)
+        with patches_behind(Site(self.model)) as layers:
+            logits = self.model(x)
         return logits, [reverse(tokens) for reverse, tokens in zip(self.rtsm, layers, strict=True)]
 
 

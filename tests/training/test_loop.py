@@ -11,11 +11,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 pytest.importorskip("accelerate")
 
 import tokenops.training  # noqa: E402
+import tokenops.training.pruning  # noqa: E402
 from support.small_training import QUIET, Noisy, Small, images, state  # noqa: E402
 from tokenops.training import (  # noqa: E402
     FeatureRecalibration,
@@ -86,6 +87,37 @@ def test_a_few_steps_by_hand():
         optimizer.step()
         optimizer.zero_grad()
     torch.testing.assert_close(state(model), state(by_hand), rtol=1e-5, atol=1e-6)
+
+
+def test_steps_end_an_epoch_where_they_are_done():
+    """Ten batches of four an epoch; and a stream, which is one epoch, whatever its passes are."""
+    data = [tuple(part[i : i + 4] for part in images(16).tensors) for i in range(0, 16, 4)]
+
+    def learnt(batches, **options):
+        torch.manual_seed(1)
+        objective = Recorded(Small())
+        return objective, fit(objective, batches, lr=1e-2, min_lr=0.0, **options, **QUIET)
+
+    listed, history = learnt(data, steps=10, accumulation=2)
+    assert len(listed.gradients) == 5 and [row["epoch"] for row in history.rows] == [0, 1, 2]
+    assert history.rows[-1]["lr"] == 0
+    streamed, history = learnt(DataLoader(Stream(data), batch_size=None), steps=10, accumulation=2)
+    assert len(history.rows) == 1
+    torch.testing.assert_close(state(streamed.model), state(listed.model))
+    whole, _ = learnt(data, steps=8)
+    torch.testing.assert_close(state(whole.model), state(learnt(data, epochs=2)[0].model))
+    with pytest.raises(ValueError, match="not an iterator"):
+        learnt(iter(data), steps=5)
+    with pytest.raises(TypeError, match="has no length, so steps must say"):
+        learnt(iter(data), epochs=1)
+
+
+class Stream(IterableDataset):
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
 
 
 def test_groups_keep_their_multiples():
@@ -239,7 +271,7 @@ def test_tensorboard(tmp_path):
     assert list(tmp_path.glob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize("module", (tokenops.training, loop))
+@pytest.mark.parametrize("module", (tokenops.training, tokenops.training.pruning, loop))
 def test_examples_run(module):
     found = doctest.testmod(module)
     assert found.attempted >= 1 and not found.failed
@@ -249,6 +281,8 @@ def test_examples_run(module):
     "options, what",
     [
         (dict(epochs=0), "epochs=0"),
+        (dict(epochs=None, steps=0), "steps=0"),
+        (dict(steps=3), "epochs=1 and steps=3"),
         (dict(lr=0), "lr=0"),
         (dict(accumulation=0), "accumulation=0"),
         (dict(ema=1.0), "ema=1.0"),

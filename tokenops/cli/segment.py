@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +28,9 @@ try:
     from ..methods.cait.pruning import ChannelPruner
     from ..methods.cait.segmentation import SegmentationModel, confusion, mean_iou
     from ..methods.cait.structure import Structure, token_counts
-    from ..methods.cait.training import compress, distillation_loss
+    from ..training import Pruned, fit
 except ImportError as missing:
-    raise CommandError(f"it needs more packages ({missing}): pip install 'tokenops[demo]'") from missing
+    raise CommandError(f"it needs more packages ({missing}): pip install 'tokenops[demo,train]'") from missing
 
 SIZE = 128  # pixels of a scene
 BATCH = 16  # in training
@@ -131,19 +130,22 @@ def trained(args: argparse.Namespace, device: str, advance: Callable[[str, float
         nonlocal done
         steps, start = plan[name], done
         scenes = Scenes(steps * BATCH, train=True, size=SIZE, seed=args.seed)
-        model, _ = compress(
-            model,
+        objective = Pruned(model, **{"pruner": None, **options})
+        fit(
+            objective,
             DataLoader(scenes, BATCH),
-            steps,
-            warmup=steps // 10,
-            betas=BETAS,
+            epochs=1,
             lr=RATES["fine" if "teacher" in options else "dense"],
-            loss=partial(distillation_loss, smoothing=0.0),
+            betas=BETAS,
+            warmup_epochs=0.1,
+            min_lr=0.0,
+            clip=1.0,
             progress=lambda step, _: advance(f"training: {name}", 0.9 * (start + step) / everything),
-            **options,
+            seed=args.seed,
+            device="cpu" if device == "cpu" else None,
         )
         done += steps
-        return model.eval()
+        return objective.model.eval()
 
     torch.manual_seed(args.seed)
     dense = train("dense", small_model().to(device))

@@ -10,7 +10,9 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from ..nn.attention import merge_heads, split_heads
 from ..ops.masked_channel_attention import masked_channel_attention
+from .lvvit import images_of, whole_patches
 
 Model = TypeVar("Model", bound="LeViT")
 #: all classifiers, in the order of the training's outputs
@@ -106,19 +108,13 @@ class _Scoring(nn.Module):
     proj: nn.Module
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scores: bool) -> Any:
-        if not scores:
-            return self.proj(_merge(masked_channel_attention(q, k, v)))
-        out, row = masked_channel_attention(q, k, v, scores="class", heads="mean")
-        return self.proj(_merge(out)), row
+        found: Any = masked_channel_attention(q, k, v, scores="class" if scores else None, heads="mean")
+        return (self.proj(merge_heads(found[0])), found[1]) if scores else self.proj(merge_heads(found))
 
     def blend(self, g: Tensor, row: Tensor, learn: bool) -> Tensor:
         """``(1 - t) g + t row``, t = sigmoid(theta), or .5 where the trade-off is not learned."""
         t: Any = self.learn_tradeoff.to(g.dtype).sigmoid() if learn else 0.5
         return torch.lerp(g, row, t)
-
-
-def _merge(heads: Any) -> Tensor:
-    return heads.transpose(1, 2).flatten(2)
 
 
 class Attention(_Scoring):
@@ -141,7 +137,7 @@ class Attention(_Scoring):
         self.proj = nn.Sequential(nn.Hardswish(), LinearBN(num_heads * self.widths[2], dim, zero=True))
 
     def forward(self, x: Tensor, scores: bool = False) -> Any:
-        q, k, v = self.qkv(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2).split(self.widths, dim=3)
+        q, k, v = split_heads(self.qkv(x), self.num_heads).split(self.widths, dim=3)
         return self.attend(q, k, v, scores)
 
 
@@ -178,9 +174,9 @@ class AttentionSubsample(_Scoring):
 
     def forward(self, x: Tensor, scores: bool = False) -> Any:
         x = x + self.poss
-        k, v = self.kv(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2).split(self.widths, dim=3)
+        k, v = split_heads(self.kv(x), self.num_heads).split(self.widths, dim=3)
         q = self.q(torch.cat((x[:, :1], self.strided(x[:, 1:])), dim=1))
-        return self.attend(q.unflatten(2, (self.num_heads, -1)).transpose(1, 2), k, v, scores)
+        return self.attend(split_heads(q, self.num_heads), k, v, scores)
 
 
 def conv_stem(in_chans: int, embed_dim: int) -> nn.Sequential:
@@ -244,8 +240,7 @@ class LeViT(nn.Module):
         self, img_size: tuple[int, int], in_chans: int, num_classes: int, embed_dim: int, num_features: int
     ) -> None:
         super().__init__()
-        if img_size[0] % 16 or img_size[1] % 16 or min(img_size) < 16:
-            raise ValueError(f"img_size={img_size}, but height and width must be multiples of the patch size 16")
+        whole_patches(img_size)
         self.img_size, self.in_chans, self.num_classes = img_size, in_chans, num_classes
         self.num_features = self.head_hidden_size = num_features
         self.patch_embed = conv_stem(in_chans, embed_dim)
@@ -259,12 +254,7 @@ class LeViT(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Images ``(B, in_chans, H, W)`` to tokens ``(B, 1+N, C)``: class token first, position embedding added."""
-        if x.dim() != 4 or tuple(x.shape[1:]) != (self.in_chans, *self.img_size):
-            raise ValueError(
-                f"x must be images (B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}), but got"
-                f" {tuple(x.shape)}; for another size make the model with img_size=(height, width)"
-            )
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)
+        x = self.patch_embed(images_of(x, self.in_chans, self.img_size)).flatten(2).transpose(1, 2)
         return torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.poss
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:

@@ -46,8 +46,7 @@ class ConvStem(PatchEmbed):
         self.layers, self.in_chans, self.patch_size = layers, in_chans, (16, 16)
         self.dynamic_img_pad = False  # type: ignore[misc]
         self.img_size, self.grid_size, self.num_patches = self._init_img_size(img_size)
-        if self.img_size[0] % 16 or self.img_size[1] % 16 or min(self.img_size) < 16:
-            raise ValueError(f"img_size={img_size}, but height and width must be multiples of the patch size 16")
+        whole_patches(self.img_size)
         made = {"device": device, "dtype": dtype}
         widths = [in_chans, *[embed_dim // 8] * (layers - 3), embed_dim // 4, embed_dim // 2, embed_dim]
         for i in range(1, layers + 1):
@@ -57,12 +56,7 @@ class ConvStem(PatchEmbed):
             self.add_module(f"bn{i}", nn.BatchNorm2d(widths[i], **made))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or tuple(x.shape[1:]) != (self.in_chans, *self.img_size):
-            raise ValueError(
-                f"x must be images (B, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}), but got"
-                f" {tuple(x.shape)}; for another size make the model with img_size=(height, width)"
-            )
-        x = x.contiguous(memory_format=torch.channels_last)  # faster convolutions, and (B, N, C) is then a view
+        x = images_of(x, self.in_chans, self.img_size)
         for i in range(1, self.layers + 1):
             x = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x))
             if i < self.layers:  # in place where no gradient needs the input: these are the largest tensors there are
@@ -77,6 +71,22 @@ class ConvStem(PatchEmbed):
                 setattr(self, f"conv{i}", torch.nn.utils.fusion.fuse_conv_bn_eval(conv, norm))
                 setattr(self, f"bn{i}", nn.Identity())
         self.to(memory_format=torch.channels_last)
+
+
+def whole_patches(img_size: tuple[int, int]) -> None:
+    """ValueError where images are not made of patches of 16 pixels."""
+    if img_size[0] % 16 or img_size[1] % 16 or min(img_size) < 16:
+        raise ValueError(f"img_size={img_size}, but height and width must be multiples of the patch size 16")
+
+
+def images_of(x: Tensor, in_chans: int, img_size: tuple[int, int]) -> Tensor:
+    """Images with channels last: convolutions are faster, and tokens a view of their result. ValueError for others."""
+    if x.dim() != 4 or tuple(x.shape[1:]) != (in_chans, *img_size):
+        raise ValueError(
+            f"x must be images (B, {in_chans}, {img_size[0]}, {img_size[1]}), but got {tuple(x.shape)}; for another"
+            " size make the model with img_size=(height, width)"
+        )
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class Scale(nn.Module):

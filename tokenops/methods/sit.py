@@ -61,7 +61,7 @@ class SiT(Method):
     Source: Zong et al., Self-slimmed Vision Transformer (ECCV 2022), section 3.2.
     """
 
-    name, scores = "sit", False
+    name, scores, entry = "sit", False, "slimming"
 
     def __init__(self, keeping_ratio: float = 0.5, locations: Sequence[int] | None = None) -> None:
         if isinstance(keeping_ratio, bool) or not 0 < keeping_ratio <= 1:

@@ -1,6 +1,7 @@
 """Attention for vision transformers: timm's module on masked_channel_attention, and what makes it smaller."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -181,13 +182,9 @@ class Attention(nn.Module):
                 if value is not None and value is not False:
                     why = "a mask of queries" if per_query else "dropout" if dropped else f"heads over {WIDEST_HEAD}"
                     raise ValueError(f"Attention: {name} cannot be had with {why}, which only SDPA does")
-            q, k, v = self._heads(x)
-            return self._project(
-                x,
-                F.scaled_dot_product_attention(
-                    q, k, v, attn_mask=attn_mask, dropout_p=dropped, is_causal=is_causal, scale=self.scale
-                ),
-            )
+            q, k, v = heads_of(self, x)
+            torchs: Any = dict(attn_mask=attn_mask, dropout_p=dropped, is_causal=is_causal, scale=self.scale)
+            return project(self, x, F.scaled_dot_product_attention(q, k, v, **torchs))
         if attn_mask is not None:
             if attn_mask.dtype == torch.bool:
                 attn_mask = torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill(~attn_mask, float("-inf"))
@@ -202,31 +199,61 @@ class Attention(nn.Module):
             heads=heads,
             return_key_mean=return_key_mean,
         )
-        out: Any
-        if not self.fused_attn:
-            out = reference.masked_channel_attention(*self._heads(x), **options)
-        elif exact(self.q_norm, nn.Identity) and exact(self.k_norm, nn.Identity):
-            out = masked_channel_attention_qkv(self.qkv(x), self.num_heads, head_dim=self.head_dim, **options)
-        else:
-            out = masked_channel_attention(*self._heads(x), **options)
-        if isinstance(out, tuple):
-            return self._project(x, out[0]), *out[1:]
-        return self._project(x, out)
-
-    def _heads(self, x):
-        """q, k and v (B, H, N, D), views of the packed projection where nothing normalises them."""
-        sizes = [self.num_heads * d for d in (self.head_dim, self.head_dim, self.v_head_dim)]
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv(x).split(sizes, dim=-1))
-        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
-
-    def _project(self, x, out):
-        out = self.norm(out.transpose(1, 2).flatten(2))
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+        out = attend_with(self, packed(self, x) if self.fused_attn else None, lambda: heads_of(self, x), **options)
+        return (project(self, x, out[0]), *out[1:]) if isinstance(out, tuple) else project(self, x, out)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, v_head_dim={self.v_head_dim}"
+
+
+def packed(attention: Any, x: Tensor) -> Tensor | None:
+    """q, k and v of all tokens side by side, as one projection makes them; None where something comes between."""
+    plain = exact(attention.q_norm, nn.Identity) and exact(attention.k_norm, nn.Identity)
+    return attention.qkv(x) if plain else None
+
+
+def heads_of(attention: Any, x: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """q ``(B, H, rows, D)`` of the first rows (all for None), k and v ``(B, H, N, D)`` of all, of timm's module or this
+    one: views of the packed projection where nothing normalises them.
+    """
+    H, wide = attention.num_heads, attention.num_heads * attention.head_dim
+    deep = H * getattr(attention, "v_head_dim", attention.head_dim)
+    if rows is None or not exact(attention.qkv, nn.Linear):
+        q, k, v = attention.qkv(x).split((wide, wide, deep), dim=-1)
+    else:
+        weight, bias = attention.qkv.weight, attention.qkv.bias
+        q = F.linear(x[:, :rows], weight[:wide], None if bias is None else bias[:wide])
+        k, v = F.linear(x, weight[wide:], None if bias is None else bias[wide:]).split((wide, deep), dim=-1)
+    q, k, v = split_heads(q[:, :rows], H), split_heads(k, H), split_heads(v, H)
+    return attention.q_norm(q).to(v.dtype), attention.k_norm(k).to(v.dtype), v
+
+
+def split_heads(x: Tensor, heads: int = -1, width: int = -1) -> Tensor:
+    """``(B, N, H*D)`` to ``(B, H, N, D)``, by how many heads there are or how wide they are."""
+    return x.unflatten(-1, (heads, width)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """``(B, H, N, D)`` to ``(B, N, H*D)``."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend_with(attention: Any, qkv: Tensor | None, apart: Callable[[], tuple[Tensor, ...]], **options: Any) -> Any:
+    """The operator on a packed projection or, without one, q, k and v; the reference where attention is not fused."""
+    if qkv is not None:
+        return masked_channel_attention_qkv(qkv, attention.num_heads, head_dim=attention.head_dim, **options)
+    fused = getattr(attention, "fused_attn", True)
+    operator: Any = masked_channel_attention if fused else reference.masked_channel_attention
+    return operator(*apart(), **options)
+
+
+def project(attention: Any, x: Tensor, out: Tensor) -> Tensor:
+    """The heads' result ``(B, H, n, D)`` to the attention's; x are the tokens it was made from."""
+    out = merge_heads(out)
+    out = attention.norm(out) if getattr(attention, "norm", None) is not None else out
+    if getattr(attention, "gate", None) is not None:
+        out = out * attention.gate(x).sigmoid()
+    return attention.proj_drop(attention.proj(out))
 
 
 def convert_attention(model: nn.Module) -> int:
@@ -240,8 +267,6 @@ def convert_attention(model: nn.Module) -> int:
     Raises:
         ValueError: there is none.
     """
-    from ..patching.engine import dress_as  # which stands on this package's operators
-
     found = [
         (parent, name, child)
         for parent in model.modules()
@@ -251,7 +276,8 @@ def convert_attention(model: nn.Module) -> int:
     if not found:
         raise ValueError(f"{type(model).__name__} has no timm.layers.Attention within")
     for parent, name, child in found:
-        setattr(parent, name, dress_as(Attention.from_timm(child), child))
+        dress: Any = getattr(child, "tokenops_dress", lambda ours: ours)
+        setattr(parent, name, dress(Attention.from_timm(child)))
     return len(found)
 
 
@@ -301,12 +327,10 @@ def compact_channels(attention: Attention, keep_qk: Tensor | None = None, keep_v
     if attention.v_mask is not None:
         factors[2 * H * wide :] = attention.v_mask.detach().flatten()
     rows = torch.cat((qk_rows, H * wide + qk_rows, 2 * H * wide + v_rows))
-    small.qkv = _rows_of(attention.qkv, rows, factors[rows])
+    small.qkv = part_of(attention.qkv, rows, factors[rows])
     if attention.gate is not None:
-        small.gate = _rows_of(attention.gate, v_rows)
-    proj = attention.proj
-    small.proj.in_features = len(v_rows)
-    small.proj.weight = nn.Parameter(proj.weight.detach()[:, v_rows].clone(), proj.weight.requires_grad)
+        small.gate = part_of(attention.gate, v_rows)
+    small.proj = part_of(attention.proj, v_rows, inputs=True)
     return small
 
 
@@ -341,12 +365,18 @@ def _of_all_heads(kept, width):
     return (torch.arange(kept.shape[0], device=kept.device).unsqueeze(1) * width + kept).flatten()
 
 
-def _rows_of(linear, rows, factors=None):
-    """A linear layer with some rows of another, each times its factor."""
-    new = nn.Linear(linear.in_features, len(rows), linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+def part_of(linear: Any, kept: Tensor, factors: Tensor | None = None, *, inputs: bool = False) -> nn.Linear:
+    """A linear layer with some outputs of another (or some inputs), the weights of each times its factor."""
+    ins, outs = (len(kept), linear.out_features) if inputs else (linear.in_features, len(kept))
+    kept = kept.to(linear.weight.device)
+    new = nn.Linear(ins, outs, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
     for name, parameter in linear.named_parameters():
-        value = parameter.detach()[rows]
-        if factors is not None:
-            value = (value * factors.reshape(-1, *[1] * (value.dim() - 1))).to(value.dtype)
+        value = parameter.detach()
+        if inputs and name == "bias":
+            value = value.clone()
+        else:
+            value = value[:, kept] if inputs else value[kept]
+            if factors is not None:
+                value = (value * (factors if inputs or value.dim() == 1 else factors.unsqueeze(1))).to(value.dtype)
         setattr(new, name, nn.Parameter(value, parameter.requires_grad))
     return new.train(linear.training)

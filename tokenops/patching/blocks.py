@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import Attention
+from ..nn.attention import attend_with
 from ..ops import reference
-from ..ops.masked_channel_attention import WIDEST_HEAD, masked_channel_attention, masked_channel_attention_qkv
+from ..ops.masked_channel_attention import WIDEST_HEAD
 from .families import PATCH_ANEW, Family, family_of, widest_of
 from .modules import name_of, unwrapped
 
@@ -92,41 +93,19 @@ def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, rope: Te
         else:
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, scale=scale)
     else:
-        found: Any = attention_of(
-            family,
-            attention,
-            x,
-            ask.rows,
-            rope,
-            **masks,
-            key_bias=bias,
-            scale=scale,
-            scores=ask.scores,
-            heads="mean",
-            return_key_mean=ask.key_mean,
-        )
+        qkv = family.packed(attention, x) if ask.rows is None and getattr(attention, "fused_attn", True) else None
+        options = dict(key_bias=bias, scale=scale, scores=ask.scores, heads="mean", return_key_mean=ask.key_mean)
+        found: Any = attend_with(attention, qkv, lambda: family.heads(attention, x, ask.rows, rope), **masks, **options)
         out = found[0] if isinstance(found, tuple) else found
         ask.looked_at = found[1] if ask.scores is not None else None
         ask.keys = found[-1] if ask.key_mean else None
-    return family.project(attention, x[:, : ask.rows], out.transpose(1, 2).flatten(2))
+    return family.project(attention, x[:, : ask.rows], out)
 
 
 def dropped_by(family: type[Family], attention: Any) -> float:
     """The share of its weights that an attention drops, as it is now."""
     dropout: Any = getattr(attention, family.dropout)  # a module, or a number
     return getattr(dropout, "p", dropout) if attention.training else 0.0
-
-
-def attention_of(
-    family: type[Family], attention: Any, x: Tensor, rows: int | None, rope: Tensor | None, **options: Any
-) -> Any:
-    """The operator on what the attention makes of the tokens: on its projection as it is, where it can be."""
-    fused = getattr(attention, "fused_attn", True)
-    qkv = family.packed(attention, x) if fused and rows is None else None
-    if qkv is not None:
-        return masked_channel_attention_qkv(qkv, attention.num_heads, head_dim=attention.head_dim, **options)
-    operator: Any = masked_channel_attention if fused else reference.masked_channel_attention
-    return operator(*family.heads(attention, x, rows, rope), **options)
 
 
 def _dropping(

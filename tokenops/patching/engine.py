@@ -119,6 +119,7 @@ class Method:
         scores: whether attention gives more than its result, which heads wider than the operator's cannot.
         shape: whether it is for one grid of patches, which images are then checked for.
         setting: the option that becomes an attribute of the model, to be set between forwards; None without.
+        entry: the name of the part that tokens pass first in a block that has it; None without.
         value: what that is.
     """
 
@@ -126,6 +127,7 @@ class Method:
     scores: ClassVar[bool] = True
     shape: ClassVar[bool] = False
     setting: ClassVar[str | None] = None
+    entry: ClassVar[str | None] = None
     value: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -163,6 +165,11 @@ class Patched:
             self.__init__(*args, **kwargs)  # type: ignore[misc]
         else:
             super().__init__(*args, **kwargs)
+
+    def tokenops_dress(self, other: Any) -> Any:
+        """Give a module, which is to stand in this one's place, what `dressed` put before its class; returns it."""
+        dress(other, *type(self).tokenops_made[1:])
+        return other
 
     def __prepare_scriptable__(self) -> Any:
         raise ValueError("a patched model cannot be scripted: use torch.export or torch.jit.trace")
@@ -222,10 +229,8 @@ def dress(
 
 
 def dress_as(module: Any, other: Any) -> Any:
-    """Give a module, which is to stand in another's place, what `dressed` put before that one's class; returns it."""
-    if isinstance(other, Patched):
-        dress(module, *other.tokenops_made[1:])
-    return module
+    """A module that is to stand in another's place, patched if that one is."""
+    return other.tokenops_dress(module) if isinstance(other, Patched) else module
 
 
 def undress(module: Any) -> None:

@@ -4,13 +4,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..nn.watched import exact, keeps_forward
+from ..nn.attention import heads_of, merge_heads, packed, project, split_heads
+from ..nn.watched import keeps_forward
 from .modules import name_of, unwrapped
 
 #: what to do where a patched model was changed since
 PATCH_ANEW = "remove_patch, and apply_patch to the model as it is now"
+
+
+def _apart(attention: Any, x: Tensor) -> None:
+    """In the place of `packed` where q, k and v do not come from one projection as they are."""
 
 
 class Family:
@@ -66,33 +71,13 @@ class Family:
         """The attention's result as its own forward returns it."""
         return out
 
-    @staticmethod
-    def packed(attention: Any, x: Tensor) -> Tensor | None:
-        """q, k and v of all tokens side by side, as one projection makes them; None where something comes between."""
-        plain = exact(attention.q_norm, nn.Identity) and exact(attention.k_norm, nn.Identity)
-        return attention.qkv(x) if plain else None
+    packed = staticmethod(packed)
+    project = staticmethod(project)
 
     @staticmethod
     def heads(attention: Any, x: Tensor, rows: int | None, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q ``(B, H, rows, D)`` of the first rows (all for None), k and v ``(B, H, N, D)`` of all."""
-        H, wide = attention.num_heads, attention.num_heads * attention.head_dim
-        deep = H * getattr(attention, "v_head_dim", attention.head_dim)
-        if rows is None or not exact(attention.qkv, nn.Linear):
-            q, k, v = attention.qkv(x).split((wide, wide, deep), dim=-1)
-        else:
-            weight, bias = attention.qkv.weight, attention.qkv.bias
-            q = F.linear(x[:, :rows], weight[:wide], None if bias is None else bias[:wide])
-            k, v = F.linear(x, weight[wide:], None if bias is None else bias[wide:]).split((wide, deep), dim=-1)
-        q, k, v = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in (q[:, :rows], k, v))
-        return attention.q_norm(q).to(v.dtype), attention.k_norm(k).to(v.dtype), v
-
-    @staticmethod
-    def project(attention: Any, x: Tensor, out: Tensor) -> Tensor:
-        """The heads' result ``(B, n, C)`` to the attention's; x are the tokens it was made from."""
-        out = attention.norm(out) if getattr(attention, "norm", None) is not None else out
-        if getattr(attention, "gate", None) is not None:
-            out = out * attention.gate(x).sigmoid()
-        return attention.proj_drop(attention.proj(out))
+        return heads_of(attention, x, rows)
 
     @staticmethod
     def after_attention(block: Any, y: Tensor) -> Tensor:
@@ -114,14 +99,11 @@ class Eva(Family):
     )
     parts = ("gamma_1", "drop_path1", "mlp", "gamma_2", "drop_path2")
     projections = ("qkv", "q_proj", "k_proj", "v_proj", "proj", "num_prefix_tokens")
+    packed = staticmethod(_apart)
 
     @staticmethod
     def call(attention: Any, x: Tensor, rope: Tensor | None, **ask: Any) -> Tensor:
         return attention(x, rope=rope, **ask)
-
-    @staticmethod
-    def packed(attention: Any, x: Tensor) -> Tensor | None:
-        return None
 
     @staticmethod
     def heads(attention: Any, x: Tensor, rows: int | None, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +116,7 @@ class Eva(Family):
             apart = attention.qkv_bias_separate
             qkv = attention.qkv(x) + bias if apart else F.linear(x, attention.qkv.weight, bias)
             q, k, v = qkv.chunk(3, dim=-1)
-        q, k, v = (t.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for t in (q[:, :rows], k, v))
+        q, k, v = (split_heads(t, width=attention.head_dim) for t in (q[:, :rows], k, v))
         q, k = attention.q_norm(q), attention.k_norm(k)
         if rope is not None:
             q, k = (_rotated(attention, t, rope) for t in (q, k))
@@ -164,6 +146,7 @@ class Clip(Family):
     )
     parts: tuple[str, ...] = ("mlp",)
     projections = ("q_proj", "k_proj", "v_proj", "out_proj", "head_dim")
+    packed = staticmethod(_apart)
 
     @staticmethod
     def call(attention: Any, x: Tensor, rope: Tensor | None, **ask: Any) -> Tensor:
@@ -178,18 +161,14 @@ class Clip(Family):
         return out, None
 
     @staticmethod
-    def packed(attention: Any, x: Tensor) -> Tensor | None:
-        return None
-
-    @staticmethod
     def heads(attention: Any, x: Tensor, rows: int | None, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = attention.q_proj(x[:, :rows]), attention.k_proj(x), attention.v_proj(x)
-        q, k, v = (t.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for t in (q, k, v))
-        return q, k, v
+        width = attention.head_dim
+        return split_heads(q, width=width), split_heads(k, width=width), split_heads(v, width=width)
 
     @staticmethod
     def project(attention: Any, x: Tensor, out: Tensor) -> Tensor:
-        return attention.out_proj(out)
+        return attention.out_proj(merge_heads(out))
 
     @staticmethod
     def after_attention(block: Any, y: Tensor) -> Tensor:
@@ -215,7 +194,7 @@ class HfViT(Clip):
 
     @staticmethod
     def project(attention: Any, x: Tensor, out: Tensor) -> Tensor:
-        return attention.o_proj(out)
+        return attention.o_proj(merge_heads(out))
 
     @staticmethod
     def after_attention(block: Any, y: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Site:
         dim: C.
         rope: whether it has rotary positions.
         grid: rows and columns of patches, None where images may have others; ``patches`` are as many.
+        img_size: height and width of the images, None where the model does not say.
         embedding: the module that makes the patch tokens.
         taken: the blocks behind which the model takes its tokens, mostly the last; -1 is before the first.
 
@@ -67,9 +68,11 @@ class Site:
         self.embedding: Any = owner.patch_embed if self.timm else owner.embeddings
         self.rope = self.families[0] is Eva and getattr(owner, "rope", None) is not None
         self.grid: tuple[int, int] | None = None
+        self.img_size: tuple[int, int] | None
         if self.timm:
             self.prefix, self.dim = owner.num_prefix_tokens, owner.embed_dim
             self.has_class = owner.cls_token is not None
+            self.img_size = owner.patch_embed.img_size
             if not getattr(owner, "dynamic_img_size", False) and owner.patch_embed.grid_size is not None:
                 self.grid = tuple(owner.patch_embed.grid_size)
         else:
@@ -77,7 +80,8 @@ class Site:
             self.has_class = hasattr(embeddings, "cls_token") or hasattr(embeddings, "class_embedding")
             self.prefix, self.dim = int(self.has_class), owner.config.hidden_size
             size = getattr(embeddings, "patch_embeddings", embeddings).image_size
-            self.grid = grid_of(embeddings, *((size, size) if isinstance(size, int) else size))
+            self.img_size = (size, size) if isinstance(size, int) else size
+            self.grid = grid_of(embeddings, *self.img_size)
         self.patches = None if self.grid is None else self.grid[0] * self.grid[1]
         #: the modules around the vision transformer, and the innermost of them with a prompt that has places for images
         self._around = _around(model, self.path)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .engine import Flow, Record, Step, grid_of, plain_of
+from .engine import Flow, Record, Step, grid_of, plain_of, tokens_of
 from .site import Site
 
 
@@ -68,6 +68,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def patches_behind(site: Site) -> Iterator[list[Tensor]]:
+    """The patch tokens behind every block of a model, patched or not, of a run within, as the next block has them:
+    where a part of that one (`Method.entry`) changes them first, those behind it.
+    """
+    outputs: list[Tensor] = []
+    patch = getattr(site.owner, "tokenops_patch", None)
+    entry = None if patch is None else patch.method.entry
+
+    def behind(module: nn.Module, inputs: Any, output: Any) -> None:
+        outputs.append(tokens_of(output)[:, site.prefix :])
+
+    def entered(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if outputs:
+            outputs[-1] = output[:, site.prefix :]
+
+    parts = [getattr(block, entry) for block in site.blocks if entry is not None and hasattr(block, entry)]
+    handles = [block.register_forward_hook(behind) for block in site.blocks]
+    handles += [part.register_forward_hook(entered) for part in parts]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Recorder(nn.Module):

@@ -1,8 +1,9 @@
 """Batches that depend on the seed, the epoch and their number alone: not on workers, interruptions or processes."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -102,20 +103,22 @@ class TrainBatches:
 
     A DataLoader that shuffles or keeps the order is made anew, with `Batches` and a `Reproducible` data set. Anything
     else with a length (a loader with a sampler of its own, a list of batches) is iterated over as it is, from the
-    beginning, and must itself give every process its share; its ``sampler.set_epoch`` or ``set_epoch`` is called.
+    beginning, and must itself give every process its share; its ``sampler.set_epoch`` or ``set_epoch`` is called. So is
+    a stream, which has none, over and over again.
 
     Args:
         loader: the loader, or the list.
         seed: of order and augmentation.
         process, processes: which of how many.
+        stream: batches of an epoch of what has no length.
 
     Raises:
-        TypeError: the loader has no length.
+        TypeError: the loader has no length, and ``stream`` is not given.
         ValueError: there is no batch.
     """
 
-    def __init__(self, loader: Any, seed: int, process: int, processes: int) -> None:
-        self.loader, self.batches = loader, None
+    def __init__(self, loader: Any, seed: int, process: int, processes: int, stream: int | None = None) -> None:
+        self.loader, self.batches, self.endless = loader, None, False
         self.dataset: Any = getattr(loader, "dataset", None)
         if isinstance(loader, DataLoader) and _known(loader):
             shuffle = isinstance(loader.sampler, RandomSampler)
@@ -128,9 +131,14 @@ class TrainBatches:
             self.loader = DataLoader(
                 self.items, batch_sampler=self.batches, generator=self.generator, **_options(loader)
             )
-        elif not hasattr(loader, "__len__"):
-            raise TypeError(f"train_loader: {type(loader).__name__} has no length, so nothing can be scheduled")
-        self.steps = len(self.loader)
+        try:
+            self.steps = len(self.loader)
+        except TypeError:  # also of a DataLoader whose data set is a stream
+            if stream is None:
+                raise TypeError(
+                    f"train_loader: {type(loader).__name__} has no length, so steps must say how many batches there are"
+                ) from None
+            self.steps, self.endless = stream, True
         if not self.steps:
             raise ValueError("train_loader has no batch")
 
@@ -153,11 +161,21 @@ class TrainBatches:
             owner: Any = getattr(self.loader, name, None) if name else self.loader
             if hasattr(owner, "set_epoch"):
                 owner.set_epoch(epoch)
-        iterator = iter(self.loader)
+        iterator = iter(self.loader) if not self.endless else islice(_again_and_again(self.loader), self.steps)
         for _ in range(first):
             next(iterator)
         ready()
         yield from iterator
+
+
+def _again_and_again(stream: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in stream:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("train_loader has no batch any more: give a DataLoader or a list, not an iterator")
 
 
 def eval_batches(loader: Any, process: int, processes: int) -> Any:

@@ -1,18 +1,16 @@
 """Objectives whose teacher is looked into: SiT's feature recalibration and DPS-ViT's ranking of patches."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..methods.patch_slimming.dynamic import TokenScorer, ranking_loss, scored, teacher_lifespans
+from ..methods.patch_slimming.dynamic import ranking_loss, scored, scorer_of, teacher_lifespans
 from ..nn import ReverseTokenSlimming
-from ..patching.engine import tokens_of
-from ..patching.views import evaluating
-from .objectives import Metrics, Objective, decay_groups, logits_of, parameters_to_train
+from ..patching.site import Site
+from ..patching.views import evaluating, patches_behind
+from .objectives import Metrics, Objective, logits_of
 
 #: how much faster than everything else reverse modules learn
 RTSM_LR_SCALE = 5.0
@@ -30,8 +28,9 @@ class FeatureRecalibration(Objective):
     zeros as images, and are trained and saved with the objective: ``rtsm``, under the published names.
 
     Args:
-        model: a vision transformer whose blocks leave a fixed number of tokens, as "sit" does.
-        teacher: a dense vision transformer of the same depth and width.
+        model: a vision transformer that `tokenops.apply_patch` takes, whose blocks leave a fixed number of tokens, as
+            "sit" does.
+        teacher: a dense one of the same depth and width.
         smoothing: of labels.
         temperature: :math:`\tau`.
         token_weight, logits_weight, hard_weight: of the last three terms.
@@ -40,6 +39,7 @@ class FeatureRecalibration(Objective):
         img_size: of the images, for the run; the model's own if not given.
 
     Raises:
+        TypeError: one of the two is another model.
         ValueError: depths or widths differ, or a block's tokens are more than the teacher's.
 
     Source: Zong et al., Self-slimmed Vision Transformer (ECCV 2022), section 3.3, and its published code.
@@ -64,18 +64,21 @@ class FeatureRecalibration(Objective):
         self.weights = (token_weight, logits_weight, hard_weight)
         if cnn_teacher is not None and hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)  # type: ignore[operator]
-        self._fit_to(_size_of(model) if img_size is None else img_size)
+        self._sites = Site(model), Site(teacher)
+        size = self._sites[0].img_size if img_size is None else img_size
+        if size is None:
+            raise ValueError(f"img_size must be given: {type(model).__name__} does not say what images it takes")
+        self._fit_to((size, size) if isinstance(size, int) else tuple(size))
 
     @torch.no_grad()
-    def _fit_to(self, img_size: int | tuple[int, int]) -> None:
+    def _fit_to(self, size: tuple[int, ...]) -> None:
         """Make the reverse modules, and check the widths."""
-        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         first = next(self.model.parameters())
         images = torch.zeros(1, _channels_of(self.model), *size, device=first.device, dtype=first.dtype)
         self._teachers[0].to(first.device)
         with evaluating(self.model):
-            _, ours = block_tokens(self.model, images)
-        _, theirs = block_tokens(self._teachers[0], images)
+            ours = self._run(0, images)[1]
+        theirs = self._run(1, images)[1]
         if len(ours) != len(theirs):
             raise ValueError(f"teacher has {len(theirs)} blocks, but the model has {len(ours)}")
         reverse: list[nn.Module] = []
@@ -92,11 +95,18 @@ class FeatureRecalibration(Objective):
             reverse.append(nn.Identity() if same else ReverseTokenSlimming(*sizes))
         self.rtsm = nn.ModuleList(reverse).to(first.device, first.dtype)
 
+    def _run(self, which: int, images: Tensor) -> tuple[Any, list[Tensor]]:
+        """What the model (0) or its teacher (1) returns, and the patch tokens behind every block."""
+        site = self._sites[which]
+        with patches_behind(site) as tokens:
+            return site.model(images), tokens
+
     def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
+        self._teachers[0].eval()
         with torch.no_grad():
-            output, theirs = block_tokens(self._teachers[0].eval(), images)
+            output, theirs = self._run(1, images)
             expected = logits_of(output)
-        output, ours = block_tokens(self.model, images)
+        output, ours = self._run(0, images)
         logits = logits_of(output)
         ours = [reverse(tokens) for reverse, tokens in zip(self.rtsm, ours)]
         token_weight, logits_weight, hard_weight = self.weights
@@ -115,10 +125,8 @@ class FeatureRecalibration(Objective):
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """As published: reverse modules learn five times as fast and decay whole, biases and norms too."""
-        reverse = {id(p): p for m in self.modules() if isinstance(m, ReverseTokenSlimming) for p in m.parameters()}
-        others = [p for p in parameters_to_train(self.model) if id(p) not in reverse]
-        group = {"params": list(reverse.values()), "lr": RTSM_LR_SCALE * lr, "lr_scale": RTSM_LR_SCALE}
-        return [*decay_groups(self.model, others, lr, weight_decay), {**group, "weight_decay": weight_decay}]
+        group = {"params": list(self.rtsm.parameters()), "lr": RTSM_LR_SCALE * lr, "lr_scale": RTSM_LR_SCALE}
+        return [*super().parameter_groups(lr, weight_decay), {**group, "weight_decay": weight_decay}]
 
 
 class PatchRanking(Objective):
@@ -136,8 +144,7 @@ class PatchRanking(Objective):
 
     def __init__(self, model: nn.Module, teacher: nn.Module, smoothing: float = 0.0, ranking: float = 1.0) -> None:
         super().__init__(model, smoothing, [teacher])
-        if not any(isinstance(module, TokenScorer) for module in model.modules()):
-            raise TypeError(f"{type(model).__name__} has no scorer: the model must be patched with 'dps'")
+        scorer_of(model)
         self.ranking = ranking
 
     def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
@@ -147,64 +154,6 @@ class PatchRanking(Objective):
         counts = model.tokenops_patch.method.counts
         ranks = ranking_loss(scores, teacher_lifespans(self._teachers[0].eval(), images, counts))
         return cls + self.ranking * ranks, {"cls": cls.detach(), "ranking": ranks.detach()}
-
-
-def block_tokens(model: Any, images: Tensor) -> tuple[Any, list[Tensor]]:
-    """What the model returns, and the patch tokens ``(B, M, C)`` behind every block, as the next block gets them."""
-    blocks, prefix = blocks_of(model), prefix_of(model)
-    with captured(blocks) as tokens:
-        output = model(images)
-    return output, [x[:, prefix:] for x in tokens]
-
-
-@contextmanager
-def captured(blocks: Any) -> Iterator[list[Tensor]]:
-    """The outputs of blocks, in the order of calls, while it lasts; of slimmed ones what the slimming made of them."""
-    outputs: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-        outputs.append(tokens_of(output))
-
-    def slimmed(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if outputs:
-            outputs[-1] = output
-
-    handles = [block.register_forward_hook(keep) for block in blocks]
-    handles += [block.slimming.register_forward_hook(slimmed) for block in blocks if hasattr(block, "slimming")]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def blocks_of(model: nn.Module) -> Any:
-    """The transformer's blocks: ``model.blocks``, or of any other model its longest list of modules of one class."""
-    blocks: Any = getattr(model, "blocks", None)
-    if blocks is not None:
-        return blocks
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
-    if not lists:
-        raise TypeError(f"{type(model).__name__} has no list of blocks")
-    return max(lists, key=len)
-
-
-def prefix_of(model: Any) -> int:
-    """How many tokens stand before the patches."""
-    found = getattr(model, "num_prefix_tokens", None)
-    if found is None:  # of Hugging Face
-        found = sum(m.cls_token is not None for m in model.modules() if hasattr(m, "cls_token"))
-        found = found or sum(hasattr(m, "class_embedding") for m in model.modules())
-    return int(found)
-
-
-def _size_of(model: Any) -> tuple[int, int]:
-    """Height and width of a model's images."""
-    for owner in (model, getattr(model, "patch_embed", None), getattr(model, "config", None)):
-        size = getattr(owner, "img_size", None) or getattr(owner, "image_size", None)
-        if size is not None:
-            return (size, size) if isinstance(size, int) else (size[0], size[1])
-    raise ValueError(f"img_size must be given: {type(model).__name__} does not say what images it takes")
 
 
 def _channels_of(model: nn.Module) -> int:

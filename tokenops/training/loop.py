@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -45,7 +46,8 @@ def fit(
     objective: Objective,
     train_loader: Any,
     *,
-    epochs: int,
+    epochs: int | None = None,
+    steps: int | None = None,
     lr: float,
     weight_decay: float = 0.05,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -61,7 +63,7 @@ def fit(
     resume: str | PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     tensorboard: bool = False,
-    progress: bool = True,
+    progress: bool | Callable[[int, Tensor], object] = True,
     seed: int = 0,
     device: str | None = None,
 ) -> History:
@@ -74,7 +76,9 @@ def fit(
         objective: what is trained, and with which loss; `objective.model` is another model behind CAIT's compaction.
         train_loader: a DataLoader of (images, target), whose order and augmentation then come from `seed`, epoch and
             index; or see `TrainBatches`. Its batch size is that of one process.
-        epochs: how many.
+        epochs: how many; or
+        steps: how many batches in all, the last epoch ending with them. What has no length (a stream) is gone through
+            again and again for one epoch of so many.
         lr: the highest learning rate.
         weight_decay, betas: AdamW's.
         warmup_epochs: of the linear warm-up.
@@ -90,7 +94,8 @@ def fit(
         resume: a checkpoint to go on from, or "auto": that of `output` if there is one.
         checkpoint_every: updates between checkpoints within an epoch; there is one behind every epoch.
         tensorboard: log for TensorBoard, too, in `output`.
-        progress: show a bar, where rich is installed, and a line an epoch.
+        progress: show a bar on a terminal, and a line an epoch; or call this behind every update, with its number from
+            0 and its loss in this process.
         seed: of everything random; a process adds its number for what it draws itself (dropped paths, mixup).
         device: "cpu" where a GPU is not to be used, else None.
 
@@ -98,12 +103,16 @@ def fit(
         The `History`.
 
     Raises:
-        ValueError: an argument is out of range, or the checkpoint is of another run.
+        ValueError: an argument is out of range, the checkpoint is of another run, or there are fewer updates than the
+            objective needs.
         FloatingPointError: the loss is not finite. The last checkpoint is from before.
         FileNotFoundError: there is no such checkpoint.
     """
+    if (epochs is None) == (steps is None):
+        raise ValueError(f"epochs={epochs} and steps={steps}, but one of them must be given, and not both")
     for name, value, least in (
         ("epochs", epochs, 1),
+        ("steps", steps, 1),
         ("accumulation", accumulation, 1),
         ("checkpoint_every", checkpoint_every, 1),
         ("warmup_epochs", warmup_epochs, 0),
@@ -128,14 +137,17 @@ def fit(
     if amp == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("amp='fp16' needs a GPU: on a CPU it must be 'no' or 'bf16'")
     checkpoint.seed_everything(seed, accelerator.process_index)
-    batches = TrainBatches(train_loader, seed, accelerator.process_index, accelerator.num_processes)
+    batches = TrainBatches(train_loader, seed, accelerator.process_index, accelerator.num_processes, steps)
+    total = batches.steps * epochs if epochs is not None else steps or 0
+    whole, rest = divmod(total, batches.steps)
+    objective.planned(whole * -(-batches.steps // accumulation) - (-rest // accumulation))
     if mixup is not None and batches.odd:
         raise ValueError("mixup takes even batches: train_loader needs an even batch_size and drop_last=True")
     folder = None if output is None else Path(output)
     source = checkpoint.where(resume, folder)
     run = _Run(objective, accelerator, batches, amp)
     run.rates = (lr, weight_decay, betas)
-    run.plan = (epochs, warmup_epochs, min_lr, accumulation, clip)
+    run.plan = (total / batches.steps, warmup_epochs, min_lr, accumulation, clip)
     run.ema_decay, run.mixup, run.eval_loader, run.output, run.seed = ema, mixup, eval_loader, folder, seed
     run.every = checkpoint_every
     state = None if source is None else checkpoint.read(source)
@@ -155,7 +167,7 @@ class _Run:
     """What `fit` does, and where it is."""
 
     rates: tuple[float, float, tuple[float, float]]
-    plan: tuple[int, float, float, int, float | None]
+    plan: tuple[float, float, float, int, float | None]
     ema_decay: float | None
     every: int | None
     output: Path | None
@@ -191,7 +203,7 @@ class _Run:
             self.one_epoch(report)
             row = self.end_epoch()
             self.epoch, self.step, self.totals = self.epoch + 1, 0, Totals()
-            report.epoch(row, epochs, self.history)
+            report.epoch(row, math.ceil(epochs), self.history)
             self.save()
         self.accelerator.wait_for_everyone()
         self.history.seconds += time.perf_counter() - self.started
@@ -199,25 +211,28 @@ class _Run:
 
     def one_epoch(self, report: Report) -> None:
         epochs, _, _, accumulation, _ = self.plan
+        last = round(min(1.0, epochs - self.epoch) * self.batches.steps)
         self.objective.train()
-        self.objective.begin_epoch(self.epoch, epochs)
+        self.objective.begin_epoch(self.epoch, math.ceil(epochs))
         if self.ema is not None:
             for name, value in self.objective.mode.items():
                 setattr(self.ema.module, name, value)
         batches = self.batches.epoch(self.epoch, self.step, self._set_random_state)
+        before = self.epoch * -(-self.batches.steps // accumulation)
         updates = 0
-        while group := list(islice(batches, accumulation)):
-            self.update(group)
+        while group := list(islice(batches, min(accumulation, max(last - self.step, 0)))):
+            loss = self.update(group)
             self.step += len(group)
             updates += 1
             done = (self.epoch + self.step / self.batches.steps) / epochs
-            report.advance(self.epoch, epochs, done, self.totals)
-            if self.every and self.step < self.batches.steps and updates % self.every == 0:
+            number = before - (-self.step // accumulation) - 1
+            report.advance(f"epoch {self.epoch + 1}/{math.ceil(epochs)}", done, number, loss)
+            if self.every and self.step < last and updates % self.every == 0:
                 self.save()
 
-    def update(self, group: list[Any]) -> None:
-        """One step of the optimizers, with the mean of the batches' gradients."""
-        clip = self.plan[4]
+    def update(self, group: list[Any]) -> Tensor:
+        """One step of the optimizers, with the mean of the batches' gradients; returns that of their losses."""
+        clip, mean = self.plan[4], torch.zeros((), device=self.device)
         for i, batch in enumerate(group):
             images, target = moved(batch, self.device)
             if self.mixup is not None:
@@ -228,6 +243,7 @@ class _Run:
                     loss, parts = self.wrapped(images, target)
                 self.scaler.scale(loss / len(group)).backward()
             self.totals.add({"loss": loss.detach(), **parts}, len(images))
+            mean += loss.detach() / len(group)
         self.set_learning_rates(self.step + len(group))
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
@@ -242,6 +258,7 @@ class _Run:
             self.prepare()
         elif self.ema is not None:
             self.ema.update(self.objective.model)
+        return mean
 
     def set_learning_rates(self, batches: int) -> None:
         """Of the update behind which so many of the epoch's batches are done."""
@@ -372,7 +389,7 @@ class _Run:
             self.random = None
 
 
-def learning_rate(epoch: float, epochs: int, lr: float, warmup_epochs: float = 0, min_lr: float = 0.0) -> float:
+def learning_rate(epoch: float, epochs: float, lr: float, warmup_epochs: float = 0, min_lr: float = 0.0) -> float:
     r"""Linear from 0 to ``lr`` in the warm-up, then a cosine to ``min_lr``; epochs may be fractions.
 
     >>> [round(learning_rate(e, 12, 1.0, warmup_epochs=2), 2) for e in (0, 1, 2, 7, 12)]

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..methods.cait.losses import distillation_loss
 from ..methods.cait.pruning import parameters_to_train
-from ..methods.cait.training import distillation_loss
 from ..methods.evit import keep_rate_at
 from ..methods.evo_levit import evo_levit_loss
 from ..methods.evo_vit import evo_vit_loss, stage_wise_at
@@ -47,6 +47,9 @@ class Objective(nn.Module):
             target: int64 classes ``(B,)``, or probabilities ``(B, num_classes)``.
         """
         raise NotImplementedError
+
+    def planned(self, updates: int) -> None:
+        """To be called before a training of so many updates; ValueError where a schedule needs more of them."""
 
     def begin_epoch(self, epoch: float, epochs: int) -> None:
         """To be called at the beginning of epoch ``epoch`` (from 0) of ``epochs``: what has a schedule follows it."""
@@ -252,10 +255,12 @@ class SlowFast(Objective):
             raise TypeError(
                 f"{type(model).__name__} has no stage_wise: it must be patched with 'evo_vit', or an EvoLeViT"
             )
-        if teacher is not None and not hasattr(model, "learn_tradeoff"):
+        #: what of the model follows the epochs; an EvoLeViT has the second, and heads of its own
+        self.modes = [name for name in ("stage_wise", "learn_tradeoff") if hasattr(model, name)]
+        if teacher is not None and len(self.modes) < 2:
             raise ValueError(f"teacher: {type(model).__name__} has no distillation heads, but an EvoLeViT has")
         self.norm_cls: Any = None
-        if not hasattr(model, "learn_tradeoff"):
+        if len(self.modes) < 2:
             whole: Any = model
             if getattr(whole, "global_pool", None) != "avg" or isinstance(whole.fc_norm, nn.Identity):
                 raise ValueError(
@@ -271,15 +276,12 @@ class SlowFast(Objective):
         return bool(self.model.stage_wise)
 
     def begin_epoch(self, epoch: float, epochs: int) -> None:
-        model: Any = self.model
-        model.stage_wise = stage_wise_at(epoch, epochs) or epoch + 1 >= epochs
-        if hasattr(model, "learn_tradeoff"):
-            model.learn_tradeoff = model.stage_wise
+        for name in self.modes:
+            setattr(self.model, name, stage_wise_at(epoch, epochs) or epoch + 1 >= epochs)
 
     @property
     def mode(self) -> dict[str, Any]:
-        names = [name for name in ("stage_wise", "learn_tradeoff") if hasattr(self.model, name)]
-        return {name: getattr(self.model, name) for name in names}
+        return {name: getattr(self.model, name) for name in self.modes}
 
     def forward(self, images: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
         if self.norm_cls is not None:

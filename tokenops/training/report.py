@@ -3,12 +3,15 @@
 import csv
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+from tqdm import tqdm
+
 from .checkpoint import write
-from .evaluation import Totals
 
 LOG = "log.csv"
 NAMED = 10  # images that could not be read, in a line
@@ -20,7 +23,7 @@ class Report:
     Args:
         output: the folder of the log, or None.
         main: whether this is the main process.
-        progress: whether there is a bar and a line.
+        progress: whether there is a bar and a line; or what to call behind every update.
         tensorboard: whether to log for it, too.
 
     Raises:
@@ -28,8 +31,11 @@ class Report:
         ValueError: ``tensorboard`` without ``output``.
     """
 
-    def __init__(self, output: Path | None, main: bool, progress: bool, tensorboard: bool) -> None:
-        self.output, self.main, self.progress = output, main, main and progress
+    def __init__(
+        self, output: Path | None, main: bool, progress: bool | Callable[[int, Tensor], object], tensorboard: bool
+    ) -> None:
+        self.call = progress if callable(progress) else None
+        self.output, self.main, self.progress = output, main, main and self.call is None and bool(progress)
         self.bar: Any = None
         self.writer: Any = None
         if tensorboard and output is None:
@@ -43,38 +49,28 @@ class Report:
 
     def __enter__(self) -> "Report":
         if self.progress:
-            try:
-                from rich.console import Console
-                from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-            except ImportError:
-                return self
-            console = Console(stderr=True)
-            if not console.is_terminal:
-                return self
-            parts = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-            self.bar = Progress(*parts, console=console, transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task("", total=1.0)
-            self.loss = ""
+            form = "{desc} |{bar}| {elapsed}<{remaining}"
+            self.bar = tqdm(total=1.0, disable=None, leave=False, bar_format=form)  # on a terminal
+        self.loss = ""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.bar is not None:
-            self.bar.stop()
+            self.bar.close()
         if self.writer is not None:
             self.writer.close()
 
     def line(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        tqdm.write(text, file=sys.stderr)
 
-    def advance(self, epoch: int, epochs: int, fraction: float, totals: Totals) -> None:
+    def advance(self, epoch: str, done: float, update: int, loss: Tensor) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, description=f"epoch {epoch + 1}/{epochs}{self.loss}", completed=fraction)
+            self.bar.set_description_str(f"{epoch}{self.loss}", refresh=False)
+            self.bar.update(done - self.bar.n)
+        if self.call is not None:
+            self.call(update, loss)
 
     def epoch(self, row: dict[str, float], epochs: int, history: Any) -> None:
         """A row is complete: the whole log is written anew, so that a resumed run has no row twice."""

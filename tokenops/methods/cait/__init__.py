@@ -1,8 +1,8 @@
 """CAIT: neighbouring tokens merged, channels pruned consistently; reconstructed from the published description.
 
-``tokenops.apply_patch(model, "cait")`` merges. Of a `prunable` model a `ChannelPruner` (or a `CompactorPruner`) chooses
-channels while it trains, `compact` takes them out, `compress` does it all; `save_compressed` and `load_compressed` keep
-the result, `SegmentationModel` builds on it. No code or weights were published: Wang et al., CAIT (arXiv 2309.15755).
+``tokenops.apply_patch(model, "cait")`` merges. Of a `prunable` model a `ChannelPruner` chooses channels while it
+trains, `compact` takes them out, `tokenops.training.Pruned` does both; `save_compressed` and `load_compressed` keep the
+result, `SegmentationModel` builds on it. No code or weights were published: Wang et al., CAIT (arXiv 2309.15755).
 timm's own ``cait_*`` models are another method, CaiT.
 
 >>> import timm, tokenops, torch
@@ -14,8 +14,8 @@ timm's own ``cait_*`` models are another method, CaiT.
 
 from .blocks import Mlp, prunable
 from .compact import compact
-from .compactors import CompactorPruner, rotate_heads
 from .costs import ChannelCosts, latency_costs, mac_costs
+from .losses import distillation_loss, merge_token_labels
 from .merging import CAIT, unmerge_tokens
 from .pruning import ChannelPruner, parameters_to_train
 from .segmentation import SegmentationModel, confusion, feature_maps, mean_iou
@@ -30,20 +30,17 @@ from .structure import (
     token_counts,
     uniform_structure,
 )
-from .training import compress, distillation_loss, merge_token_labels
 
 __all__ = [
     "CAIT",
     "ChannelCosts",
     "ChannelPruner",
-    "CompactorPruner",
     "Merge",
     "Mlp",
     "SegmentationModel",
     "Structure",
     "Widths",
     "compact",
-    "compress",
     "confusion",
     "distillation_loss",
     "feature_maps",
@@ -56,7 +53,6 @@ __all__ = [
     "parameters_to_train",
     "prunable",
     "restructure",
-    "rotate_heads",
     "save_compressed",
     "token_counts",
     "uniform_structure",

@@ -7,7 +7,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ...nn import Attention
+from ...nn.attention import part_of
 from ...patching.engine import dress_as, plain_of
+
+#: where a block has the soft masks of its channels, by their kind: of q and k, of v, and of the MLP's hidden ones
+MASKS = {"qk": ("attn", "qk_mask"), "v": ("attn", "v_mask"), "hidden": ("mlp", "mask")}
 
 
 class Mlp(TimmMlp):
@@ -51,6 +55,29 @@ def project(mlp: Any, h: Tensor) -> Tensor:
     """Hidden channels ``(B, N, F)``, masked where the MLP has a mask, to its result ``(B, N, C)``."""
     mask = getattr(mlp, "mask", None)
     return mlp.drop2(mlp.fc2(h if mask is None else h * mask.to(h.dtype)))
+
+
+def compact_mlp(mlp: Mlp) -> None:
+    """Take an MLP's masked hidden channels out of it, in place; ``mask`` is None then.
+
+    Raises:
+        ValueError: no channel is left, or a norm runs over them.
+    """
+    if mlp.mask is None:
+        return
+    mask = mlp.mask.detach()
+    rows = mask.nonzero()[:, 0]
+    if not len(rows):
+        raise ValueError("the MLP's mask keeps no hidden channel")
+    keep_hidden(mlp, rows, mask[rows])
+    mlp.mask = None
+
+
+def keep_hidden(mlp: Any, rows: Tensor, factors: Tensor | None = None) -> None:
+    """Leave an MLP some hidden channels, each times its factor, in place; ValueError where a norm runs over all."""
+    if len(rows) < mlp.fc1.out_features and not isinstance(mlp.norm, nn.Identity):
+        raise ValueError("channels would be taken out of the MLP's norm over all of them")
+    mlp.fc1, mlp.fc2 = part_of(mlp.fc1, rows), part_of(mlp.fc2, rows, factors, inputs=True)
 
 
 def prunable(model: Any) -> Any:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ...nn import Attention
-from .blocks import Mlp, blocks_of
+from ...patching.views import evaluating
+from .blocks import MASKS, Mlp, blocks_of
 from .structure import macs, token_counts
 
 #: what is pruned: channels of q and k, channels of v with the output projection's, hidden channels of the MLP
-KINDS = ("qk", "v", "hidden")
+KINDS = tuple(MASKS)
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,8 @@ def latency_costs(model: Any, batch_size: int = 8, *, seconds: float = 0.2) -> C
             rows.append(found[key])
         conv = next(module for module in model.patch_embed.modules() if isinstance(module, nn.Conv2d))
         images = conv.weight.new_zeros(batch_size, conv.in_channels, *model.patch_embed.img_size)
-        modes = [(module, module.training) for module in model.modules()]
-        total = _microseconds(model.eval(), images, seconds)
-        for module, mode in modes:
-            module.training = mode
+        with evaluating(model):
+            total = _microseconds(model, images, seconds)
         channels = sum(
             heads * width * cost
             for counts, row in zip(channel_counts(model), rows)
@@ -177,7 +176,6 @@ def choose_channels(
     multiples: Sequence[int],
     budget: float,
     *,
-    per_cost: bool = True,
     same_channels: bool = False,
 ) -> list[Tensor]:
     """Which channels stay: as many in every head, the best by score over cost, jointly over all layers.
@@ -190,7 +188,6 @@ def choose_channels(
         costs: for every layer, of one channel of one head.
         multiples: for every layer, groups in a unit. Where they do not divide D the last unit is smaller.
         budget: what the channels that stay may cost together.
-        per_cost: False ranks by the mean score alone.
         same_channels: all heads keep the same channels, ranked by their sum over the heads.
 
     Returns:
@@ -214,7 +211,7 @@ def choose_channels(
         density = math.inf
         for rank, unit in enumerate(ranked.values.sum(0).split(multiple)):
             channels = len(score) * len(unit)
-            density = min(density, unit.sum().item() / channels / (cost if per_cost else 1))  # min: against rounding
+            density = min(density, unit.sum().item() / channels / cost)  # min: against rounding
             if rank > 0:
                 units.append((density, -rank, layer, len(unit), channels * cost))
         orders.append(ranked.indices)

@@ -1,7 +1,6 @@
 """Channel pruning while training: masks by gated Taylor scores, the same count in every head, down to a budget."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,13 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .blocks import blocks_of
+from .blocks import MASKS, blocks_of
 from .costs import KINDS, ChannelCosts, channel_counts, choose_channels, cubic_keep, latency_costs, mac_costs
 
 #: what the kept channels of a head (of an MLP) are multiples of: what the kernels' matrix units take
 MULTIPLES = {"qk": 16, "v": 8, "hidden": 64}
-
-_MASKS = {"qk": ("attn", "qk_mask"), "v": ("attn", "v_mask"), "hidden": ("mlp", "mask")}
 
 
 class PrunedBlock(NamedTuple):
@@ -44,153 +41,14 @@ class Layer:
 
     @property
     def mask(self) -> Any:
-        return getattr(self.owner, _MASKS[self.kind][1])
+        return getattr(self.owner, MASKS[self.kind][1])
 
     @mask.setter
     def mask(self, value: Any) -> None:
-        setattr(self.owner, _MASKS[self.kind][1], value)
+        setattr(self.owner, MASKS[self.kind][1], value)
 
 
-class BudgetPruner(ABC):
-    """What both pruners share: which channels there are, the schedule of the budget, the choice, the report.
-
-    Attributes:
-        layers: what is pruned.
-        counts: for every block (heads, channels a head) of every kind, unpruned.
-        kept: for every layer the channels that stay now, ``(H, D)`` bool on the CPU.
-        costs: what the channels cost.
-        budget: what the model may cost at the end.
-        steps_done: how often :meth:`step` was called.
-        frozen: whether the choice is final.
-    """
-
-    per_cost = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        target: float,
-        *,
-        steps: tuple[int, int],
-        costs: str | ChannelCosts = "macs",
-        every: int = 200,
-        multiples: Mapping[str, int] | None = None,
-        same_channels: bool = False,
-        kinds: Sequence[str] = KINDS,
-    ) -> None:
-        first, last = steps
-        multiples = {**MULTIPLES, **(multiples or {})}
-        _check(target, first, last, every, multiples, kinds)
-        self.model, self.steps, self.every, self.same_channels = model, (first, last), every, same_channels
-        self.costs = found = self._costs(model, costs)
-        self.counts = channel_counts(model)
-        self.layers = []
-        for i, (block, counts) in enumerate(zip(blocks_of(model), self.counts)):
-            for kind in (kind for kind in KINDS if kind in kinds):
-                heads, width = counts[kind]
-                owner = getattr(block, _MASKS[kind][0])
-                if width:
-                    _check_prunable(i, kind, owner)
-                    layer = Layer(i, kind, owner, heads, width, getattr(found, kind)[i], multiples[kind])
-                    self.layers.append(layer)
-        if not self.layers:
-            raise ValueError(f"kinds={kinds!r}, but the model has no such channels: its MLPs are not timm's")
-        self.kept = [torch.ones(layer.heads, layer.width, dtype=torch.bool) for layer in self.layers]
-        self.budget = target * found.total if target <= 1 else float(target)
-        least = self.cost - sum(
-            layer.heads * max(0, layer.width - layer.multiple) * layer.cost for layer in self.layers
-        )
-        if self.budget < least:
-            raise ValueError(
-                f"target={target}: that is {self.budget:.6g} {found.unit}, but with one unit of each kind in every"
-                f" block the model still costs {least:.6g} of {found.total:.6g}"
-            )
-        self.steps_done, self.frozen = 0, False
-
-    @abstractmethod
-    def step(self) -> bool:
-        """To be called behind ``loss.backward()``: whether the choice was made anew."""
-
-    @abstractmethod
-    def freeze(self) -> None:
-        """Make the choice final as it is; :func:`compact` comes next."""
-
-    @staticmethod
-    def _costs(model, costs):
-        if isinstance(costs, ChannelCosts):
-            depth = len(blocks_of(model))
-            for kind in KINDS:
-                if len(getattr(costs, kind)) != depth:
-                    raise ValueError(f"costs: {kind} has {len(getattr(costs, kind))} blocks, but the model {depth}")
-            return costs
-        if costs not in ("macs", "latency"):
-            raise ValueError(f"costs={costs!r}, but it must be 'macs', 'latency' or ChannelCosts")
-        return mac_costs(model) if costs == "macs" else latency_costs(model)
-
-    @property
-    def cost(self) -> float:
-        """What the model costs with the channels that stay now."""
-        gone = sum(layer.cost * int((~kept).sum()) for layer, kept in zip(self.layers, self.kept))
-        return self.costs.total - gone
-
-    def report(self) -> list[PrunedBlock]:
-        """For every block what is kept: its channels a head and their cost."""
-        rows = []
-        for i, counts in enumerate(self.counts):
-            prices = {kind: getattr(self.costs, kind)[i] for kind in KINDS}
-            now = {kind: width for kind, (_, width) in counts.items()}
-            for layer, kept in zip(self.layers, self.kept):
-                if layer.block == i:
-                    now[layer.kind] = int(kept[0].sum())
-            cost, dense = (
-                sum(counts[kind][0] * widths[kind] * prices[kind] for kind in KINDS)
-                for widths in (now, {kind: width for kind, (_, width) in counts.items()})
-            )
-            rows.append(PrunedBlock(i, now["qk"], now["v"], now["hidden"], cost, dense))
-        return rows
-
-    def _advance(self, scores: Any) -> bool:
-        """One step of the schedule: whether the choice was made anew, from ``scores()``."""
-        self.steps_done += 1
-        t, (first, last) = self.steps_done, self.steps
-        if not (first <= t <= last and (t % self.every == 0 or t == last)):
-            return False
-        total = self.costs.total
-        allowed = max(self.budget, total * cubic_keep(t, first, last, min(1.0, self.budget / total)))  # max: rounding
-        fixed = total - sum(layer.heads * layer.width * layer.cost for layer in self.layers)
-        self.kept = choose_channels(
-            scores(),
-            [layer.cost for layer in self.layers],
-            [layer.multiple for layer in self.layers],
-            allowed - fixed,
-            per_cost=self.per_cost,
-            same_channels=self.same_channels,
-        )
-        return True
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a later run needs to go on as this one would have."""
-        return {"steps_done": self.steps_done, "frozen": self.frozen, "kept": _flat(self.kept)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another pruner of the same model and options was.
-
-        Raises:
-            ValueError: the state is another model's.
-        """
-        size = sum(kept.numel() for kept in self.kept)
-        if len(state["kept"]) != size:
-            raise ValueError(f"the state is of {len(state['kept'])} channels, but this model has {size} to prune")
-        self.steps_done, self.frozen = state["steps_done"], state["frozen"]
-        self.kept = [part.bool().cpu() for part in self._parts(state["kept"])]
-
-    def _parts(self, flat):
-        """One flat vector to a tensor (H, D) for every layer."""
-        sizes = [layer.heads * layer.width for layer in self.layers]
-        return [part.reshape(layer.heads, -1) for part, layer in zip(flat.split(sizes), self.layers)]
-
-
-class ChannelPruner(BudgetPruner):
+class ChannelPruner:
     r"""Prunes channels of attention and MLPs while a model trains, by gated Taylor scores.
 
     It is CAIT's CDCP, reconstructed: only its ideas are published (one mask for q and k, heads of equal width, channels
@@ -219,6 +77,14 @@ class ChannelPruner(BudgetPruner):
         multiples: what kept channels are multiples of: ``{"qk": 16, "v": 8, "hidden": 64}``, or other values for some.
         same_channels: all heads keep the same channels, instead of the same number.
         kinds: what is pruned, of "qk", "v" and "hidden".
+
+    Attributes:
+        layers: what is pruned.
+        counts: for every block (heads, channels a head) of every kind, unpruned.
+        kept: for every layer the channels that stay now, ``(H, D)`` bool on the CPU.
+        budget: what the model may cost at the end.
+        steps_done: how often :meth:`step` was called.
+        frozen: whether the choice is final.
 
     Raises:
         TypeError: the model is not prunable.
@@ -254,9 +120,34 @@ class ChannelPruner(BudgetPruner):
     ) -> None:
         if not 0 <= beta < 1:
             raise ValueError(f"beta={beta}, but it must be at least 0 and below 1")
-        shared: Any = dict(steps=steps, costs=costs, every=every, multiples=multiples)
-        super().__init__(model, target, same_channels=same_channels, kinds=kinds, **shared)
-        self.beta = beta
+        first, last = steps
+        multiples = {**MULTIPLES, **(multiples or {})}
+        _check(target, first, last, every, multiples, kinds)
+        self.model, self.steps, self.every, self.same_channels = model, (first, last), every, same_channels
+        self.costs = found = self._costs(model, costs)
+        self.counts = channel_counts(model)
+        self.layers = []
+        for i, (block, counts) in enumerate(zip(blocks_of(model), self.counts)):
+            for kind in (kind for kind in KINDS if kind in kinds):
+                heads, width = counts[kind]
+                owner = getattr(block, MASKS[kind][0])
+                if width:
+                    _check_prunable(i, kind, owner)
+                    layer = Layer(i, kind, owner, heads, width, getattr(found, kind)[i], multiples[kind])
+                    self.layers.append(layer)
+        if not self.layers:
+            raise ValueError(f"kinds={kinds!r}, but the model has no such channels: its MLPs are not timm's")
+        self.kept = [torch.ones(layer.heads, layer.width, dtype=torch.bool) for layer in self.layers]
+        self.budget = target * found.total if target <= 1 else float(target)
+        least = self.cost - sum(
+            layer.heads * max(0, layer.width - layer.multiple) * layer.cost for layer in self.layers
+        )
+        if self.budget < least:
+            raise ValueError(
+                f"target={target}: that is {self.budget:.6g} {found.unit}, but with one unit of each kind in every"
+                f" block the model still costs {least:.6g} of {found.total:.6g}"
+            )
+        self.steps_done, self.frozen, self.beta = 0, False, beta
         for layer, kept in zip(self.layers, self.kept):
             shape = kept.shape if layer.kind != "hidden" else (layer.width,)
             layer.mask = nn.Parameter(torch.ones(shape, device=next(layer.owner.parameters()).device))
@@ -289,22 +180,90 @@ class ChannelPruner(BudgetPruner):
         self.scores = self.scores.to(flat.device)
         new = torch.lerp(flat.square(), self.scores, self.beta)
         self.scores = torch.where(flat.isfinite().all(), new, self.scores)
-        chosen = self._advance(lambda: self._parts(self.scores.cpu()))
+        self.steps_done += 1
+        t, (first, last) = self.steps_done, self.steps
+        chosen = first <= t <= last and (t % self.every == 0 or t == last)
         if chosen:
+            self._choose()
             self._set_masks()
-        self.frozen = self.steps_done >= self.steps[1]
+        self.frozen = self.left <= 0
         return chosen
 
-    def freeze(self) -> None:
-        self.frozen = True
+    @property
+    def left(self) -> int:
+        """Steps until the choice is final."""
+        return self.steps[1] - self.steps_done
+
+    @staticmethod
+    def _costs(model, costs):
+        if isinstance(costs, ChannelCosts):
+            depth = len(blocks_of(model))
+            for kind in KINDS:
+                if len(getattr(costs, kind)) != depth:
+                    raise ValueError(f"costs: {kind} has {len(getattr(costs, kind))} blocks, but the model {depth}")
+            return costs
+        if costs not in ("macs", "latency"):
+            raise ValueError(f"costs={costs!r}, but it must be 'macs', 'latency' or ChannelCosts")
+        return mac_costs(model) if costs == "macs" else latency_costs(model)
+
+    @property
+    def cost(self) -> float:
+        """What the model costs with the channels that stay now."""
+        gone = sum(layer.cost * int((~kept).sum()) for layer, kept in zip(self.layers, self.kept))
+        return self.costs.total - gone
+
+    def report(self) -> list[PrunedBlock]:
+        """For every block what is kept: its channels a head and their cost."""
+        rows = []
+        for i, counts in enumerate(self.counts):
+            prices = {kind: getattr(self.costs, kind)[i] for kind in KINDS}
+            now = {kind: width for kind, (_, width) in counts.items()}
+            for layer, kept in zip(self.layers, self.kept):
+                if layer.block == i:
+                    now[layer.kind] = int(kept[0].sum())
+            cost, dense = (
+                sum(counts[kind][0] * widths[kind] * prices[kind] for kind in KINDS)
+                for widths in (now, {kind: width for kind, (_, width) in counts.items()})
+            )
+            rows.append(PrunedBlock(i, now["qk"], now["v"], now["hidden"], cost, dense))
+        return rows
+
+    def _choose(self) -> None:
+        """Choose by the scores what stays, within what the step allows."""
+        total = self.costs.total
+        share = cubic_keep(self.steps_done, *self.steps, min(1.0, self.budget / total))
+        allowed = max(self.budget, total * share)  # max: rounding
+        fixed = total - sum(layer.heads * layer.width * layer.cost for layer in self.layers)
+        self.kept = choose_channels(
+            self._parts(self.scores.cpu()),
+            [layer.cost for layer in self.layers],
+            [layer.multiple for layer in self.layers],
+            allowed - fixed,
+            same_channels=self.same_channels,
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "scores": self.scores.clone()}
+        """What a later run needs to go on as this one would have."""
+        return {"steps_done": self.steps_done, "frozen": self.frozen, "kept": _flat(self.kept), "scores": self.scores}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
+        """Go on where another pruner of the same model and options was.
+
+        Raises:
+            ValueError: the state is another model's.
+        """
+        size = sum(kept.numel() for kept in self.kept)
+        if len(state["kept"]) != size:
+            raise ValueError(f"the state is of {len(state['kept'])} channels, but this model has {size} to prune")
+        self.steps_done, self.frozen = state["steps_done"], state["frozen"]
+        self.kept = [part.bool().cpu() for part in self._parts(state["kept"])]
         self.scores = state["scores"].to(self.scores.device, torch.float32, copy=True)
         self._set_masks()
+
+    def _parts(self, flat):
+        """One flat vector to a tensor (H, D) for every layer."""
+        sizes = [layer.heads * layer.width for layer in self.layers]
+        return [part.reshape(layer.heads, -1) for part, layer in zip(flat.split(sizes), self.layers)]
 
     @torch.no_grad()
     def _set_masks(self):
@@ -313,8 +272,8 @@ class ChannelPruner(BudgetPruner):
 
 
 def parameters_to_train(model: nn.Module) -> list[nn.Parameter]:
-    """What an optimizer should get: every parameter that is trained and is no mask, and no compactor or its gate."""
-    others = ("attn.qk_mask", "attn.v_mask", "mlp.mask", "qkv.compactor_qk", "qkv.compactor_v")
+    """What an optimizer should get: every parameter that is trained and is no mask."""
+    others = tuple(map(".".join, MASKS.values()))
     return [p for name, p in model.named_parameters() if p.requires_grad and not name.endswith(others)]
 
 
@@ -331,7 +290,7 @@ def _check_prunable(block, kind, owner):
                 f"block {block}: {name} is a norm over the {kind} channels, which cannot be pruned then; leave"
                 f" {kind!r} out of kinds"
             )
-    if getattr(owner, _MASKS[kind][1]) is not None:
+    if getattr(owner, MASKS[kind][1]) is not None:
         raise ValueError(f"block {block} has a mask of its {kind} channels already: compact(model) first, or remove it")
 
 

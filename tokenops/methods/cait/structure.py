@@ -1,6 +1,5 @@
 """What a compressed model looks like: its merges and widths, their JSON file, and what they cost."""
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -15,19 +14,17 @@ from timm.layers import PatchEmbed
 from torch import nn
 
 from ...nn import compact_channels
-from ...nn.attention import _rows_of
 from ...nn.neighbour_merging import AXES, KINDS, LAYOUTS
 from ...patching import apply_patch
 from ...patching.engine import dress_as
+from ..checkpoint import read_json
 from ..lvvit import ConvStem
-from .blocks import Mlp, check_model, prunable
+from .blocks import MASKS, Mlp, check_model, keep_hidden, prunable
 from .merging import CAIT, commutes, merge_points, merges_of, order_of
 
 FORMAT = "tokenops.cait"
 VERSION = 1
 STRUCTURE_FILE, WEIGHTS_FILE = "structure.json", "model.safetensors"
-#: what a block may have in its state dict beside the parameters of a dense one
-_MASKS = ("attn.qk_mask", "attn.v_mask", "mlp.mask")
 
 
 @dataclass(frozen=True)
@@ -141,14 +138,7 @@ class Structure:
     @classmethod
     def from_json(cls, text: str) -> "Structure":
         """Read what :meth:`to_json` wrote. ValueError says what is wrong with anything else."""
-        try:
-            found: Any = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"a CAIT structure must be JSON, but {error}") from None
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ValueError(f"a CAIT structure must be a JSON object with format {FORMAT!r}")
-        if type(found.get("version")) is not int or found["version"] != VERSION:
-            raise ValueError(f"the structure's version is {found.get('version')!r}, but this package reads {VERSION}")
+        found = read_json(text, "CAIT structure", FORMAT, VERSION)
         _check_keys("the structure", found, {"format", "version", *(field.name for field in fields(cls))})
         lists: dict[str, Any] = {}
         for name, kind in (("merges", Merge), ("widths", Widths)):
@@ -209,7 +199,11 @@ def restructure(model: Any, structure: Structure) -> Any:
             for name in ("qk", "v")
             if getattr(widths, name) != getattr(has, name)
         }
-        mlp = block.mlp if widths.hidden == has.hidden else _first_channels(block.mlp, widths.hidden)
+        mlp = block.mlp
+        if has.hidden != widths.hidden:
+            mlp = Mlp.from_timm(mlp)
+            mlp.mask = None
+            keep_hidden(mlp, torch.arange(widths.hidden or 0, device="cpu"))
         parts.append((compact_channels(block.attn, **keep) if keep else block.attn, mlp))
     if structure.merges:
         points = {merge.block: merge.axis for merge in structure.merges}
@@ -325,11 +319,10 @@ def load_compressed(model: Any, folder: str | PathLike[str]) -> Any:
     weights = load_file(Path(folder) / WEIGHTS_FILE)
     restructure(model, Structure.load(Path(folder) / STRUCTURE_FILE))
     for i, block in enumerate(model.blocks):
-        for mask in _MASKS:  # of a model that was masked, not compacted
-            value = weights.get(f"blocks.{i}.{mask}")
+        for part, name in MASKS.values():  # of a model that was masked, not compacted
+            value = weights.get(f"blocks.{i}.{part}.{name}")
             if value is not None:
-                module, _, name = mask.partition(".")
-                setattr(block.get_submodule(module), name, torch.ones_like(value, device=block.norm1.weight.device))
+                setattr(getattr(block, part), name, torch.ones_like(value, device=block.norm1.weight.device))
     model.load_state_dict(weights)
     return model
 
@@ -338,20 +331,6 @@ def _widths(block: Any) -> Widths:
     attn, mlp = block.attn, block.mlp
     hidden = mlp.fc1.out_features if type(mlp) in (TimmMlp, Mlp) else None
     return Widths(attn.head_dim, getattr(attn, "v_head_dim", attn.head_dim), hidden)
-
-
-def _first_channels(mlp: Mlp, hidden: Any) -> Mlp:
-    """An MLP with the first hidden channels alone."""
-    if not isinstance(mlp.norm, nn.Identity):
-        raise ValueError("restructure: hidden would take channels out of a norm over all of them")
-    small = Mlp.from_timm(mlp)
-    small.mask = None
-    small.fc1 = _rows_of(mlp.fc1, torch.arange(hidden))
-    small.fc2 = copy.deepcopy(mlp.fc2)
-    small.fc2.in_features = hidden
-    weight = mlp.fc2.weight
-    small.fc2.weight = nn.Parameter(weight.detach()[:, :hidden].clone(), weight.requires_grad)
-    return small
 
 
 def _weights(module: nn.Module) -> int:

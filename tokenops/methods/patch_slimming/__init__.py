@@ -12,7 +12,7 @@ or weights were released. "PS-ViT" is also Progressive Sampling, another method.
 torch.Size([1, 1000])
 """
 
-from .counts import LayerCost, counts_report, published_counts, published_gmacs, uniform_pyramid
+from .counts import published_counts, uniform_pyramid
 from .dynamic import DynamicSlimming, TokenScorer, ranking_loss, scored, teacher_lifespans
 from .impact import impact_scores
 from .method import PatchSlimming
@@ -22,16 +22,13 @@ from .search import Candidate, SearchResult, search
 __all__ = [
     "Candidate",
     "DynamicSlimming",
-    "LayerCost",
     "PatchSlimming",
     "Schedule",
     "SearchResult",
     "TokenScorer",
     "centre_order",
-    "counts_report",
     "impact_scores",
     "published_counts",
-    "published_gmacs",
     "ranking_loss",
     "scored",
     "search",

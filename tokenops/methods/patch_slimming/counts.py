@@ -1,36 +1,7 @@
-"""Tokens per layer: what they may be, what they cost, and some that cost what was published."""
+"""Tokens per layer: what they may be, and some that cost what was published."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
-
-
-class LayerCost(NamedTuple):
-    """One line of :meth:`Schedule.report`: tokens include the class token, MACs are multiply-adds of one image."""
-
-    layer: int
-    tokens_in: int
-    tokens: int
-    macs: int
-    dense_macs: int
-
-
-def block_macs(n_in: int, n_out: int, dim: int, hidden: int) -> int:
-    """Multiply-adds of a slim block on one image: n_out queries attend to n_in rows, and only they go on.
-
-    .. math:: 2 n_{out} D^2 + 2 n_{in} D^2 + 2 n_{out} n_{in} D + 2 n_{out} D D_{hidden}
-
-    (query and output projection, key and value projection, both products of attention, MLP.)
-    """
-    return 2 * (n_out + n_in) * dim * dim + 2 * n_out * n_in * dim + 2 * n_out * dim * hidden
-
-
-def counts_report(counts: Sequence[int], patches: int, dim: int, hidden: int) -> list[LayerCost]:
-    """What every layer costs, for tokens per layer alone (the static and the dynamic method cost the same)."""
-    counts, full = check_counts(counts, patches), 1 + patches
-    pairs = zip((full, *counts), counts)
-    dense = block_macs(full, full, dim, hidden)
-    return [LayerCost(i, n, m, block_macs(n, m, dim, hidden), dense) for i, (n, m) in enumerate(pairs, 1)]
+from collections.abc import Iterable
 
 
 def check_counts(counts: Iterable[int], patches: int, name: str = "counts") -> tuple[int, ...]:
@@ -100,14 +71,4 @@ published_counts: dict[str, tuple[int, ...]] = {
     "dps_deit_tiny": uniform_pyramid(12, 196, 0.815, start=2),
     "dps_deit_small": uniform_pyramid(12, 196, 0.84, start=2),
     "dps_lvvit_small": uniform_pyramid(16, 196, 0.97, start=2),
-}
-
-#: what those counts are meant to cost, in GMACs [P]; DeiT-B has no published figure we trust
-published_gmacs: dict[str, float] = {
-    "ps_deit_tiny": 0.7,
-    "ps_deit_small": 2.6,
-    "ps_lvvit_small": 4.7,
-    "dps_deit_tiny": 0.6,
-    "dps_deit_small": 2.4,
-    "dps_lvvit_small": 4.5,
 }

@@ -135,15 +135,20 @@ def scored(model: nn.Module, images: Tensor) -> tuple[Any, Tensor]:
     Raises:
         TypeError: the model has no scorer.
     """
-    scorer: Any = next((module for module in model.modules() if isinstance(module, TokenScorer)), None)
-    if scorer is None:
-        raise TypeError(f"{type(model).__name__} has no scorer: the model must be patched with 'dps'")
     found: list[Tensor] = []
-    handle = scorer.register_forward_hook(lambda module, inputs, scores: found.append(scores))
+    handle = scorer_of(model).register_forward_hook(lambda module, inputs, scores: found.append(scores))
     try:
         return model(images), found[-1]
     finally:
         handle.remove()
+
+
+def scorer_of(model: nn.Module) -> TokenScorer:
+    """The scorer of a model with the method "dps"; TypeError where there is none."""
+    found = next((module for module in model.modules() if isinstance(module, TokenScorer)), None)
+    if found is None:
+        raise TypeError(f"{type(model).__name__} has no scorer: the model must be patched with 'dps'")
+    return found
 
 
 @torch.no_grad()

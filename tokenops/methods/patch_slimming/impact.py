@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...patching.families import Family
+from ...nn.attention import heads_of
 from .blocks import check_model, embed_tokens, rows_of, run_dense, slim_block, with_class
 from .counts import counts_for
 
 
 def attention_matrix(attention: Any, x: Tensor, n_out: int) -> Tensor:
     """P = softmax(q k^T scale) of the first rows in fp64, ``(B, H, n_out, n_in)``."""
-    q, k, _ = Family.heads(attention, x, n_out, None)
+    q, k, _ = heads_of(attention, x, n_out)
     if getattr(attention, "qk_mask", None) is not None:
         q = q * attention.qk_mask.unsqueeze(1)
     return torch.softmax(q.double() @ k.double().transpose(2, 3) * attention.scale, dim=3)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-from .counts import LayerCost, check_counts, counts_report
+from ..checkpoint import read_json
+from .counts import check_counts
 
 FORMAT = "tokenops.patch_slimming"
 VERSION = 1
@@ -139,14 +139,6 @@ class Schedule:
             )
         return cls(grid, tuple(tuple(i for i in range(patches) if lifespan[i] > layer) for layer in range(depth)))
 
-    def report(self, dim: int, hidden: int) -> list[LayerCost]:
-        """Tokens and multiply-adds of every layer, for blocks ``dim`` wide with MLPs ``hidden`` wide (`block_macs`)."""
-        return counts_report(self.counts, self.patches, dim, hidden)
-
-    def macs(self, dim: int, hidden: int) -> int:
-        """Multiply-adds of all blocks on one image; patch embedding and head are not in it."""
-        return sum(layer.macs for layer in self.report(dim, hidden))
-
     def to_json(self) -> str:
         head = {"format": FORMAT, "version": VERSION, "grid": list(self.grid), "layers": self.depth}
         rows = ",\n".join(f"    {json.dumps(mask)}" for mask in self.masks)
@@ -159,14 +151,7 @@ class Schedule:
     @classmethod
     def from_json(cls, text: str) -> "Schedule":
         """Read what :meth:`to_json` wrote. ValueError says what is wrong with anything else."""
-        try:
-            found: Any = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"a Patch Slimming schedule must be JSON, but {error}") from None
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            raise ValueError(f"a Patch Slimming schedule must be a JSON object with format {FORMAT!r}")
-        if found.get("version") != VERSION:
-            raise ValueError(f"the schedule's version is {found.get('version')!r}, but this package reads {VERSION}")
+        found = read_json(text, "Patch Slimming schedule", FORMAT, VERSION)
         grid, kept, layers = (found.get(key) for key in ("grid", "kept", "layers"))
         if not isinstance(grid, list) or len(grid) != 2:
             raise ValueError(f"the schedule's grid must be [height, width], but is {grid!r}")

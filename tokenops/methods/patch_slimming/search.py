@@ -2,12 +2,12 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ...patching import apply_patch
 from .blocks import check_model, embed_tokens, rows_of, run_dense, slim_block
@@ -78,7 +78,7 @@ def search(
         lr: of AdamW, without weight decay [D].
         clip: norm the gradient is clipped to [D].
         batch_size: of the images, where they are one tensor.
-        progress: whether to show a progress bar, if rich is installed.
+        progress: whether to show a progress bar on a terminal.
 
     Returns:
         ``(schedule, model, errors, candidates)``.
@@ -100,7 +100,7 @@ def search(
     counts, order = [full] * (L - 1) + [1], torch.arange(full - 1, device=device)
     errors, tried = [0.0] * (L - 1), []
 
-    with _progress(L - 1, progress) as show:
+    with tqdm(total=L - 1, desc="searching", disable=None if progress else True, leave=False) as bar:
         for layer in range(L - 1, 0, -1):
             n = above = counts[layer]
             if above == full:  # nested: every layer below keeps everything
@@ -123,11 +123,12 @@ def search(
                     tune.epoch(n, above)
                 found = tune.error(n, above)
                 tried.append(Candidate(layer, n, found))
-                show(layer, n, found)
+                bar.set_description(f"layer {layer}: {n} tokens, error {found:.3g}")
                 if found <= tolerance or n == full:
                     break
                 n = min(n + granularity, full)
             counts[layer - 1], errors[layer - 1] = n, found
+            bar.update()
             del tune, before, after  # the next layer's take their place
 
     schedule = Schedule.from_counts(counts, (int(grid[0]), int(grid[1])), order.tolist())
@@ -209,20 +210,3 @@ def _check(
             raise TypeError(f"search: {name} must be a number, but got {value!r}")
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"search: {name}={value}, but it must be a finite number of at least 0")
-
-
-@contextmanager
-def _progress(layers: int, wanted: bool) -> Iterator[Callable[[int, int, float], None]]:
-    """A function to show layer, tokens and error with: rich's progress bar, or nothing."""
-    try:
-        from rich.progress import Progress
-    except ImportError:
-        wanted = False
-    if not wanted:
-        yield lambda layer, tokens, error: None
-        return
-    with Progress(transient=True) as bar:
-        task = bar.add_task("searching", total=layers)
-        yield lambda layer, tokens, error: bar.update(
-            task, completed=layers - layer, description=f"layer {layer}: {tokens} tokens, error {error:.3g}"
-        )
