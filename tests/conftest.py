@@ -71,18 +71,27 @@ def chosen(device):
 
 
 def pytest_generate_tests(metafunc):
-    """A test that takes `backend` runs on every backend that its module's OPERATOR has on the device."""
+    """A test that takes `backend` runs on every backend that its module's OPERATOR has on the device; one that takes
+    `call` too, on those that each of support/calls.py has."""
     seeds = metafunc.config.getoption("--seeds")
     if seeds > 1:
         metafunc.parametrize("seeded", range(seeds), indirect=True, ids="seed{}".format)
-    if "backend" in metafunc.fixturenames:
-        from tokenops.ops.backends import TABLE
+    if "backend" not in metafunc.fixturenames:
+        return
+    from support.calls import CALLS
+    from tokenops.ops.backends import TABLE
 
-        operator, device = metafunc.module.OPERATOR, metafunc.config.getoption("--device")
-        paths = TABLE[operator][device]
-        if device == "cpu" and operator in COMPOSED:
-            paths = (*paths, "composed")
-        metafunc.parametrize("backend", paths, indirect=True)
+    device = metafunc.config.getoption("--device")
+
+    def paths(operator):
+        found = TABLE[operator][device]
+        return (*found, "composed") if device == "cpu" and operator in COMPOSED else found
+
+    if "call" in metafunc.fixturenames:
+        rows = [(call, path) for call in CALLS for path in paths(CALLS[call].operator)]
+        metafunc.parametrize("call, backend", rows, indirect=True)
+    else:
+        metafunc.parametrize("backend", paths(metafunc.module.OPERATOR), indirect=True)
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -143,7 +152,13 @@ def takes_the_device(item):
     """Whether a test has something to say of a GPU."""
     if "device" not in getattr(item, "fixturenames", ()) or item.get_closest_marker("cpu_only") is not None:
         return False
-    return getattr(item, "callspec", None) is None or item.callspec.params.get("gradcheck") != "whole"  # both are there
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    if "gradcheck" in params and "call" in params:  # in fp64, which the Triton matrix kernels do not take on a GPU
+        from support.calls import CALLS
+
+        if CALLS[params["call"]].operator in COMPOSED:
+            return False
+    return params.get("gradcheck") != "whole"  # both are there
 
 
 #: names of tests in the order they run in on a GPU, where a run may be cut: the most telling first
@@ -170,19 +185,28 @@ def pytest_runtest_makereport(item):
 
 #: operators whose CPU path has two forms: torch's own kernels with compiled code between them, or without it; with code
 #: for AVX-512 and AMX, or without it. "composed" is without
-COMPOSED = ("soft_aggregate", "token_mlp", "masked_channel_attention")
+COMPOSED = ("soft_aggregate", "soft_scatter", "token_mlp", "masked_channel_attention")
+
+
+@pytest.fixture
+def call(request):
+    """One of support/calls.py."""
+    from support.calls import CALLS
+
+    return CALLS[request.param]
 
 
 @pytest.fixture
 def backend(request, device, monkeypatch):
-    """The name of the backend that runs the module's OPERATOR; what cannot run fails the test, unless it was not built
-    for want of a compiler."""
+    """The name of the backend that runs the call, or the module's OPERATOR; what cannot run fails the test, unless it
+    was not built for want of a compiler."""
     import torch
 
     import tokenops
     from tokenops.ops import backends, native
 
-    operator, name = request.module.OPERATOR, request.param
+    called = "call" in request.fixturenames
+    operator, name = request.getfixturevalue("call").operator if called else request.module.OPERATOR, request.param
     asked = "native" if name == "composed" else name
     limited = contextlib.nullcontext()
     if name == "composed" and operator in backends.COMPOSED:  # an overload of its own

@@ -2,11 +2,7 @@
 
 import importlib
 import json
-import os
 import pkgutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,9 +10,8 @@ import bounds
 import tokenops.ops.triton
 from resources import OF_NOTES, TABLES, read_bounds
 from sass import Irreducible, parse
+from support.process import python
 from tokenops.ops import native
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 LISTING = """
 //--------------------- .text.twice_kernel --------------------------
@@ -258,11 +253,7 @@ def test_loops_make_the_products_that_there_are(one):
 
 def compiled(tmp_path, *arguments):
     """In a process that does not interpret."""
-    command = [sys.executable, BENCHMARKS / "bounds.py", "--json", *arguments]
-    real = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run(command, capture_output=True, text=True, env=real)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout)
+    return json.loads(python(bounds.__file__, "--json", *arguments, TRITON_CACHE_DIR=tmp_path))
 
 
 @pytest.mark.slow

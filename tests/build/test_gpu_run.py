@@ -15,9 +15,8 @@ pytest.importorskip("pytest_benchmark")
 pytest.importorskip("timm")
 
 from gpu import plan, processes, record, results
+from support.process import PATHS, ROOT
 
-ROOT = Path(__file__).parents[2]
-PATHS = os.pathsep.join(str(ROOT / part) for part in ("", "benchmarks", "tests"))
 COMMAND = (sys.executable, "-m", "gpu", "--device", "cpu", "--out")
 
 
@@ -244,10 +243,7 @@ def test_the_plan_shares_the_limit():
     ends = plan.deadlines(list(plan.NAMES), 550, "cuda")
     assert [round(ends[step.name]) for step in plan.STEPS] == [40, 85, 225, 365, 465, 550]
     assert ends["peers"] == ends["sanitize"] == ends["tests"] and ends["kernels"] == ends["models"]
-    assert plan.deadlines(["models", "sweep"], 300, "cuda") == {
-        "models": pytest.approx(162.16, abs=0.01),
-        "sweep": 300,
-    }
+    assert plan.deadlines(["models", "sweep"], 300, "cuda") == {"models": pytest.approx(162.16, abs=0.01), "sweep": 300}
     assert plan.deadlines(["sanitize"], 100, "cuda") == {"sanitize": 100}
 
 

@@ -1,9 +1,7 @@
 """The evidence run's look with compute-sanitizer: every kernel is launched, and what the tools print is understood."""
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,22 +9,14 @@ import torch
 import tokenops
 from gpu import sanitize, touch
 from gpu.record import Lines
-
-ROOT = Path(__file__).parents[2]
+from support.process import ROOT, python
 
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
     """The lines of a rehearsal."""
     file = tmp_path_factory.mktemp("gpu") / "lines.jsonl"
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks", ROOT / "tests")))
-    done = subprocess.run(
-        [sys.executable, "-m", "gpu.sanitize", "--device", "cpu"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"GPU_LINES": str(file), "PYTHONPATH": paths},
-    )
-    assert done.returncode == 0, done.stderr
+    python("-m", "gpu.sanitize", "--device", "cpu", GPU_LINES=file, TRITON_INTERPRET="1")
     return {line["key"]: line for line in Lines(file).read("sanitize")}
 
 
@@ -315,10 +305,8 @@ def test_the_planted_kernel_compiles(tmp_path):
         "with compiling(90) as compiled:\n    planted_kernel[(1,)](x, x, True)\n"
         "print(compiled[0][1].asm['ptx'])"
     )
-    settings = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT}/benchmarks"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | settings)
-    assert done.returncode == 0, done.stderr
-    assert "st.volatile.shared" in done.stdout and ".entry planted_kernel" in done.stdout
+    said = python("-c", program, TRITON_CACHE_DIR=tmp_path)
+    assert "st.volatile.shared" in said and ".entry planted_kernel" in said
 
 
 @pytest.mark.slow

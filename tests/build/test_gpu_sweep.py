@@ -1,10 +1,6 @@
 """The sweep of launch configurations rehearsed, resumed, and what it makes of its lines; kernels compiled ahead."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,19 +10,14 @@ pytest.importorskip("triton")
 from gpu import candidates, kernels, results, sweep
 from gpu.record import FAILED, OK, Lines
 from kernel_cases import CASES, case_names
+from support.process import python
 from tokenops.ops.triton import launches
 
-ROOT = Path(__file__).parents[2]
 GROUP = candidates.Group("soft_aggregate_fwd", candidates.TINY, "bf16")
 
 
 def step(*arguments, lines, **environment):
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks", ROOT / "tests")))
-    environment = os.environ | {"PYTHONPATH": paths, "GPU_LINES": str(lines), "OMP_NUM_THREADS": "1"} | environment
-    environment = {name: value for name, value in environment.items() if value is not None}
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return python(*arguments, GPU_LINES=lines, **environment)
 
 
 # Lines of a sweep.
@@ -210,7 +201,7 @@ def test_what_was_compiled_ahead_is_not_compiled_again(tmp_path):
     def kept():
         return {str(file.relative_to(cache)): file.stat().st_mtime_ns for file in cache.rglob("*") if file.is_file()}
 
-    step("-m", "gpu.kernels", "--device", "cpu", lines=lines, TRITON_CACHE_DIR=str(cache))
+    step("-m", "gpu.kernels", "--device", "cpu", lines=lines, TRITON_CACHE_DIR=cache, TRITON_INTERPRET="1")
     assert len([file for file in kept() if file.endswith(".cubin")]) == 2
     step("-c", AHEAD, lines=lines, TRITON_CACHE_DIR=str(cache), TRITON_INTERPRET="0")
     found = Lines(lines, "kernels").read()

@@ -5,33 +5,29 @@ Spills are facts of one compiler version: `make resources` compares them with it
 
 import importlib
 import json
-import os
 import pkgutil
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 
+import kernel_cases
+import resources
 import tokenops.ops.triton
 from kernel_cases import PRODUCTS, SHARED_LIMIT
 from resources import Row, read
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from support.process import python
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """The environment of a process that compiles and does not interpret."""
-    return {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    """Runs a process that compiles and does not interpret."""
+    return partial(python, TRITON_CACHE_DIR=tmp_path_factory.mktemp("triton"))
 
 
 @pytest.fixture(scope="module")
 def compiled(real):
     """A row a kernel, in bf16 and DeiT-S's sizes."""
-    run = subprocess.run([sys.executable, BENCHMARKS / "kernel_cases.py"], capture_output=True, text=True, env=real)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in real(kernel_cases.__file__).splitlines()]
 
 
 def test_every_kernel_once(compiled):
@@ -67,9 +63,7 @@ for operator, case in QUICK:
 
 def test_numbers_are_taken_in_fp64(compiled, real):
     """An eps of fp64 tokens too: compiled, a float is fp32 unless the kernel says more (interpreted it is not)."""
-    run = subprocess.run([sys.executable, "-c", NUMBERS], cwd=BENCHMARKS, capture_output=True, text=True, env=real)
-    assert run.returncode == 0, run.stderr[-2000:]
-    numbers = [line.split() for line in run.stdout.splitlines() if line]
+    numbers = [line.split() for line in real("-c", NUMBERS).splitlines() if line]
     assert ["select_tokens_fwd_kernel", "eps", "fp64"] in numbers and len(numbers) > 8
     assert [n for n in numbers if n[2] != "fp64"] == []
 
@@ -78,9 +72,7 @@ def test_numbers_are_taken_in_fp64(compiled, real):
 def test_the_tool_compiles_what_it_is_asked_for(compiled, real, tmp_path):
     out = tmp_path / "part.json"
     options = "--operators restore_tokens --targets 90 --dtypes bf16 --workers 1 --out".split()
-    command = [sys.executable, BENCHMARKS / "resources.py", *options, out]
-    run = subprocess.run(command, capture_output=True, text=True, env=real)
-    assert out.exists(), run.stdout + run.stderr
+    real(resources.__file__, *options, out)
     rows, whole = read(out)
     passes = [f"restore_tokens_{direction}_kernel" for direction in ("bwd", "fwd")]
     cases = ("N196-k98-C384", "N576-k288-C193")

@@ -58,8 +58,7 @@ MUTANTS = [
         ("8 * i + lane / 4)", "i + lane / 4 * 4)", "without tensor cores a load takes rows of other matrices"),
     ),
     *of_file(
-        "csrc/cuda/numbers.cuh",
-        ("(bits + 0x7fffu + (bits >> 16 & 1u)) >> 16", "bits >> 16", "bfloat16 is cut off"),
+        "csrc/cuda/numbers.cuh", ("(bits + 0x7fffu + (bits >> 16 & 1u)) >> 16", "bits >> 16", "bfloat16 is cut off")
     ),
     *of_file(
         "csrc/cuda/pairs.cuh",

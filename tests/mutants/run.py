@@ -87,6 +87,7 @@ def suite(mutant):
         return ("test_emulation*.py",), EMULATED[path.name]
     found = [names for pattern, names in OPERATORS.items() if fnmatch.fnmatch(mutant.file, pattern)]
     names = found[0] if found else (path.stem,)
+    names = *names, *["every_operator"] * ("every_operator" in mutant.tests)
     return tuple(f"test_{name}*.py" for name in names), NATIVE if path.suffix != ".py" else "triton"
 
 

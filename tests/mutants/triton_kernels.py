@@ -23,12 +23,7 @@ MUTANTS = [
             "torch's precision of products changes nothing",
             "follows_the_precision",
         ),
-        (
-            "    if tensors[0].is_meta:",
-            "    if False:",
-            "what has no memory is launched",
-            "what_looks_at",
-        ),
+        ("    if tensors[0].is_meta:", "    if False:", "what has no memory is launched", "what_looks_at"),
     ),
     *of_file(
         "tokenops/ops/triton/common.py",
@@ -42,7 +37,7 @@ MUTANTS = [
             "accumulator = tl.float64 if torch.float64 in dtypes else tl.float32",
             "accumulator = tl.float32",
             "float64 is summed in float32",
-            "soft_aggregate and gradcheck",
+            "every_operator and gradcheck and soft_aggregate",
         ),
         (
             "(bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000",
@@ -129,7 +124,12 @@ MUTANTS = [
             "two sizes of 0 share nothing",
             "test_sizes",
         ),
-        ("wide * (x_a - x_b)", "wide * x_a", "a logit's gradient loses the other token", "gradcheck"),
+        (
+            "wide * (x_a - x_b)",
+            "wide * x_a",
+            "a logit's gradient loses the other token",
+            "every_operator and gradcheck and merge_neighbours",
+        ),
     ),
     *of_file(
         "tokenops/ops/triton/restore_tokens.py",
@@ -149,12 +149,7 @@ MUTANTS = [
     ),
     *of_file(
         "tokenops/ops/triton/select_tokens.py",
-        (
-            "tl.where(value != value, 0, bits)",
-            "bits",
-            "NaN is the best of all",
-            "test_table",
-        ),
+        ("tl.where(value != value, 0, bits)", "bits", "NaN is the best of all", "test_table"),
         ("(levels < wanted)", "(levels <= wanted)", "one of equals too many is kept", "test_table"),
         (
             "        level_before += tl.sum(level)\n",
@@ -189,12 +184,7 @@ MUTANTS = [
             "the sum is not brought to a higher maximum",
             "as_good_as_plain and N70 and float32",
         ),
-        (
-            "a * (da - delta[None, :])",
-            "a * da",
-            "dS loses the mean of dA",
-            "as_good_as_plain and N12 and float32",
-        ),
+        ("a * (da - delta[None, :])", "a * da", "dS loses the mean of dA", "as_good_as_plain and N12 and float32"),
         (
             "dscale -= mean * tl.sum(ds, axis=0)",
             "pass",
@@ -280,7 +270,7 @@ MUTANTS = [
             "chunks += [BLOCK + tl.arange(0, TAIL)]",
             "chunks += [tl.arange(0, TAIL)]",
             "the second chunk is read from the first",
-            "test_as_good_as_plain and D72 and bfloat16",
+            "test_as_good_as_plain and DK72 and bfloat16",
         ),
         (
             "chunked = dtype.itemsize == 2 and",

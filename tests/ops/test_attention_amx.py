@@ -8,8 +8,10 @@ import random
 import pytest
 import torch
 
-from support.attention import EVERYTHING, INF, attention, double, inputs, limited
+from support.attention import EVERYTHING, INF, attention, inputs, limited
 from support.cases import Attend
+from support.runs import double
+from support.threads import by_threads
 from support.tolerance import assert_as_good_as_plain
 from tokenops import reference
 from tokenops.ops import native
@@ -175,16 +177,8 @@ def test_nan_stays_where_it_belongs(value):
 
 def test_one_head_in_many_parts():
     """Bit for bit the same, however many threads share a head."""
-    before, results = torch.get_num_threads(), []
     t = tensors(300, 70, 24, 40)
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            results.append(attention(**t, scores="class", **EVERYTHING))
-    finally:
-        torch.set_num_threads(before)
-    for a, b, c in zip(*results):
-        assert torch.equal(a, b) and torch.equal(a, c)
+    by_threads(lambda: attention(**t, scores="class", **EVERYTHING), 1, 2, 7)
 
 
 def configuration_of_tiles():

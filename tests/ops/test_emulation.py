@@ -11,7 +11,8 @@ import torch
 from support import emulation, neighbours
 from support.cases import MERGE, MERGE_LARGE, RESTORE, SELECT, SELECT_LARGE, Merge, Restore
 from support.emulation import LAYOUTS, MULTIPROCESSORS, SEED, bits, needs_compiler, tensor, told
-from support.selection import EPS, OPTIONS, compare, double, inputs, terms
+from support.runs import double
+from support.selection import EPS, OPTIONS, compare, inputs, terms
 from support.selection import run as select
 from tokenops import reference
 
@@ -197,9 +198,9 @@ def test_select_tokens(emulate):
             results_of = {name: made[name] for name in ("tokens", "normed", "index") if name in made}
             results_of |= {"size": made["companion"]}
             results_of |= {name: plain[0][name] for name in ("source", "lengths") if name in plain[0]}
-            gradients = {name: plain[1][name] for name in plain[1]} | {"x": made["dx"]}
+            gradients = {name: plain[1][name] for name in plain[1]} | {"dx": made["dx"]}
             if option[0] == "weighted":
-                gradients["scores"] = made["dscores"]
+                gradients["dscores"] = made["dscores"]
             weighted = option[0] == "weighted" and option[1] and case.N and case.C
             compare(
                 (results_of, gradients), plain, truth, terms(tensors, truth, upstream, case.prefix) if weighted else 0.0
@@ -262,7 +263,7 @@ def test_merge_neighbours(emulate):
         with told(n, runs[n], case, axis, option):
             dtype, (kind, sized, norm), learned = tensors["x"].dtype, option, runs[n][8]
             plain = neighbours.run(function, tensors, case, axis, option, upstream)
-            truth = neighbours.run(function, neighbours.double(tensors), case, axis, option, upstream)
+            truth = neighbours.run(function, double(tensors), case, axis, option, upstream)
             ours = {"y": tensor(results[f"y{n}"])}
             if sized:
                 ours["sizes"] = tensor(results[f"merged{n}"])

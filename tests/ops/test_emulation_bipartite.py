@@ -8,6 +8,7 @@ import torch
 from support import bipartite
 from support.cases import BIPARTITE, BIPARTITE_LARGE, Bipartite
 from support.emulation import LAYOUTS, MULTIPROCESSORS, SEED, bits, needs_compiler, tensor, told
+from support.runs import double
 from tokenops import reference
 
 pytestmark = needs_compiler
@@ -136,7 +137,7 @@ def test_merge(emulate):
     for n, (tensors, index, M, prefix, dy) in enumerate(kept):
         with told(n, runs[n], dy.shape, dy.dtype):
             plain = expected(tensors, index, M, prefix, dy)
-            truth = expected(bipartite.double(tensors), index, M, prefix, dy.double())
+            truth = expected(double(tensors), index, M, prefix, dy.double())
             ours = {name: tensor(results[f"{NAMES.get(name, name)}{n}"]) for name in (plain[0] | plain[1])}
             if dy.dtype == torch.float64:  # the truth itself is rounded
                 torch.testing.assert_close(ours, plain[0] | plain[1], rtol=1e-12, atol=1e-12)

@@ -1,16 +1,13 @@
 """Launches that are kept: they are the ones that Triton would make, seldom need a new kernel, and can be made ahead."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import tokenops
+from support.process import python
 
 pytest.importorskip("triton")
 
@@ -19,19 +16,11 @@ import triton.language as tl
 from tokenops.ops.triton import launch, launches
 from tokenops.ops.triton.common import dot_options
 
-ROOT = Path(__file__).parents[2]
-
 
 def found(check):
     """What support/launched.py finds, in a process that does not interpret."""
     pytest.importorskip("timm") if check == "ahead" else None
-    path = os.pathsep.join(str(ROOT / folder) for folder in ("", "benchmarks", "tests"))
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, "-m", "support.launched", check], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    return json.loads(python("-m", "support.launched", check))
 
 
 def test_kept_launches_are_tritons_own():

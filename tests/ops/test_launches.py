@@ -1,8 +1,9 @@
 """The table of launch configurations: what it says of which call, and that no entry makes a result wrong."""
 
 import importlib
+import itertools
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -19,7 +20,9 @@ pytest.importorskip("triton")
 import triton
 from triton.runtime import driver
 
-from tokenops.ops.triton import common, launch, launches
+from tokenops.ops.triton import common, launch, launches, soft_aggregate, token_mlp
+from tokenops.ops.triton import masked_channel_attention as forward
+from tokenops.ops.triton import masked_channel_attention_bwd as backward
 
 BF16 = torch.bfloat16
 CALL = ("soft_aggregate_fwd", BF16, 256, (196, 98, 384))
@@ -209,26 +212,24 @@ class Asked:
         return lambda *args, **kwargs: self.launches.append(kwargs)
 
 
+@contextmanager
+def asked(*modules):
+    """In the block each kernel of the modules is one of Asked, by name."""
+    stand_ins = {name: Asked() for module in modules for name in vars(module) if name.endswith("_kernel")}
+    with ExitStack() as stack:
+        for module, (name, stand_in) in itertools.product(modules, stand_ins.items()):
+            if hasattr(module, name):
+                stack.enter_context(patch.object(module, name, stand_in))
+        yield stand_ins
+
+
 def launched(group, entries):
     """What the group's launch is given, of tensors without memory."""
     known = candidates.KERNELS[group.kernel]
-    modules = [
-        importlib.import_module(f"tokenops.ops.triton.{m}") for m in ("soft_aggregate", "token_mlp", known.module)
-    ]
-    modules.append(importlib.import_module("tokenops.ops.triton.masked_channel_attention"))
-    asked = {name: Asked() for module in modules for name in vars(module) if name.endswith("_kernel")}
-    with patch_all(modules, asked), launches.using(entries):
+    of_kernel = importlib.import_module(f"tokenops.ops.triton.{known.module}")
+    with asked(soft_aggregate, token_mlp, forward, of_kernel) as stand_ins, launches.using(entries):
         known.call(group.size, BF16, "meta")()
-    return asked[known.symbol].launches[0]
-
-
-def patch_all(modules, stand_ins):
-    stack = ExitStack()
-    for module in modules:
-        for name in stand_ins:
-            if hasattr(module, name):
-                stack.enter_context(patch.object(module, name, stand_ins[name]))
-    return stack
+    return stand_ins[known.symbol].launches[0]
 
 
 @pytest.mark.parametrize("kernel", launches.KERNELS)
@@ -250,19 +251,16 @@ def test_every_launcher_takes_what_the_table_says(kernel, gpu):
 
 @pytest.mark.parametrize("there", (None, "qk_mask", "v_mask", "bias", "lengths"))
 def test_attention_says_what_it_was_given(there, monkeypatch):
-    forward = importlib.import_module("tokenops.ops.triton.masked_channel_attention")
-    backward = importlib.import_module("tokenops.ops.triton.masked_channel_attention_bwd")
     said = {}
     monkeypatch.setattr(
         launches,
         "overlaid",
         lambda kernel, dtype, images, sizes, default, given: said.update({kernel: given}) or default,
     )
-    stand_ins = {name: Asked() for module in (forward, backward) for name in vars(module) if name.endswith("_kernel")}
     q = torch.empty(2, 3, 40, 16, dtype=BF16, device="meta")
     shapes = {"qk_mask": (3, 16), "v_mask": (3, 16), "bias": (2, 3, 40), "lengths": (2,)}
     optional = [torch.empty(shape, device="meta") if name == there else None for name, shape in shapes.items()]
-    with patch_all((forward, backward), stand_ins):
+    with asked(forward, backward):
         for scores in ("class", "received"):
             out, score, lse, _ = forward.masked_channel_attention_fwd(q, q, q, *optional, 1.0, scores, False, False)
             backward.masked_channel_attention_bwd(out, score, None, q, q, q, *optional, out, lse, 1.0, scores, False)
@@ -275,15 +273,12 @@ def test_attention_says_what_it_was_given(there, monkeypatch):
 
 def attention_launches(dtype, DK, DV):
     """The constants of the launches of both passes, of tensors without memory."""
-    forward = importlib.import_module("tokenops.ops.triton.masked_channel_attention")
-    backward = importlib.import_module("tokenops.ops.triton.masked_channel_attention_bwd")
     q, v = (torch.empty(2, 3, 40, D, dtype=dtype, device="meta") for D in (DK, DV))
     nothing, scores = (None,) * 4, ("received", False)
-    asked = {name: Asked() for module in (forward, backward) for name in vars(module) if name.endswith("_kernel")}
-    with patch_all((forward, backward), asked):
+    with asked(forward, backward) as stand_ins:
         out, score, lse, _ = forward.masked_channel_attention_fwd(q, q, v, *nothing, 1.0, *scores, False)
         backward.masked_channel_attention_bwd(out, score, None, q, q, v, *nothing, out, lse, 1.0, *scores)
-    return [constants for stand_in in asked.values() for constants in stand_in.launches]
+    return [constants for stand_in in stand_ins.values() for constants in stand_in.launches]
 
 
 def test_heads_of_65_to_96_are_two_chunks_on_triton(gpu):

@@ -108,46 +108,6 @@ def test_a_token_of_no_size_that_nothing_goes_into(engine):
     close(merged.sizes, [[1.0, 0.0]])
 
 
-def test_lengths_beyond_the_keys(engine):
-    q = torch.zeros(1, 1, 1, 2)
-    k = torch.zeros(1, 1, 5, 2)
-    for wrong in (9, -1):
-        if engine == "triton":  # as on a GPU, where looking would wait for the kernels before
-            out = tokenops.masked_channel_attention(q, k, k + 1, key_lengths=torch.tensor([wrong]))
-            assert out.flatten().tolist() == ([1.0, 1.0] if wrong > 0 else [0.0, 0.0])
-            continue
-        with pytest.raises(ValueError, match=f"key_lengths has {wrong}, but it must be between 0 and the 5 keys"):
-            tokenops.masked_channel_attention(q, k, k, key_lengths=torch.tensor([wrong]))
-
-
-@pytest.mark.parametrize(
-    "index, words",
-    (
-        ([[0, 4]], r"index\[0, 1\]=4, but base has 4 tokens after a prefix of 1: 0 to 3 is allowed"),
-        ([[-2, 1]], r"index\[0, 0\]=-2, but base has 4 tokens after a prefix of 1: 0 to 3 is allowed"),
-        ([[3, 3]], r"index\[0, 1\]=3 is there twice, but the indices of an image must be unique"),
-    ),
-)
-def test_places_that_are_none(index, words, engine):
-    base, tokens, index = torch.zeros(1, 5, 1), torch.tensor([[[1.0], [2.0]]]), torch.tensor(index)
-    if engine == "triton":
-        tokenops.restore_tokens(base, tokens, index)  # as on a GPU
-        return
-    with pytest.raises(IndexError, match=words):
-        tokenops.restore_tokens(base, tokens, index)
-    assert tokenops.restore_tokens(base, tokens, torch.tensor([[-1, -1]])).eq(0).all()
-
-
-def test_counts_and_indices_that_are_none(engine):
-    if engine == "triton":
-        return
-    x = torch.zeros(1, 5, 1)
-    with pytest.raises(IndexError, match=r"counts\[0\]=3, but it must be between 0 and k=2"):
-        tokenops.select_tokens(x, x[:, 1:, 0], 2, counts=torch.tensor([3]))
-    with pytest.raises(IndexError, match=r"index\[0, 1\]=4, but it must be from 0 to 3: there are 4 tokens"):
-        tokenops.unmerge_bipartite(x, torch.tensor([[0, 4]]))
-
-
 def test_results_are_contiguous(engine):
     x, w = torch.zeros(2, 4, 3), torch.zeros(5, 4)
     assert tokenops.token_mlp(x, w, None, torch.zeros(6, 5), None).is_contiguous()

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from support.attention import EVERYTHING, INF, SCORES, attention, check, double, inputs, run
+from support.attention import EVERYTHING, INF, SCORES, attention, check, inputs, run
 from support.cases import ATTEND, CHUNKED, DTYPES, Attend
+from support.runs import double
 from support.tolerance import assert_as_good_as_plain
 from tokenops import reference
 
@@ -111,39 +112,6 @@ EVERY += [(CHUNKED[1], torch.bfloat16, *kind) for kind in FEW]
 @pytest.mark.parametrize(("case", "dtype", "scores", "heads"), EVERY, ids=str)
 def test_everything_as_good_as_plain(case, dtype, scores, heads, backend, device):
     check(case, dtype, device, scores, heads, everything=True)
-
-
-TINY = Attend(2, 2, 2, 3, 2, 1, "few enough elements for numerical derivatives in the interpreter")
-
-
-@pytest.mark.cpu_only  # the Triton matrix kernels take no float64 on a GPU
-@pytest.mark.slow_interpreted(quick=lambda scores: scores == "received")
-@pytest.mark.parametrize(("scores", "heads"), FEW)
-def test_gradcheck(scores, heads, gradcheck, backend, device):
-    """Every result in every input: masks, bias and scores too, of ragged images."""
-    t = inputs(TINY, torch.float64, device, everything=True)
-    t["key_bias"] = torch.randn(2, 1, 1, 3, dtype=torch.float64)
-    lengths = t.pop("key_lengths")
-
-    def f(*leaves):
-        results = attention(**dict(zip(t, leaves)), key_lengths=lengths, scores=scores, heads=heads, **EVERYTHING)
-        return tuple(torch.where(r == -INF, 0.0, r) for r in results)
-
-    gradcheck(f, [leaf.requires_grad_() for leaf in t.values()])
-
-
-def test_gradcheck_of_the_reference():
-    t = inputs(TINY, torch.float64, "cpu", everything=True)
-    lengths = t.pop("key_lengths")
-
-    def f(*leaves):
-        results = reference.masked_channel_attention(
-            **dict(zip(t, leaves)), key_lengths=lengths, scores="received", **EVERYTHING
-        )
-        return tuple(torch.where(r == -INF, 0.0, r) for r in results)
-
-    t["key_bias"] = torch.randn(2, 1, 1, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(f, [leaf.requires_grad_() for leaf in t.values()])
 
 
 @pytest.mark.parametrize("only", ["scores", "lse", "key_mean"])

@@ -1,18 +1,20 @@
 """masked_channel_attention in use: layouts, dtypes, autograd and compile modes, memory, and its errors."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from torch import library
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenops
-from support.attention import EVERYTHING, FLOATS, SCORES, attention, check, double, inputs, limited, run
+from support.attention import EVERYTHING, FLOATS, SCORES, attention, check, inputs, limited, run
 from support.cases import ATTEND, DTYPES, Attend
 from support.compiled import needs_compiled
+from support.made import Sizes
+from support.runs import double
+from support.threads import by_threads
 from tokenops import reference
 from tokenops.ops import native
 
@@ -44,18 +46,6 @@ def test_packed_projections_are_read_in_place(backend, device):
         for what, right in expected.items():
             torch.testing.assert_close(again[what], right)
     assert attention(**t).transpose(1, 2).is_contiguous()  # heads are put side by side without a copy
-
-
-def test_expanded_tensors(backend, device):
-    """Strides of 0: one image's keys for all, and the gradient of a sum."""
-    t = inputs(ATTEND[0], torch.float32, device)
-    t["k"] = t["k"][:1].expand(2, -1, -1, -1)
-    leaves = [value.requires_grad_() for value in t.values()]
-    results = attention(*leaves, scores="class")
-    grads = torch.autograd.grad([r.sum() for r in results], leaves)
-    expected = reference.masked_channel_attention(*leaves, scores="class")
-    for a, b in zip(grads, torch.autograd.grad([r.sum() for r in expected], leaves)):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_offsets_beyond_32_bits(backend, device, much_memory):
@@ -97,15 +87,6 @@ def test_masks_and_bias_of_another_dtype(backend, device):
 
 
 @pytest.mark.slow_interpreted
-def test_autocast_changes_nothing(backend, device):
-    t = inputs(ATTEND[3], torch.float32, device, everything=True)
-    expected, upstream = run(attention, t, scores="received")
-    with torch.autocast(device, dtype=torch.bfloat16):
-        again, _ = run(attention, t, upstream, scores="received")
-    assert all(torch.equal(again[what], value) for what, value in expected.items())
-
-
-@pytest.mark.slow_interpreted
 def test_deterministic(backend, device):
     t = inputs(ATTEND[4], torch.float32, device, everything=True)
     first, upstream = run(attention, t, scores="received", heads="mean", **EVERYTHING)
@@ -116,15 +97,6 @@ def test_deterministic(backend, device):
 @pytest.mark.parametrize(("scores", "heads"), SCORES)
 def test_the_matrix_never_exists(scores, heads, backend, device):
     """No tensor of H * Nq * Nk elements is made, forward or backward; plain PyTorch makes several."""
-    sizes = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            made = [r for r in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_tensor(r)]
-            sizes.extend(r.untyped_storage().size() // r.element_size() for r in made)
-            return out
-
     case = Attend(1, 1, 1024, 1500, 2, 2, "the matrix is by far the largest")
     t = inputs(case, torch.float32, device)
     if backend == "triton":  # interpreted: only the sizes matter
@@ -133,29 +105,17 @@ def test_the_matrix_never_exists(scores, heads, backend, device):
     q, k, v = t.values()
     rest = (None,) * 4
     room = "triton" if backend == "triton" else "cpu"  # of native code no memory is seen: composed in its place
-    forward = __import__(f"tokenops.ops.{room}.masked_channel_attention", fromlist=["x"]).masked_channel_attention_fwd
-    backward = __import__(
-        f"tokenops.ops.{room}.masked_channel_attention" + "_bwd" * (backend == "triton"), fromlist=["x"]
-    ).masked_channel_attention_bwd
+    forward = import_module(f"tokenops.ops.{room}.masked_channel_attention").masked_channel_attention_fwd
+    behind = "_bwd" * (backend == "triton")
+    backward = import_module(f"tokenops.ops.{room}.masked_channel_attention{behind}").masked_channel_attention_bwd
     kind = scores or "none"
-    with Sizes():
+    with Sizes() as sizes:
         out, score, lse, _ = forward(q, k, v, *rest, 1.0, kind, heads == "mean", False)
         backward(out, score if scores else None, None, q, k, v, *rest, out, lse, 1.0, kind, heads == "mean")
-    assert 0 < max(sizes) <= case.M * case.N // 3
-    sizes.clear()
-    with Sizes():
+    assert 0 < max(sizes.found) <= case.M * case.N // 3
+    with Sizes() as sizes:
         reference.masked_channel_attention(q, k, v)
-    assert max(sizes) >= case.M * case.N
-
-
-def test_the_kernel_that_was_asked_for_runs(backend, ran_kernels, device):
-    t = inputs(ATTEND[0], torch.float32, device)
-    with ran_kernels() as names:
-        attention(**{name: value.requires_grad_() for name, value in t.items()}).sum().backward()
-    assert names == {f"masked_channel_attention_fwd.{backend}", f"masked_channel_attention_bwd.{backend}"}
-    with ran_kernels() as names, torch.inference_mode():
-        attention(**{name: value.detach() for name, value in t.items()}, scores="class")
-    assert names == {f"masked_channel_attention_fwd.{backend}"}
+    assert max(sizes.found) >= case.M * case.N
 
 
 def test_compiled_attention_is_used(ran_kernels):
@@ -206,16 +166,8 @@ def test_the_best_instruction_set_that_the_machine_has():
 
 def test_threads_change_nothing():
     """Few heads are split between threads: bit for bit the same."""
-    before = torch.get_num_threads()
     t = inputs(Attend(1, 1, 150, 70, 24, 40, "one head, many queries"), torch.float32, "cpu")
-    results = []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            results.append(attention(**t, scores="class", return_lse=True))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    by_threads(lambda: attention(**t, scores="class", return_lse=True), 1, 3)
 
 
 PACKED = Attend(2, 3, 17, 17, 6, 10, "a packed projection whose v is wider")
@@ -273,69 +225,6 @@ def test_a_packed_projection_says_what_it_must_be():
             attend(*arguments, **options)
 
 
-@pytest.mark.slow_interpreted
-def test_opcheck(backend, device):
-    t = inputs(ATTEND[3], torch.float32, device, everything=True)
-    q, k, v, qk_mask, v_mask, bias, lengths = t.values()
-    forward = getattr(torch.ops.tokenops.masked_channel_attention_fwd, backend)
-    backward = getattr(torch.ops.tokenops.masked_channel_attention_bwd, backend)
-    bias = bias.expand(2, 3, 1, 17).squeeze(2)
-    _, together, rest = packed(PACKED, torch.float32, device)
-    together_mask = rest["qk_mask"]
-    for tensors, kind, mean in (
-        ((q, k, v, qk_mask, v_mask, bias, lengths), "received", True),
-        ((q, k, v, None, None, None, None), "class", False),
-        ((q, k, v, None, v_mask, None, lengths), "class", True),
-        ((q[:0], k[:0], v[:0], None, None, None, None), "none", False),
-        ((together, None, None, together_mask, None, None, lengths), "received", True),
-    ):
-        heads = (PACKED.H, PACKED.DK) if tensors[1] is None else (0, 0)
-        arguments = (*tensors, 0.3, kind, mean, True, *heads)
-        library.opcheck(forward, arguments)
-        out, score, lse, _ = forward(*arguments)
-        given = None if kind == "none" else torch.randn_like(score)
-        dlse = torch.randn_like(lse) if mean else None
-        library.opcheck(backward, (torch.randn_like(out), given, dlse, *tensors, out, lse, 0.3, kind, mean, *heads))
-
-
-@pytest.mark.slow_interpreted
-def test_compile(backend, device):
-    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
-    def compiled(**tensors):
-        return attention(**tensors, scores="received", return_lse=True)
-
-    for case in (ATTEND[2], ATTEND[3]):
-        t = inputs(case, torch.float32, device, everything=True)
-        expected, upstream = run(lambda **t: attention(**t, scores="received", return_lse=True), t)
-        again, _ = run(compiled, t, upstream)
-        for what, right in expected.items():
-            torch.testing.assert_close(again[what], right)
-
-
-@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_inductor(device, dynamic):
-    def f(qkv, bias):
-        q, k, v = qkv.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).unbind(0)
-        out, scores = attention(q, k, v, key_bias=bias.log(), scores="class", heads="mean")
-        return out.transpose(1, 2).flatten(2) * scores.unsqueeze(-1)
-
-    qkv, bias = torch.randn(2, 5, 48, device=device), torch.rand(2, 1, 1, 5, device=device)
-    torch._dynamo.reset()
-    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic)
-    leaves = [qkv.requires_grad_(), bias.requires_grad_()]
-    expected = torch.autograd.grad(f(*leaves).square().sum(), leaves)
-    for a, b in zip(torch.autograd.grad(compiled(*leaves).square().sum(), leaves), expected):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-
-def test_functional_gradient(backend, device):
-    q, k, v = inputs(ATTEND[0], torch.float32, device).values()
-    g = torch.func.grad(lambda q: attention(q, k, v).square().sum())(q)
-    torch.testing.assert_close(
-        g, torch.func.grad(lambda q: reference.masked_channel_attention(q, k, v).square().sum())(q)
-    )
-
-
 def test_cuda_graph(device):
     if device != "cuda":
         pytest.skip("CUDA graphs need a GPU")
@@ -350,63 +239,17 @@ def test_cuda_graph(device):
     assert all(torch.equal(a, b) for a, b in zip(captured, expected))
 
 
-# Errors in words.
-
-Q = torch.zeros(2, 3, 4, 8)
-K, V = torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 5, 6)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "words"),
-    [
-        (dict(q=[1]), TypeError, "q must be a tensor .B,H,Nq,Dk., but got list"),
-        (dict(q=Q[0]), ValueError, r"q must have shape .B,H,Nq,Dk., but got .3, 4, 8."),
-        (dict(q=Q.long()), TypeError, "q must be float16, .* but got torch.int64"),
-        (dict(k=K.double()), TypeError, "k must have q's dtype torch.float32, but got torch.float64"),
-        (dict(k=K[:1]), ValueError, "k has 1 images, but q has 2"),
-        (dict(v=V[:, :2]), ValueError, "v has 2 heads, but q has 3"),
-        (dict(k=K[..., :7]), ValueError, "k has 7 channels, but q has 8"),
-        (dict(v=V[:, :, :4]), ValueError, "v has 4 keys, but k has 5"),
-        (dict(v=V.to("meta")), ValueError, "v is on meta, but the other tensors are on cpu"),
-        (dict(q=Q[:, :0]), ValueError, "q has no heads"),
-        (
-            dict(q=Q.expand(2, 3, 4, 8).repeat(1, 1, 1, 17), k=K.repeat(1, 1, 1, 17)),
-            ValueError,
-            "q has heads of 136 channels, but 1 to 128 are possible",
-        ),
-        (dict(v=V[..., :0]), ValueError, "v has heads of 0 channels, but 1 to 128"),
-        (dict(qk_mask=torch.ones(3, 6)), ValueError, "qk_mask has 6 channels, but q has 8"),
-        (dict(qk_mask=torch.ones(8)), ValueError, r"qk_mask must have shape .H,D., but got .8,."),
-        (dict(v_mask=torch.ones(2, 6)), ValueError, "v_mask has 2 heads, but v has 3"),
-        (dict(v_mask=torch.ones(3, 6) > 0), TypeError, "v_mask must be float16, .* but got torch.bool"),
-        (
-            dict(key_bias=torch.ones(2, 3, 4, 5)),
-            ValueError,
-            r"key_bias must have shape .2 or 1, 3 or 1, 1, 5., but got",
-        ),
-        (dict(key_bias=torch.ones(2, 3, 1, 1)), ValueError, r"key_bias must have shape .* but got .2, 3, 1, 1."),
-        (dict(key_lengths=torch.ones(2)), TypeError, "key_lengths must be int64 or int32, but got torch.float32"),
-        (dict(key_lengths=torch.ones(3).long()), ValueError, "key_lengths has 3 images, but q has 2"),
-        (dict(scale="1"), TypeError, "scale must be a number or None, but got '1'"),
-        (dict(scores="cls"), ValueError, "scores='cls', but it must be None, 'class' or 'received'"),
-        (dict(heads="all"), ValueError, "heads='all', but it must be 'each' or 'mean'"),
-        (dict(q=Q[:, :, :0], scores="class"), ValueError, "scores='class' needs a query, but q has none"),
-    ],
-)
-def test_errors(changes, error, words):
-    with pytest.raises(error, match=f"masked_channel_attention: {words}"):
-        attention(**(dict(q=Q, k=K, v=V) | changes))
-
-
 @pytest.mark.parametrize("wrong", [-1, 6])
 def test_lengths_out_of_range(wrong, backend, device):
-    lengths = torch.tensor([5, wrong], device=device)
+    lengths, t = torch.tensor([5, wrong], device=device), inputs(ATTEND[0], torch.float32, device)
     if backend == "triton":  # a GPU cannot look without waiting: nothing is read out of bounds
-        t = {name: value.to(device) for name, value in dict(q=Q + 1, k=K + 1, v=V + 1).items()}
         assert torch.equal(attention(**t, key_lengths=lengths), attention(**t, key_lengths=lengths.clamp(0, 5)))
     else:
-        with pytest.raises(ValueError, match=f"key_lengths has {wrong}, but it must be between 0 and the 5 keys"):
-            attention(Q, K, V, key_lengths=lengths)
+        words = f"key_lengths has {wrong}, but it must be between 0 and the 5 keys"
+        with pytest.raises(ValueError, match=words):
+            attention(**t, key_lengths=lengths)
+        with tokenops.use_backend("reference"), pytest.raises(ValueError, match=words):
+            attention(**t, key_lengths=lengths)
 
 
 class Kernels(Exception):

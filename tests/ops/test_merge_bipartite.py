@@ -10,7 +10,6 @@ import tokenops
 from support.bipartite import (
     OPTIONS,
     compare,
-    double,
     exact_metric,
     inputs,
     plain_merge,
@@ -19,6 +18,7 @@ from support.bipartite import (
     run_unmerge,
 )
 from support.cases import BIPARTITE, BIPARTITE_LARGE, DTYPES, QUICK, Bipartite
+from support.runs import double
 from tokenops import reference
 from tokenops.ops.merge_bipartite import merge_by_index, sum_by_index
 
@@ -349,37 +349,6 @@ def test_sums_are_in_the_order_of_the_tokens(backend, device):
         x = column(values, device)
         assert sum_by_index("merge", x, index, 1, 0).item() == total
         assert merge_by_index("merge", x, index, 1, 0)[0].item() == pytest.approx(total / 3)
-
-
-def shifted(x):
-    """Not aligned to more than an element, rows apart."""
-    room = torch.full((*x.shape[:-1], x.shape[-1] + 3), NAN, dtype=x.dtype, device=x.device)
-    room[..., 1 : x.shape[-1] + 1] = x
-    return room[..., 1 : x.shape[-1] + 1]
-
-
-LAYOUTS = {
-    "channels first": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "every second": lambda x: torch.stack((x, torch.full_like(x, NAN)), dim=-1).flatten(-2)[..., ::2],
-    "shifted": shifted,
-    "one image for all": lambda x: x[:1].expand(x.shape),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend, device, poisoned, layout):
-    lay = LAYOUTS[layout]
-    for case in (Bipartite(3, 20, 7, 24, 16, 1, "strides"), Bipartite(2, 9, 2, 8, 4, 2, "strides")):
-        for dtype in (torch.float32, torch.bfloat16):
-            tensors = inputs(case, dtype, device, (True, True))
-            tensors = {
-                n: lay(t) if t.dim() > 1 or layout in ("every second", "shifted") else t for n, t in tensors.items()
-            }
-            upstream = run(plain_merge, double(tensors), case.r, case.prefix)[2]
-            upstream = {n: lay(t) for n, t in upstream.items()}
-            truth = run(plain_merge, double(tensors), case.r, case.prefix, upstream)
-            ours, plain = (run(f, tensors, case.r, case.prefix, upstream)[:2] for f in (merge_bipartite, plain_merge))
-            compare(ours, plain, truth)
 
 
 def test_sizes_and_metrics_of_other_dtypes(backend, device):

@@ -6,12 +6,10 @@ import pytest
 import torch
 
 import tokenops
-from support.cases import DTYPES, MERGE, MERGE_LARGE, QUICK, Merge
-from support.compiled import ABSENT
-from support.neighbours import AXES, OPTIONS, cancelling, compare, double, inputs, run
+from support.cases import DTYPES, MERGE, MERGE_LARGE, QUICK
+from support.neighbours import AXES, OPTIONS, cancelling, compare, inputs, run
+from support.runs import double
 from tokenops import reference
-from tokenops.ops import backends
-from tokenops.ops.schemas import kernel
 
 NAN, INF = math.nan, math.inf
 merge_neighbours, unmerge_neighbours = tokenops.merge_neighbours, tokenops.unmerge_neighbours
@@ -145,43 +143,6 @@ def test_forward_and_backward(backend, device, poisoned, ran_kernels, case, dtyp
                 assert all(torch.equal(mine[n], same[n]) for n in mine)  # deterministic
 
 
-def shifted(x):
-    """Not aligned to more than an element, rows apart."""
-    room = torch.full((*x.shape[:-1], x.shape[-1] + 3), NAN, dtype=x.dtype, device=x.device)
-    room[..., 1 : x.shape[-1] + 1] = x
-    return room[..., 1 : x.shape[-1] + 1]
-
-
-LAYOUTS = {
-    "channels first": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "every second": lambda x: torch.stack((x, torch.full_like(x, NAN)), dim=-1).flatten(-2)[..., ::2],
-    "shifted": shifted,
-    "one image for all": lambda x: x[:1].expand(x.shape),
-    "one value for all": lambda x: x.flatten()[:1].expand(x.shape),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend, device, poisoned, layout):
-    case, lay = Merge(3, 5, 4, 24, 1, "strides"), LAYOUTS[layout]
-    if layout == "one value for all":  # equal rows round alike: too few elements to be judged by their mean error
-        case = Merge(3, 3, 5, 16, 1, "strides")
-    for option in (("channels", True, True), ("logits", True, False)):
-        for dtype in (torch.float32, torch.bfloat16):
-            tensors = inputs(case, dtype, device, option)
-            tensors = {
-                n: lay(t) if t.dim() > 1 or layout in ("every second", "shifted") else t for n, t in tensors.items()
-            }
-            truth = run(reference.merge_neighbours, double(tensors), case, "horizontal", option)
-            upstream = {n: lay(t) for n, t in truth[2].items()}
-            truth = run(reference.merge_neighbours, double(tensors), case, "horizontal", option, upstream)
-            ours, plain = (
-                run(f, tensors, case, "horizontal", option, upstream)[:2]
-                for f in (merge_neighbours, reference.merge_neighbours)
-            )
-            compare(ours, plain, truth, cancelling(tensors, upstream))
-
-
 @pytest.mark.parametrize(
     "dtype", (torch.float16, torch.bfloat16, torch.float32, torch.float64), ids=lambda d: str(d)[6:]
 )
@@ -230,82 +191,6 @@ def test_ties_are_rounded_to_even(backend, device, dtype, ulp):
         assert y[0].T.tolist() == [[0, 1, 1 + 2 * ulp]] * tokens.shape[2]
 
 
-@pytest.mark.parametrize("axis", AXES)
-def test_gradcheck(gradcheck, backend, device, axis):
-    def leaf(*shape):
-        return torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
-
-    x, weight, bias, sizes = leaf(2, 7, 3), leaf(3), leaf(3), torch.rand(2, 6, device=device).double()
-
-    for weights in ((leaf(3), leaf(3)), (leaf(1), leaf(1)), (leaf(2, 6),)):
-
-        def f(x, weight, bias, *weights):
-            given = weights if len(weights) == 2 else weights[0]
-            y, _, normed = merge_neighbours(x, (2, 3), axis, given, sizes=sizes, norm=(weight, bias, 1e-3))
-            return y, normed
-
-        gradcheck(f, (x, weight, bias, *weights))
-
-
-# torch's machinery
-
-
-def test_opcheck(backend, device):
-    x, sizes, logits = torch.randn(2, 7, 4), torch.ones(2, 6), torch.randn(2, 6)
-    x, sizes, logits, w = (t.to(device) for t in (x, sizes, logits, torch.ones(4)))
-    for first, second, given, some, norm in (
-        (None, None, None, None, False),
-        (w, w[:1], None, sizes, True),
-        (None, None, logits, None, True),
-    ):
-        where = (2, 3, False, 1, 0.5, 0.5)
-        arguments = (x, first, second, given, some, w if norm else None, None, *where, norm, 1e-5)
-        torch.library.opcheck(kernel("merge_neighbours_fwd", backend), arguments)
-        y, *_ = kernel("merge_neighbours_fwd", backend)(*arguments)
-        for source in (x, None):
-            torch.library.opcheck(
-                kernel("merge_neighbours_bwd", backend), (y, source, first, second, given, some, *where)
-            )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("compiler", ("aot_eager", "inductor"))
-def test_compile(device, compiler):
-    def f(x, logits, weight, height, width):
-        y, sizes, normed = merge_neighbours(
-            x * 2, (height, width), "horizontal", logits, sizes=logits.exp(), norm=(weight, None, 1e-6)
-        )
-        y = merge_neighbours(y, (height, (width + 1) // 2), "vertical", (weight, weight)).sin()
-        return unmerge_neighbours(y, (height, width), ("horizontal", "vertical")), normed
-
-    torch._dynamo.reset()
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=compiler)
-    for B, H, W, C in ((2, 4, 6, 4), (3, 5, 7, 8)) if compiler == "aot_eager" else ((2, 4, 6, 4),):
-        made = torch.randn(B, 1 + H * W, C), torch.rand(B, H * W), torch.rand(C)
-        results = []
-        for function in (f, compiled):
-            leaves = [t.to(device).requires_grad_() for t in (t.clone() for t in made)]
-            y, normed = function(*leaves, H, W)
-            results.append((y, normed, *torch.autograd.grad(y.square().sum() + normed.sum(), leaves)))
-        for ours, eager in zip(*results, strict=True):
-            torch.testing.assert_close(ours, eager)
-
-
-def test_inference_mode_func_grad_and_autocast(backend, device):
-    x, logits = torch.randn(2, 7, 4, device=device), torch.rand(2, 6, device=device)
-    with torch.inference_mode():
-        torch.testing.assert_close(
-            merge_neighbours(x, (2, 3), "vertical", logits), reference.merge_neighbours(x, (2, 3), "vertical", logits)
-        )
-    functions = merge_neighbours, reference.merge_neighbours
-    losses = [lambda x, w, f=f: f(x, (2, 3), "vertical", w).square().sum() for f in functions]
-    for ours, plain in zip(*(torch.func.grad(loss, argnums=(0, 1))(x, logits) for loss in losses), strict=True):
-        torch.testing.assert_close(ours, plain)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        y, normed = merge_neighbours(x, (2, 3), "vertical", norm=(None, None, 1e-6))
-        assert y.dtype == normed.dtype == torch.float32
-
-
 def test_gradients_that_nobody_asked_for(backend, device):
     x, w = torch.randn(2, 7, 4, device=device), torch.rand(4, device=device)
     sizes = torch.ones(2, 6, device=device, requires_grad=True)
@@ -316,96 +201,3 @@ def test_gradients_that_nobody_asked_for(backend, device):
     y = merge_neighbours(x, (2, 3), "vertical", (w, 0.5))
     y.sum().backward()
     assert x.grad is None
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(lambda x: merge_neighbours(x, (2, 3), "vertical"), (x,), (torch.ones_like(x),))
-
-
-# Bad input
-
-
-def good():
-    return {"x": torch.zeros(2, 7, 3), "grid": (2, 3), "axis": "horizontal"}
-
-
-BAD = [
-    ({"x": [1.0]}, TypeError, "x must be a tensor"),
-    ({"x": torch.zeros(7, 3)}, ValueError, r"x must have shape \(B,P\+H\*W,C\), but got \(7, 3\)"),
-    ({"x": torch.zeros(2, 7, 3, dtype=torch.int32)}, TypeError, "x must be float16"),
-    ({"grid": 6}, TypeError, r"grid must be \(height, width\), but got 6"),
-    ({"grid": (2, 3.0)}, TypeError, "grid must be two ints"),
-    ({"grid": (-2, -3)}, ValueError, r"grid=\(-2, -3\), but its sizes must be at least 0"),
-    ({"grid": (3, 3)}, ValueError, r"grid=\(3, 3\) has 9 tokens, but x has 7 tokens, 6 after a prefix of 1"),
-    ({"axis": "diagonal"}, ValueError, "axis='diagonal', but it must be one of 'horizontal', 'vertical'"),
-    ({"prefix": 8}, ValueError, "prefix=8"),
-    ({"prefix": 0}, ValueError, "has 6 tokens, but x has 7 tokens, 7 after a prefix of 0"),
-    ({"weights": 0.5}, TypeError, r"weights must be None, a pair or logits \(B,H\*W\), but got 0.5"),
-    ({"weights": (0.5,)}, TypeError, "weights must be None, a pair or logits"),
-    ({"weights": (0.5, "1")}, TypeError, r"weights\[1\] must be a number or a tensor, but got '1'"),
-    ({"weights": (torch.ones(2), 1)}, ValueError, r"weights\[0\] must have one element or 3, but got 2"),
-    ({"weights": (torch.ones(3, 2), 1)}, ValueError, r"weights\[0\] must have shape \(C\)"),
-    ({"weights": (torch.ones(3).int(), 1)}, TypeError, r"weights\[0\] must be float16"),
-    ({"weights": torch.zeros(2, 7)}, ValueError, r"weights must have shape \(2, 6\), but got \(2, 7\)"),
-    ({"weights": torch.zeros(2, 6).int()}, TypeError, "weights must be float16"),
-    ({"sizes": torch.ones(1, 6)}, ValueError, r"sizes must have shape \(2, 6\), but got \(1, 6\)"),
-    ({"sizes": torch.ones(2, 6).long()}, TypeError, "sizes must be float16"),
-    ({"norm": torch.ones(3)}, TypeError, r"norm must be \(weight, bias, eps\)"),
-    ({"norm": (torch.ones(4), None, 1e-5)}, ValueError, "norm's weight has 4 channels, but x has 3"),
-]
-
-
-@pytest.mark.parametrize("change, kind, words", BAD, ids=[words for _, _, words in BAD])
-def test_errors_in_words(change, kind, words):
-    with pytest.raises(kind, match=f"merge_neighbours: .*{words}"):
-        merge_neighbours(**{**good(), **change})
-
-
-BAD_UNMERGE = [
-    ({"x": torch.zeros(2, 7)}, ValueError, "x must have shape"),
-    (
-        {"grid": (2, 9)},
-        ValueError,
-        r"x has 7 tokens, 6 after a prefix of 1, but the grid \(2, 9\) merged along .* has 10",
-    ),
-    ({"merges": "horizontal"}, TypeError, "merges must be a tuple of axes, but got 'horizontal'"),
-    ({"merges": ("horizontal", 1)}, ValueError, r"merges\[1\]=1, but it must be one of"),
-    ({"mode": "cubic"}, ValueError, "mode='cubic', but it must be one of 'repeat', 'bilinear'"),
-]
-
-
-@pytest.mark.parametrize("change, kind, words", BAD_UNMERGE, ids=[words for _, _, words in BAD_UNMERGE])
-def test_unmerge_errors_in_words(change, kind, words):
-    given = {"x": torch.zeros(2, 7, 3), "grid": (2, 5), "merges": ("horizontal",), **change}
-    with pytest.raises(kind, match=f"unmerge_neighbours: .*{words}"):
-        unmerge_neighbours(**given)
-
-
-def test_the_compiled_code_checks_again(device):
-    """Called past the public function, the kernels still refuse what they cannot take."""
-    if device == "cpu" and ABSENT is not None:
-        pytest.skip(ABSENT)
-    x, w, sizes = (t.to(device) for t in (torch.zeros(2, 7, 4), torch.zeros(4), torch.zeros(2, 6)))
-    forward = dict(
-        x=x, first=None, second=None, logits=None, sizes=None, weight=None, bias=None, height=2, width=3,
-        vertical=False, prefix=1, alpha=0.5, beta=0.5, norm=False, eps=0.0,
-    )  # fmt: skip
-    changes = [
-        {"x": x[0]}, {"prefix": 2}, {"prefix": -1}, {"height": -2, "width": -3}, {"first": w[:3]}, {"first": w.long()},
-        {"second": sizes}, {"logits": sizes[:, :5]}, {"sizes": sizes.int()}, {"logits": sizes, "first": w},
-        {"norm": True, "weight": w[:3]},
-    ]  # fmt: skip
-    for change in changes:
-        with pytest.raises(RuntimeError, match="must|exclude"):
-            kernel("merge_neighbours_fwd", "native")(*{**forward, **change}.values())
-    backward = {name: value for name, value in forward.items() if name not in ("weight", "bias", "norm", "eps")}
-    backward = {"dy": x[:, :5], **backward}
-    changes = [{"dy": x}, {"x": x[:, :5]}, {"x": x.half()}, {"sizes": sizes[:1]}, {"first": sizes}]
-    for change in changes:
-        with pytest.raises(RuntimeError, match="must"):
-            kernel("merge_neighbours_bwd", "native")(*{**backward, **change}.values())
-
-
-def test_automatic_choice(device, ran_kernels):
-    with ran_kernels() as names:
-        merge_neighbours(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in good().items()})
-    reason = backends.why_not("merge_neighbours", "native", device, torch.float32)
-    assert names == ({"merge_neighbours_fwd.native"} if reason is None else set())

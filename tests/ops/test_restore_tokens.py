@@ -5,9 +5,7 @@ import torch
 
 import tokenops
 from support.cases import DTYPES, QUICK, RESTORE
-from support.compiled import ABSENT
 from tokenops import reference
-from tokenops.ops import backends
 from tokenops.ops.schemas import kernel
 
 ALL = (*DTYPES, torch.float64)
@@ -128,43 +126,6 @@ def test_forward_and_backward(backend, device, poisoned, ran_kernels, case, dtyp
         assert_same(ours, gradients(tokenops.restore_tokens, base, tokens, index, case.prefix, dy))
 
 
-def wide(x):
-    """Every second channel of a tensor with twice as many."""
-    return torch.stack((x, torch.full_like(x, torch.nan)), dim=-1).flatten(2)[..., ::2]
-
-
-def shifted(x):
-    """Not aligned to more than an element, rows apart."""
-    room = torch.full((*x.shape[:2], x.shape[2] + 3), torch.nan, dtype=x.dtype, device=x.device)
-    room[..., 1 : x.shape[2] + 1] = x
-    return room[..., 1 : x.shape[2] + 1]
-
-
-LAYOUTS = {
-    "channels first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "images last": lambda x: x.permute(1, 2, 0).contiguous().permute(2, 0, 1),
-    "every second channel": wide,
-    "shifted": shifted,
-    "some rows of more": lambda x: torch.cat((x, x), dim=1)[:, : x.shape[1]],
-    "one image for all": lambda x: x[:1].expand(x.shape),
-    "one value for all": lambda x: x[:1, :1, :1].expand(x.shape),
-}
-
-
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32, torch.float64), ids=lambda d: str(d)[6:])
-@pytest.mark.slow_interpreted(quick=lambda layout, dtype: dtype == torch.float32)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend, device, poisoned, layout, dtype):
-    base, tokens, index = inputs(3, 13, 6, 24, device, dtype=dtype)
-    dy = torch.randn_like(base)
-    lay = LAYOUTS[layout]
-    for arranged in ((lay(base), tokens, dy), (base, lay(tokens), dy), (base, tokens, lay(dy))):
-        base_, tokens_, dy_ = arranged
-        expected = gradients(reference.restore_tokens, base_, tokens_, index, 1, dy_)
-        for index_ in (index, index.t().contiguous().t(), torch.stack((index, index + 100), -1)[..., 0]):
-            assert_same(gradients(tokenops.restore_tokens, base_, tokens_, index_, 1, dy_), expected)
-
-
 def test_nan_and_infinity_are_values_like_others(backend, device):
     base = torch.tensor([torch.nan, torch.inf, 1.0, 2.0], device=device).reshape(1, 4, 1)
     tokens = torch.tensor([-torch.inf, torch.nan], device=device).reshape(1, 2, 1)
@@ -172,62 +133,9 @@ def test_nan_and_infinity_are_values_like_others(backend, device):
     assert str(y.flatten().tolist()) == "[nan, inf, -inf, nan]"
 
 
-def test_gradcheck(gradcheck, backend, device):
-    base = torch.randn(2, 6, 3, dtype=torch.float64, device=device, requires_grad=True)
-    tokens = torch.randn(2, 4, 3, dtype=torch.float64, device=device, requires_grad=True)
-    index = places(2, 4, 2, device)
-    gradcheck(lambda b, t: tokenops.restore_tokens(b, t, index, prefix=2), (base, tokens))
-
-
 def test_many_images_in_parallel(backend, device):
     base, tokens, index = inputs(40, 32, 8, 64, device)
     assert_same((tokenops.restore_tokens(base, tokens, index),), (reference.restore_tokens(base, tokens, index),))
-
-
-# torch's machinery
-
-
-@pytest.mark.parametrize("carried", (0, 1))
-def test_opcheck(backend, device, carried):
-    base, tokens, index = inputs(2, 5, 2, 3, device, carried=carried)
-    base = LAYOUTS["images last"](base)
-    olds, news = [torch.randn(2, 5, device=device)], [torch.randn(2, 2, device=device)]
-    torch.library.opcheck(kernel("restore_tokens_fwd", backend), (base, tokens, index, 1, olds, news))
-    torch.library.opcheck(kernel("restore_tokens_bwd", backend), (base, index, 1, carried, olds))
-
-
-@pytest.mark.parametrize("compiler", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
-def test_compile(device, compiler):
-    def f(base, tokens, index):
-        return tokenops.restore_tokens(base * 2, tokens, index).sin()
-
-    torch._dynamo.reset()
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=compiler)
-    sizes = ((2, 6, 2, 4), (3, 9, 5, 8)) if compiler == "aot_eager" else ((2, 6, 2, 4),)
-    for B, N, k, C in sizes:
-        base, tokens, index = inputs(B, N, k, C, device)
-        results = []
-        for function in (f, compiled):
-            leaves = base.clone().requires_grad_(), tokens.clone().requires_grad_()
-            y = function(*leaves, index)
-            results.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
-        for ours, eager in zip(*results, strict=True):
-            torch.testing.assert_close(ours, eager)
-
-
-def test_compile_with_a_tensor_given_twice(device):
-    def f(base, scores, index):
-        y, (first, second) = tokenops.restore_tokens(
-            base, base[:, 1:], index, companions=((scores, scores), (scores, scores * 2))
-        )
-        return y + first.sum() + second.sum()
-
-    torch._dynamo.reset()
-    base, scores = torch.randn(2, 4, 3, device=device), torch.rand(2, 3, device=device, requires_grad=True)
-    index = places(2, 3, 3, device)
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    gradients_ = [torch.autograd.grad(g(base, scores, index).sum(), scores)[0] for g in (f, compiled)]
-    torch.testing.assert_close(*gradients_)
 
 
 def test_compiled_errors_are_the_same():
@@ -237,35 +145,24 @@ def test_compiled_errors_are_the_same():
         compiled(torch.zeros(1, 6, 2), torch.zeros(1, 2, 2), torch.tensor([[0, 5]]))
 
 
-def test_inference_mode_and_func_grad(backend, device):
-    base, tokens, index = inputs(2, 4, 2, 3, device)
-    with torch.inference_mode():
-        assert_same((tokenops.restore_tokens(base, tokens, index),), (reference.restore_tokens(base, tokens, index),))
-    functions = tokenops.restore_tokens, reference.restore_tokens
-    losses = [lambda b, t, f=f: f(b, t, index).square().sum() for f in functions]
-    assert_same(*(torch.func.grad(loss, argnums=(0, 1))(base, tokens) for loss in losses))
-
-
-def test_only_the_gradients_asked_for(backend, device):
-    base, tokens, index = inputs(2, 4, 2, 3, device)
-    y = tokenops.restore_tokens(base, tokens.requires_grad_(), index)
-    y.sum().backward()
-    assert tokens.grad.eq(1).all() and base.grad is None
-
-
 # Bad input
 
 
-def test_indices_out_of_range_or_repeated_on_a_cpu():
+@pytest.mark.parametrize("path", ("native", "reference"))
+def test_indices_out_of_range_or_repeated_on_a_cpu(path):
     base, tokens = torch.zeros(2, 6, 3), torch.zeros(2, 2, 3)
-    for bad in (5, -2, 2**62, -(2**63)):
-        with pytest.raises(IndexError, match=rf"index\[1, 0\]={bad}, but .*: 0 to 4 is allowed") as error:
-            tokenops.restore_tokens(base, tokens, torch.tensor([[0, 1], [bad, 1]]))
-        assert ".cpp" not in str(error.value)
-    with pytest.raises(IndexError, match=r"index\[0, 1\]=3 is there twice, but the indices of an image must be unique"):
-        tokenops.restore_tokens(base, tokens, torch.tensor([[3, 3], [0, 1]]))
-    with pytest.raises(IndexError, match=r"index\[0, 0\]=0"):
-        tokenops.restore_tokens(base[:, :1], tokens, torch.tensor([[0, 1], [0, 1]]))  # nothing behind the prefix
+    with tokenops.use_backend(path):
+        for bad in (5, -2, 2**62, -(2**63)):
+            words = rf"index\[1, 0\]={bad}, but base has 5 tokens after a prefix of 1: 0 to 4 is allowed"
+            with pytest.raises(IndexError, match=words) as error:
+                tokenops.restore_tokens(base, tokens, torch.tensor([[0, 1], [bad, 1]]))
+            assert ".cpp" not in str(error.value)
+        words = r"index\[0, 1\]=3 is there twice, but the indices of an image must be unique"
+        with pytest.raises(IndexError, match=words):
+            tokenops.restore_tokens(base, tokens, torch.tensor([[3, 3], [0, 1]]))
+        with pytest.raises(IndexError, match=r"index\[0, 0\]=0"):
+            tokenops.restore_tokens(base[:, :1], tokens, torch.tensor([[0, 1], [0, 1]]))  # nothing behind the prefix
+        assert torch.equal(tokenops.restore_tokens(base + 1, tokens, torch.full((2, 2), -1)), base + 1)
     with pytest.raises(IndexError, match=r"index\[0, 0\]=9"):
         kernel("restore_tokens_bwd", "native")(base, torch.tensor([[9], [0]]), 1, 0, [])
 
@@ -281,87 +178,3 @@ def test_where_indices_are_not_looked_at_bad_ones_do_no_harm(backend, device, po
     dy = torch.randn_like(base)
     ours = gradients(tokenops.restore_tokens, base, tokens, index, 2, dy)
     assert_same(ours, gradients(reference.restore_tokens, base, tokens, kept, 2, dy))
-
-
-def good():
-    base, tokens, index = torch.zeros(2, 6, 3), torch.zeros(2, 2, 3), torch.tensor([[0, 1], [2, 3]])
-    return {"base": base, "tokens": tokens, "index": index, "prefix": 1}
-
-
-BAD = [
-    ({"base": [1.0]}, TypeError, "base must be a tensor"),
-    ({"base": torch.zeros(6, 3)}, ValueError, r"base must have shape \(B,P\+N,C\), but got \(6, 3\)"),
-    ({"base": torch.zeros(2, 6, 3, dtype=torch.int32)}, TypeError, "base must be float16, bfloat16, float32"),
-    ({"tokens": torch.zeros(2, 2, 3, dtype=torch.float16)}, TypeError, "tokens must have base's dtype"),
-    ({"tokens": torch.zeros(3, 2, 3)}, ValueError, "tokens has 3 images, but base has 2"),
-    ({"tokens": torch.zeros(2, 2, 4)}, ValueError, "tokens has 4 channels, but base has 3"),
-    ({"tokens": torch.zeros(2, 5, 3)}, ValueError, "tokens has 5 rows, but index has 2"),
-    ({"index": torch.zeros(2, 2)}, TypeError, "index must be int64"),
-    ({"index": torch.zeros(2, 2, dtype=torch.int32)}, TypeError, "index must be int64, but got torch.int32"),
-    ({"index": torch.zeros(3, 2, dtype=torch.int64)}, ValueError, "index has 3 images"),
-    ({"prefix": 7}, ValueError, "prefix=7, but it must be between 0 and the 6 tokens"),
-    ({"prefix": -1}, ValueError, "prefix=-1"),
-    ({"prefix": 1.0}, TypeError, "prefix must be an int"),
-    ({"companions": torch.zeros(2, 5)}, TypeError, r"companions must be a tuple of pairs \(old, new\), but got Tensor"),
-    (
-        {"companions": ((torch.zeros(2, 5), torch.zeros(2, 2)),) * 5},
-        ValueError,
-        "companions has 5 entries, but at most 4",
-    ),
-    (
-        {"companions": ((torch.zeros(2, 6), torch.zeros(2, 2)),)},
-        ValueError,
-        r"companions\[0\]\[0\] must have shape \(2, 5\)",
-    ),
-    (
-        {"companions": ((torch.zeros(2, 5), torch.zeros(2, 3)),)},
-        ValueError,
-        r"companions\[0\]\[1\] must have shape \(2, 2\)",
-    ),
-    (
-        {"companions": ((torch.zeros(2, 5), torch.zeros(2, 2).long()),)},
-        TypeError,
-        r"companions\[0\] must have one dtype",
-    ),
-]
-
-
-@pytest.mark.parametrize("change, kind, words", BAD, ids=[words for _, _, words in BAD])
-def test_errors_in_words(change, kind, words):
-    with pytest.raises(kind, match=f"restore_tokens: .*{words}"):
-        tokenops.restore_tokens(**{**good(), **change})
-
-
-def test_the_compiled_code_checks_again(device):
-    """Called past the public function, the kernels still refuse what they cannot take."""
-    if device == "cpu" and ABSENT is not None:
-        pytest.skip(ABSENT)
-    forward, backward = kernel("restore_tokens_fwd", "native"), kernel("restore_tokens_bwd", "native")
-    a = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in good().items()}
-    changes = [
-        {"base": a["base"][0]},
-        {"tokens": a["tokens"].half()},
-        {"tokens": a["tokens"][:1]},
-        {"tokens": a["tokens"][:, :1]},
-        {"index": a["index"].int()},
-        {"index": a["index"][:1]},
-        {"index": a["index"][0]},
-        {"prefix": 7},
-        {"prefix": -1},
-        {"olds": [a["base"][..., 0]], "news": [a["tokens"][..., 0]]},
-        {"olds": [a["base"][:, 1:, 0]], "news": []},
-        {"olds": [a["base"][:, 1:, 0]], "news": [a["index"]]},
-    ]
-    for change in changes:
-        with pytest.raises(RuntimeError, match="must"):
-            forward(*{**a, "olds": [], "news": [], **change}.values())
-    for index, prefix, carried in ((a["index"], 1, 2), (a["index"].int(), 1, 0), (a["index"], 9, 0)):
-        with pytest.raises(RuntimeError, match="must"):
-            backward(a["base"], index, prefix, carried, [])
-
-
-def test_automatic_choice(device, ran_kernels):
-    with ran_kernels() as names:
-        tokenops.restore_tokens(**{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in good().items()})
-    reason = backends.why_not("restore_tokens", "native", device, torch.float32)
-    assert names == ({"restore_tokens_fwd.native"} if reason is None else set())

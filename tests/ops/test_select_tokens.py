@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import tokenops
-from support.cases import DTYPES, SELECT, SELECT_LARGE, Select
-from support.selection import OPTIONS, compare, double, inputs, run, terms
+from support.cases import DTYPES, SELECT, SELECT_LARGE
+from support.runs import double
+from support.selection import OPTIONS, compare, inputs, run, terms
 from tokenops import reference
 
 NAN, INF = math.nan, math.inf
@@ -168,55 +169,11 @@ def test_the_same_choice_everywhere(backend, device):
                 assert torch.equal(select_tokens(x, scores, k, order=order).index, expected), k
 
 
-LAYOUTS = {
-    "channels first": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "images last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
-    "every second": lambda t: torch.stack((t, torch.full_like(t, NAN)), dim=-1).flatten(-2)[..., ::2],
-    "shifted": lambda t: torch.nn.functional.pad(t, (1, 2), value=NAN)[..., 1:-2],
-    "one image for all": lambda t: t[:1].expand(t.shape),
-}
-
-
-@pytest.mark.slow_interpreted(quick=lambda layout: layout in ("every second", "one image for all"))
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend, device, poisoned, layout):
-    lay, option = LAYOUTS[layout], OPTIONS[2]
-    case = Select(3, 13, 6, 24, 1, "aligned where it is contiguous")
-    for dtype in (torch.float16, torch.float32):  # the interpreter cuts bf16 off where it should round
-        tensors = inputs(case, dtype, dtype, device, False, True)
-        for name in ("x", "scores", "size"):
-            arranged = {**tensors, name: lay(tensors[name])}
-            *ours, upstream = run(select_tokens, arranged, 6, 1, option)
-            upstream = {n: lay(t) if t.dim() == 3 else t for n, t in upstream.items()}
-            *ours, _ = run(select_tokens, arranged, 6, 1, option, upstream)
-            *plain, _ = run(reference.select_tokens, arranged, 6, 1, option, upstream)
-            truth = run(reference.select_tokens, double(arranged), 6, 1, option, upstream)
-            compare(ours, plain, truth, terms(arranged, truth, upstream, 1))
-
-
 def test_nan_and_infinity_of_tokens_stay_where_they_are(backend, device):
     x = torch.tensor([NAN, 1.0, INF, NAN, 2.0], device=device).reshape(1, 5, 1)
     scores = torch.tensor([[1.0, 4.0, 3.0, 2.0]], device=device)
     y = select_tokens(x, scores, 2, rest="mean").tokens.flatten().tolist()
     assert str(y) == "[nan, inf, nan, 1.5]"
-
-
-@pytest.mark.parametrize("rest, normalize", [("none", True), ("weighted", True), ("weighted", False), ("mean", True)])
-def test_gradcheck(gradcheck, backend, device, rest, normalize):
-    def leaf(*shape):
-        return torch.rand(shape, dtype=torch.float64, device=device).requires_grad_()
-
-    scores = torch.tensor([[0.3, 0.9, 0.5, 0.1], [0.2, 0.6, 0.8, 0.4]], dtype=torch.float64, device=device)
-    x, size, weight, bias = leaf(2, 5, 3), leaf(2, 4), leaf(3), leaf(3)
-
-    def f(x, scores, size, weight, bias):
-        chosen = select_tokens(
-            x, scores, 2, rest=rest, normalize=normalize, companions=(size,), norm=(weight, bias, 1e-3)
-        )
-        return chosen.tokens, chosen.normed, chosen.companions[0]
-
-    scores.requires_grad_(rest == "weighted")
-    gradcheck(f, (x, scores, size, weight, bias))
 
 
 def test_norm_without_weight_or_bias(backend, device):
@@ -284,3 +241,56 @@ def test_the_eps_of_fp64_is_not_rounded(backend, device):
     torch.testing.assert_close(normed, right, rtol=1e-12, atol=1e-12)
     constant = torch.ones_like(x)
     assert tokenops.select_tokens(constant, scores, 3, norm=(None, None, 1e-300)).normed.eq(0).all()
+
+
+# What is refused, and what no gradient is asked of.
+
+
+def test_counts_out_of_range(backend, device):
+    x, scores = torch.randn(2, 6, 3, device=device), torch.rand(2, 5, device=device)
+    counts = torch.tensor([[-3, 9], [0, 0]], device=device).t()[:, 0]
+    if device == "cpu" and backend == "native":
+        for path in ("native", "reference"):
+            words = r"counts\[0\]=-3, but it must be between 0 and k=2"
+            with tokenops.use_backend(path), pytest.raises(IndexError, match=words):
+                select_tokens(x, scores, 2, counts=counts)
+        return
+    chosen = select_tokens(x, scores, 2, counts=counts)  # not looked at: the nearest that is allowed
+    nearest = select_tokens(x, scores, 2, counts=torch.tensor([0, 2], device=device))
+    assert torch.equal(chosen.tokens, nearest.tokens) and torch.equal(chosen.index, nearest.index)
+    assert chosen.lengths.tolist() == [1, 3]
+
+
+def test_gradients_that_nobody_asked_for(backend, device):
+    """Results that depend on nothing that needs a gradient need none."""
+    x, scores, weight = (
+        torch.randn(2, 6, 4, device=device),
+        torch.rand(2, 5, device=device),
+        torch.ones(4, device=device),
+    )
+    size = torch.rand(2, 5, device=device, requires_grad=True)
+    chosen = select_tokens(x, scores, 2, companions=(size,), norm=(weight.requires_grad_(), weight, 1e-6))
+    assert not chosen.tokens.requires_grad and chosen.normed.requires_grad and chosen.companions[0].requires_grad
+    chosen = select_tokens(x, scores.requires_grad_(), 2)
+    assert not chosen.tokens.requires_grad
+
+
+def test_as_many_tokens_as_are_allowed(device):
+    x, scores = torch.randn(1, 16385, 2, device=device), torch.rand(1, 16384, device=device).bfloat16()
+    with tokenops.use_backend("native"):
+        for order in ("score", "index"):
+            ours = select_tokens(x, scores, 5000, order=order)
+            assert torch.equal(ours.index, reference.select_tokens(x, scores, 5000, order=order)[1])
+
+
+def test_many_images_choose_once():
+    """On Triton a program makes its image's choice: of few images several do, each for some channels."""
+    plan = pytest.importorskip("tokenops.ops.triton.select_tokens")._fwd_plan
+    for B, C, norm, programs in (
+        (1, 384, False, 3),
+        (256, 384, False, 256),
+        (256, 1280, False, 768),
+        (1, 384, True, 1),
+    ):
+        x, scores = (torch.empty(B, *size, device="meta") for size in ((197, C), (196,)))
+        assert plan(x, scores, None, None, None, 98, 1, "none", False, norm).grid == (programs,)

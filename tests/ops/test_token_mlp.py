@@ -1,12 +1,15 @@
 """token_mlp: what it means, and that every backend computes it, values and gradients, without the hidden tensor."""
 
+from importlib import import_module
+
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenops
 from support.cases import DTYPES, TOKEN_MLP, TokenMlp
 from support.compiled import needs_amx
+from support.made import Sizes
+from support.threads import threads
 from support.tolerance import assert_as_good_as_plain
 from tokenops import reference
 from tokenops.ops import native
@@ -83,12 +86,8 @@ def test_images_that_do_not_fit_at_once(dtype, backend, device, monkeypatch):
 @pytest.mark.usefixtures("poisoned")
 def test_one_image_on_tiles_of_many_threads():
     """Each has some of the hidden rows."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
+    with threads(3):
         check_as_good_as_plain(TOKEN_MLP[3], torch.bfloat16, "cpu")
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_amx
@@ -141,72 +140,21 @@ def test_without_biases(dtype, backend, device):
         assert_as_good_as_plain(ours, plain, truth, what)
 
 
-@pytest.mark.cpu_only  # the Triton matrix kernels take no float64 on a GPU
-def test_gradcheck(gradcheck, backend, device):
-    tensors = [t.requires_grad_() for t in inputs(TokenMlp(2, 2, 3, 2, 2, "few elements"), torch.float64, device)]
-    gradcheck(tokenops.token_mlp, tensors)
-
-
-def test_gradcheck_of_the_reference():
-    tensors = [t.requires_grad_() for t in inputs(TOKEN_MLP[0], torch.float64, "cpu")]
-    assert torch.autograd.gradcheck(reference.token_mlp, tensors)
-
-
-def test_layouts(backend, device):
-    """Every tensor transposed or sliced from a larger one full of NaN."""
-    tensors = inputs(TOKEN_MLP[0], torch.float32, device)
-    case = TOKEN_MLP[0]
-    dy = torch.randn(case.B, case.N, case.C, device=device)
-    expected = run(tokenops.token_mlp, tensors, dy)
-
-    def turned(t):
-        return t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t
-
-    def sliced(t):
-        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), float("nan"), device=device)
-        wide[..., 1::2] = t
-        return wide[..., 1::2]
-
-    for change in (turned, sliced):
-        for a, b in zip(run(tokenops.token_mlp, [change(t) for t in tensors], change(dy)), expected):
-            torch.testing.assert_close(a, b)
-    z, w1, b1, w2, b2 = tensors
-    leaf = z.requires_grad_()
-    tokenops.token_mlp(leaf, w1, b1, w2, b2).sum().backward()  # dy has strides of 0
-    (dz,) = torch.autograd.grad(reference.token_mlp(leaf, w1, b1, w2, b2).sum(), leaf)
-    torch.testing.assert_close(leaf.grad, dz)
-
-
 def test_the_hidden_tensor_never_exists(backend, device, monkeypatch):
     """No tensor of B * R * C elements is made, forward or backward, where that is much; plain PyTorch makes several."""
-    sizes = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(
-                t.numel()
-                for t in (out if isinstance(out, (tuple, list)) else (out,))
-                if torch.is_tensor(t) and t.is_floating_point()
-            )
-            return out
-
     case = TokenMlp(16, 3, 40, 5, 64, "the hidden tensor is by far the largest")
     tensors = inputs(case, torch.float32, device)
     dy = torch.randn(case.B, case.N, case.C, device=device)
-    implementation = __import__(
-        f"tokenops.ops.{'cpu' if backend == 'native' else 'triton'}.token_mlp", fromlist=["token_mlp_fwd"]
-    )
+    implementation = import_module(f"tokenops.ops.{'cpu' if backend == 'native' else 'triton'}.token_mlp")
     if backend == "triton":
         monkeypatch.setattr(implementation, "HIDDEN_BYTES", 4 * case.B * case.R * case.C // 6)
-    with Sizes():
+    with Sizes() as sizes:
         implementation.token_mlp_fwd(*tensors)
         implementation.token_mlp_bwd(dy, *tensors[:4])
-    assert 0 < max(sizes) <= case.B * case.R * case.C // 4
-    sizes.clear()
-    with Sizes():
+    assert 0 < max(sizes.found) <= case.B * case.R * case.C // 4
+    with Sizes() as sizes:
         reference.token_mlp(*tensors)
-    assert max(sizes) == case.B * case.R * case.C
+    assert max(sizes.found) == case.B * case.R * case.C
 
 
 def test_autocast(backend, device):
@@ -238,62 +186,3 @@ def test_deterministic(backend, device):
     dy = torch.randn(TOKEN_MLP[2].B, TOKEN_MLP[2].N, TOKEN_MLP[2].C, device=device)
     first, second = run(tokenops.token_mlp, tensors, dy), run(tokenops.token_mlp, tensors, dy)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
-
-
-def test_the_kernel_that_was_asked_for_runs(backend, ran_kernels, device):
-    z, *weights = inputs(TOKEN_MLP[0], torch.float32, device)
-    with ran_kernels() as names:
-        tokenops.token_mlp(z.requires_grad_(), *weights).sum().backward()
-    assert names == {f"token_mlp_fwd.{backend}", f"token_mlp_bwd.{backend}"}
-
-
-def test_opcheck(backend, device):
-    z, w1, b1, w2, b2 = inputs(TOKEN_MLP[0], torch.float32, device)
-    forward = getattr(torch.ops.tokenops.token_mlp_fwd, backend)
-    backward = getattr(torch.ops.tokenops.token_mlp_bwd, backend)
-    for bias in ((b1, b2), (None, None)):
-        torch.library.opcheck(forward, (z, w1, bias[0], w2, bias[1]))
-        dy = torch.randn(z.shape[0], w2.shape[0], z.shape[2], device=device)
-        torch.library.opcheck(backward, (dy, z, w1, bias[0], w2))
-        torch.library.opcheck(backward, (dy[:0], z[:0], w1, bias[0], w2))
-
-
-@pytest.mark.slow_interpreted
-def test_compile(backend, device):
-    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
-    def compiled(*tensors):
-        return tokenops.token_mlp(*tensors)
-
-    for case in (TOKEN_MLP[0], TOKEN_MLP[2]):
-        tensors = inputs(case, torch.float32, device)
-        dy = torch.randn(case.B, case.N, case.C, device=device)
-        for a, b in zip(run(compiled, tensors, dy), run(tokenops.token_mlp, tensors, dy)):
-            torch.testing.assert_close(a, b)
-
-
-def test_functional_gradient(backend, device):
-    z, *weights = inputs(TOKEN_MLP[0], torch.float32, device)
-    g = torch.func.grad(lambda z: tokenops.token_mlp(z, *weights).square().sum())(z)
-    torch.testing.assert_close(g, torch.func.grad(lambda z: reference.token_mlp(z, *weights).square().sum())(z))
-
-
-Z, W1, B1, W2, B2 = torch.zeros(2, 3, 4), torch.zeros(5, 3), torch.zeros(5), torch.zeros(6, 5), torch.zeros(6)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "words"),
-    [
-        ((Z[0], W1, B1, W2, B2), ValueError, r"z must have shape .B,M,C., but got .3, 4."),
-        ((Z, W1.t(), B1, W2, B2), ValueError, r"w1 has 5 columns, but z .its tokens. has 3"),
-        ((Z, W1, B1, W2[:, 1:], B2), ValueError, r"w2 has 4 columns, but w1 .its rows. has 5"),
-        ((Z, W1, B2, W2, B2), ValueError, r"b1 has 6 elements, but w1 .its rows. has 5"),
-        ((Z, W1, B1, W2, B2[None]), ValueError, r"b2 must have shape .N., but got .1, 6."),
-        ((Z, W1, B1, W2.double(), B2), TypeError, "w2 must have z's dtype torch.float32, but got torch.float64"),
-        ((Z.long(), W1, B1, W2, B2), TypeError, "z must be float16, .* but got torch.int64"),
-        ((Z, None, B1, W2, B2), TypeError, "w1 must be a tensor .R,M., but got NoneType"),
-        ((Z, W1.to("meta"), B1, W2, B2), ValueError, "w1 is on meta, but the other tensors are on cpu"),
-    ],
-)
-def test_errors(arguments, error, words):
-    with pytest.raises(error, match=f"token_mlp: {words}"):
-        tokenops.token_mlp(*arguments)

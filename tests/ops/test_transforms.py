@@ -5,107 +5,18 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenops
+from support.calls import CALLS, UNMERGED, B, C, N
 from tokenops import use_backend
 
-SAMPLES, B, N, C = 3, 2, 6, 4
-GRID = (2, 3)
+SAMPLES = 3
+CASES = CALLS | {"unmerge_neighbours": UNMERGED}
 
 
 def numbers(*shape, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype)
-
-
-def merged(x, logits, first, second, weight, bias):
-    y, normed = tokenops.merge_neighbours(x, GRID, "horizontal", (first, second), prefix=0, norm=(weight, bias, 1e-5))
-    return y, normed, tokenops.merge_neighbours(x, GRID, "vertical", logits, prefix=0, sizes=SIZES)[0]
-
-
-def attended(q, k, v, bias, qk_mask, v_mask):
-    return tokenops.masked_channel_attention(
-        q, k, v, qk_mask=qk_mask, v_mask=v_mask, key_bias=bias, key_lengths=torch.tensor([N, 4]), scores="class",
-        heads="mean", return_lse=True, return_key_mean=True,
-    )  # fmt: skip
-
-
-def received(q, k, v):
-    return tokenops.masked_channel_attention(q, k, v, scores="received")
-
-
-def selected(rest, x, scores, companion, weight, bias):
-    chosen = tokenops.select_tokens(
-        x, scores, 3, prefix=1, rest=rest, companions=(companion,), norm=(weight, bias, 1e-5),
-        counts=torch.tensor([3, 2]) if rest == "mean" else None,
-    )  # fmt: skip
-    return chosen.tokens, chosen.normed, *chosen.companions
-
-
-def shifted(x, bias):
-    """Norms that have a bias alone."""
-    norm, scores = (None, bias, 1e-5), torch.arange(2.0 * N).cos().reshape(B, N)
-    chosen = tokenops.select_tokens(x, scores, 3, norm=norm, prefix=0).normed
-    y = tokenops.merge_neighbours(x, GRID, "vertical", prefix=0, norm=norm)[1]
-    return chosen, y, tokenops.merge_bipartite(x, x.detach(), 2, prefix=0, norm=norm).normed
-
-
-def restored(base, tokens, old, new):
-    index = torch.tensor([[4, 0, -1], [2, 1, 5]])
-    y, (companion,) = tokenops.restore_tokens(base, tokens, index, companions=((old, new),))
-    return y, companion
-
-
-def merged_bipartite(x, weight, bias):
-    y = tokenops.merge_bipartite(x, x.detach(), 2, prefix=0, sizes=1 + SIZES, norm=(weight, bias, 1e-5))
-    return y.tokens, y.normed
-
-
-def unmerged(y):
-    return tokenops.unmerge_bipartite(y, torch.tensor([[1, 0, 2, 2], [0, 0, 1, 1]]), prefix=1)
-
-
-def summed(x):
-    merge, _ = tokenops.tome.bipartite_soft_matching(METRIC, 2)
-    return merge(x, mode="sum")
-
-
-SIZES = torch.tensor([[1.0, 2, 0, 0, 3, 1], [1, 1, 1, 1, 1, 1]])
-METRIC = torch.arange(2.0 * N * C).cos().reshape(2, N, C)
-#: what is differentiated, the shapes of what it is differentiated in, and how many of the first have images
-CASES = {
-    "soft_aggregate": (
-        lambda x, w, scale: tokenops.soft_aggregate(x, w, scale=scale, mask=torch.arange(N) < torch.tensor([[6], [4]])),
-        ((B, N, C), (B, N, 3), (1,)),
-        2,
-    ),
-    "soft_aggregate without a scale": (partial(tokenops.soft_aggregate, prefix=1), ((B, 1 + N, C), (B, N, 3)), 2),
-    "soft_scatter": (
-        lambda z, w, scale: tokenops.soft_scatter(z, w, scale=scale),
-        ((B, 3, C), (B, N, 3), (1,)),
-        2,
-    ),
-    "token_mlp": (tokenops.token_mlp, ((B, N, C), (5, N), (5,), (3, 5), (3,)), 1),
-    "attention": (attended, ((B, 2, 3, C), (B, 2, N, C), (B, 2, N, 5), (B, 2, 1, N), (2, C), (2, 5)), 4),
-    "attention, received": (received, ((B, 2, 3, C), (B, 2, N, C), (B, 2, N, 5)), 3),
-    "attention alone": (tokenops.masked_channel_attention, ((B, 2, 3, C), (B, 2, N, C), (B, 2, N, C)), 3),
-    **{
-        f"select_tokens, {rest}": (partial(selected, rest), ((B, 1 + N, C), (B, N), (B, N), (C,), (C,)), 3)
-        for rest in ("none", "mean", "weighted")
-    },
-    "a norm's bias alone": (shifted, ((B, N, C), (C,)), 1),
-    "restore_tokens": (restored, ((B, 1 + N, C), (B, 3, C), (B, N), (B, 3)), 4),
-    "merge_neighbours": (merged, ((B, N, C), (B, N), (C,), (1,), (C,), (C,)), 2),
-    "unmerge_neighbours": (
-        lambda x: tokenops.unmerge_neighbours(x, (3, 4), ("horizontal", "vertical"), prefix=0, mode="bilinear"),
-        ((B, 4, C),),
-        1,
-    ),
-    "merge_bipartite": (merged_bipartite, ((B, N, C), (C,), (C,)), 1),
-    "unmerge_bipartite": (unmerged, ((B, 4, C),), 1),
-    "tome's sum": (summed, ((B, N, C),), 1),
-}
 
 
 @pytest.fixture(params=("native", pytest.param("triton", marks=pytest.mark.slow), "reference"))
@@ -135,13 +46,8 @@ def case(request):
 
 def made(name, dtype=torch.float64):
     """(function of tensors to a tuple, tensors, how many of these have images)."""
-    function, shapes, images = CASES[name]
-
-    def of(*tensors):
-        y = function(*tensors)
-        return (y,) if isinstance(y, Tensor) else tuple(y)
-
-    return of, [numbers(*shape, dtype=dtype) for shape in shapes], images
+    call = CASES[name]
+    return call.of, [numbers(*shape, dtype=dtype) for shape in call.shapes], call.images
 
 
 def loss(function, *tensors):
@@ -344,13 +250,6 @@ def test_a_second_order_beside_another_path_is_not_lost(case, engine):
     assert not torch.equal(ours[0], 2 * leaves[0])  # what the other path alone gives
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - {"unmerge_neighbours"}))
-def test_forward_mode_says_that_it_cannot(name):
-    function, tensors, _ = made(name)
-    with pytest.raises((RuntimeError, NotImplementedError), match="jvp|forward mode|forward AD"):
-        torch.func.jvp(function, tuple(tensors), tuple(torch.ones_like(t) for t in tensors))
-
-
 TWICE = {
     "soft_aggregate": (lambda x: tokenops.soft_aggregate(x, x), (2, 6, 6)),
     "soft_scatter": (lambda x: tokenops.soft_scatter(x, x), (2, 6, 6)),
@@ -369,6 +268,12 @@ TWICE = {
     ),
     "restore_tokens": (
         lambda x: tokenops.restore_tokens(x, x, torch.arange(4).expand(2, 4), companions=((x[:, 1:, 0],) * 2,))[0],
+        (2, 5, 8),
+    ),
+    "restore_tokens' companions": (
+        lambda x: tokenops.restore_tokens(
+            x, x, torch.arange(4).expand(2, 4), companions=((s := x[:, 1:, 0], s), (s, s * 2))
+        )[1][1],
         (2, 5, 8),
     ),
     "merge_neighbours": (

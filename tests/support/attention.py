@@ -7,6 +7,7 @@ import torch
 
 import tokenops
 from support.compiled import ABSENT
+from support.runs import double
 from support.tolerance import assert_as_good_as_plain
 from tokenops import reference
 from tokenops.ops import native
@@ -37,10 +38,6 @@ def inputs(case, dtype, device, everything=False):
         lengths = [0, N, (2 * N + 2) // 3] if B > 2 else [(2 * N + 2) // 3, N]
         tensors["key_lengths"] = torch.tensor(lengths[:B], dtype=torch.int64, device=device)
     return tensors
-
-
-def double(tensors):
-    return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
 def run(function, tensors, upstream=None, **options):

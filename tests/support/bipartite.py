@@ -3,6 +3,7 @@
 import torch
 
 from support import layer_norm
+from support.runs import differentiated
 from support.tolerance import assert_as_good_as_plain
 from tokenops import reference
 
@@ -53,10 +54,6 @@ def inputs(case, dtype, device, option):
     return tensors
 
 
-def double(tensors):
-    return {name: t.double() for name, t in tensors.items()}
-
-
 def plain_merge(x, metric, r, *, prefix=1, sizes=None, norm=None):
     """What tokenops.merge_bipartite gives, of the reference: (tokens, index, sizes, log_sizes, normed)."""
     index = reference.match_bipartite(metric, r, prefix=prefix)
@@ -67,32 +64,24 @@ def plain_merge(x, metric, r, *, prefix=1, sizes=None, norm=None):
 
 def run(function, tensors, r, prefix, upstream=None):
     """Every result of merge_bipartite and every gradient, by name; upstream gradients are random unless given."""
-    leaves = {n: tensors[n].detach().requires_grad_() for n in ("x", "weight", "bias") if n in tensors}
-    norm = (leaves["weight"], leaves["bias"], EPS) if "weight" in leaves else None
-    found = function(leaves["x"], tensors["metric"], r, prefix=prefix, sizes=tensors.get("sizes"), norm=norm)
-    results = dict(zip(("tokens", "index", "sizes", "log_sizes", "normed"), found, strict=True))
-    if norm is None:
-        assert results.pop("normed") is None
-    learned = [n for n in ("tokens", "normed") if n in results]
-    assert [n for n, t in results.items() if t.requires_grad] == learned
-    if upstream is None:
-        upstream = {n: torch.randn_like(results[n]) for n in learned}
-    gradients = torch.autograd.grad(
-        [results[n] for n in learned],
-        list(leaves.values()),
-        [upstream[n].to(results[n].dtype) for n in learned],
-    )
-    results = {n: t.detach() for n, t in results.items()}
-    return results, {f"d{n}": t for n, t in zip(leaves, gradients, strict=True)}, upstream
+
+    def merged(t):
+        norm = (t["weight"], t["bias"], EPS) if "weight" in t else None
+        found = function(t["x"], t["metric"], r, prefix=prefix, sizes=t.get("sizes"), norm=norm)
+        results = dict(zip(("tokens", "index", "sizes", "log_sizes", "normed"), found, strict=True))
+        learned = ["tokens", "normed"] if norm is not None else ["tokens"]
+        assert [name for name, t in results.items() if t is not None and t.requires_grad] == learned
+        assert norm is not None or results["normed"] is None
+        return results
+
+    return differentiated(merged, tensors, ("x", "weight", "bias"), upstream)
 
 
 def run_unmerge(function, y, index, prefix, upstream=None):
     """The result of unmerge_bipartite and its gradient, by name."""
-    y = y.detach().requires_grad_()
-    x = function(y, index, prefix=prefix)
-    upstream = torch.randn_like(x) if upstream is None else upstream
-    (dy,) = torch.autograd.grad(x, y, upstream.to(x.dtype))
-    return {"x": x.detach()}, {"dy": dy}, upstream
+    given = None if upstream is None else {"x": upstream}
+    found = differentiated(lambda t: {"x": function(t["y"], index, prefix=prefix)}, {"y": y}, ("y",), given)
+    return *found[:2], found[2]["x"]
 
 
 def compare(ours, plain, truth):

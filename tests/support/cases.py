@@ -1,6 +1,6 @@
 """The sizes the operators are tested at, each with its reason, and the dtypes."""
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 
@@ -10,20 +10,22 @@ DTYPES = (torch.float32, *LOW)
 QUICK = (torch.float32, torch.bfloat16)
 
 
-class Aggregate(NamedTuple):
-    """Sizes of soft_aggregate and, with N and M exchanged, soft_scatter."""
+def sizes(name, fields):
+    """A kind of sizes, each with the reason it is there; a test's id names them."""
 
-    B: int
-    N: int
-    M: int
-    C: int
-    prefix: int
-    why: str
+    def __str__(case):
+        *numbers, _ = zip(case._fields, case)
+        return "-".join(
+            f"{field.replace('prefix', 'P')}{'' if n is True else n}" for field, n in numbers if n is not False
+        )
 
-    def __str__(self):
-        return f"B{self.B}-N{self.N}-M{self.M}-C{self.C}-P{self.prefix}"
+    made = namedtuple(name, f"{fields} why")
+    made.__str__ = __str__
+    return made
 
 
+# of soft_aggregate and, with N and M exchanged, soft_scatter
+Aggregate = sizes("Aggregate", "B N M C prefix")
 AGGREGATE = (
     Aggregate(2, 12, 5, 16, 1, "everything inside one tile"),
     Aggregate(1, 1, 1, 1, 0, "the smallest there is"),
@@ -40,21 +42,8 @@ AGGREGATE = (
 )
 
 
-class Restore(NamedTuple):
-    """Sizes of restore_tokens; `carried` says that tokens bring the prefix with them."""
-
-    B: int
-    N: int
-    k: int
-    C: int
-    prefix: int
-    carried: bool
-    why: str
-
-    def __str__(self):
-        return f"B{self.B}-N{self.N}-k{self.k}-C{self.C}-P{self.prefix}{'-carried' * self.carried}"
-
-
+# of restore_tokens; `carried` says that tokens bring the prefix with them
+Restore = sizes("Restore", "B N k C prefix carried")
 RESTORE = (
     Restore(2, 12, 5, 16, 1, False, "16-byte units in every dtype"),
     Restore(2, 12, 5, 16, 1, True, "tokens replace the prefix too"),
@@ -74,20 +63,8 @@ RESTORE = (
 )
 
 
-class Select(NamedTuple):
-    """Sizes of select_tokens."""
-
-    B: int
-    N: int
-    k: int
-    C: int
-    prefix: int
-    why: str
-
-    def __str__(self):
-        return f"B{self.B}-N{self.N}-k{self.k}-C{self.C}-P{self.prefix}"
-
-
+# of select_tokens
+Select = sizes("Select", "B N k C prefix")
 SELECT = (
     Select(2, 12, 5, 16, 1, "16-byte accesses in every dtype"),
     Select(1, 1, 1, 1, 0, "the smallest there is: nothing is left out"),
@@ -107,20 +84,8 @@ SELECT_LARGE = (
 )
 
 
-class Merge(NamedTuple):
-    """Sizes of merge_neighbours."""
-
-    B: int
-    H: int
-    W: int
-    C: int
-    prefix: int
-    why: str
-
-    def __str__(self):
-        return f"B{self.B}-H{self.H}-W{self.W}-C{self.C}-P{self.prefix}"
-
-
+# of merge_neighbours
+Merge = sizes("Merge", "B H W C prefix")
 MERGE = (
     Merge(2, 4, 6, 16, 1, "16-byte accesses in every dtype"),
     Merge(1, 1, 1, 1, 0, "the smallest there is: a token alone"),
@@ -134,21 +99,8 @@ MERGE = (
 MERGE_LARGE = (Merge(2, 14, 14, 384, 1, "DeiT-S"),)
 
 
-class Attend(NamedTuple):
-    """Sizes of masked_channel_attention."""
-
-    B: int
-    H: int
-    M: int
-    N: int
-    DK: int
-    DV: int
-    why: str
-
-    def __str__(self):
-        return f"B{self.B}-H{self.H}-M{self.M}-N{self.N}-D{self.DK}-{self.DV}"
-
-
+# of masked_channel_attention
+Attend = sizes("Attend", "B H M N DK DV")
 ATTEND = (
     Attend(2, 2, 5, 5, 8, 8, "everything inside one tile"),
     Attend(1, 1, 1, 1, 1, 1, "the smallest there is: the softmax is 1"),
@@ -168,18 +120,8 @@ ATTEND = (
 CHUNKED = ATTEND[-3:]
 
 
-class TokenMlp(NamedTuple):
-    B: int
-    M: int
-    R: int
-    N: int
-    C: int
-    why: str
-
-    def __str__(self):
-        return f"B{self.B}-M{self.M}-R{self.R}-N{self.N}-C{self.C}"
-
-
+# of token_mlp
+TokenMlp = sizes("TokenMlp", "B M R N C")
 TOKEN_MLP = (
     TokenMlp(2, 5, 12, 7, 9, "everything inside one tile"),
     TokenMlp(1, 1, 1, 1, 1, "the smallest there is"),
@@ -191,21 +133,8 @@ TOKEN_MLP = (
 )
 
 
-class Bipartite(NamedTuple):
-    """Sizes of merge_bipartite: r of N tokens are merged, compared by D numbers."""
-
-    B: int
-    N: int
-    r: int
-    C: int
-    D: int
-    prefix: int
-    why: str
-
-    def __str__(self):
-        return f"B{self.B}-N{self.N}-r{self.r}-C{self.C}-D{self.D}-P{self.prefix}"
-
-
+# of merge_bipartite: r of N tokens are merged, compared by D numbers
+Bipartite = sizes("Bipartite", "B N r C D prefix")
 BIPARTITE = (
     Bipartite(2, 12, 3, 16, 16, 1, "16-byte accesses in every dtype"),
     Bipartite(1, 2, 1, 2, 1, 0, "the smallest that merges"),

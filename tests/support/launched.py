@@ -230,10 +230,6 @@ def of_lengths():
                 arguments = (left - 1, None, [sizes[:, 1:]], *parameters[:2], *options, False, True, 1e-6)
                 tokens, chosen, _, _, fused, (y,) = select_tokens_fwd(x, scores, *arguments)
                 select_tokens_bwd(tokens, [y], chosen, scores, None, x, fused, *options)
-                scores, options = sizes[:, 1:].float(), (1, "normalized")
-                arguments = (left - 1, None, [sizes[:, 1:]], *parameters[:2], *options, False, True, 1e-6)
-                tokens, chosen, _, _, fused, (y,) = select_tokens_fwd(x, scores, *arguments)
-                select_tokens_bwd(tokens, [y], chosen, scores, None, x, fused, *options)
         for grid in ((14, 14), (14, 7), (7, 7), (7, 4)):
             x, sizes = (torch.empty(3, grid[0] * grid[1] + first, *size) for first, size in ((1, (384,)), (0, ())))
             arguments = (None, None, None, sizes)

@@ -3,6 +3,7 @@
 import torch
 
 from support import layer_norm
+from support.runs import differentiated
 from support.tolerance import assert_as_good_as_plain
 
 EPS = 1e-5
@@ -36,10 +37,6 @@ def inputs(case, dtype, device, option):
     return tensors
 
 
-def double(tensors):
-    return {name: t.double() for name, t in tensors.items()}
-
-
 def weights_of(given, kind):
     if kind == "numbers":
         return 0.25, 0.5
@@ -50,27 +47,16 @@ def weights_of(given, kind):
 
 def run(function, tensors, case, axis, option, upstream=None):
     """Every result and every gradient, by name; the upstream gradients are random unless given."""
-    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items() if n != "sizes"}
-    given = {**tensors, **leaves}
-    norm = (given["weight"], given["bias"], EPS) if "weight" in given else None
-    sizes = given.get("sizes")
-    found = function(
-        given["x"], (case.H, case.W), axis, weights_of(given, option[0]), prefix=case.prefix, sizes=sizes, norm=norm
-    )
-    names = ["y", *["sizes"] * (sizes is not None), *["normed"] * (norm is not None)]
-    results = dict(zip(names, found if isinstance(found, tuple) else (found,), strict=True))
-    if upstream is None:
-        upstream = {n: torch.randn_like(t) for n, t in results.items()}
-    learned = [n for n in results if n != "sizes"]
-    gradients = torch.autograd.grad(
-        [results[n] for n in learned],
-        list(leaves.values()),
-        [upstream[n].to(results[n].dtype) for n in learned],
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    results = {n: t.detach() for n, t in results.items()}
-    return results, {f"d{n}": t for n, t in zip(leaves, gradients, strict=True)}, upstream
+
+    def merged(t):
+        norm, sizes = (t["weight"], t["bias"], EPS) if "weight" in t else None, t.get("sizes")
+        weights, grid = weights_of(t, option[0]), (case.H, case.W)
+        found = function(t["x"], grid, axis, weights, prefix=case.prefix, sizes=sizes, norm=norm)
+        names = ["y", *["sizes"] * (sizes is not None), *["normed"] * (norm is not None)]
+        return dict(zip(names, found if isinstance(found, tuple) else (found,), strict=True))
+
+    learned = [name for name in tensors if name != "sizes"]
+    return differentiated(merged, tensors, learned, upstream)
 
 
 def cancelling(tensors, upstream):

@@ -3,6 +3,7 @@
 import torch
 
 from support.layer_norm import cancelling
+from support.runs import differentiated
 from support.tolerance import assert_as_good_as_plain
 
 EPS = 1e-5
@@ -35,42 +36,19 @@ def inputs(case, dtype, score_dtype, device, counts, norm):
     return tensors
 
 
-def double(tensors):
-    return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
-
-
 def run(function, tensors, k, prefix, option, upstream=None):
     """Every result and every gradient, by name; the upstream gradients are random unless given."""
     rest, normalize, order, *_ = option
-    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items() if t.is_floating_point()}
-    given = {**tensors, **leaves}
-    norm = (given["weight"], given["bias"], EPS) if "weight" in given else None
-    tokens, index, (size, source), normed, lengths = function(
-        given["x"],
-        given["scores"],
-        k,
-        prefix=prefix,
-        rest=rest,
-        normalize=normalize,
-        order=order,
-        counts=given.get("counts"),
-        companions=(given["size"], given["source"]),
-        norm=norm,
-    )
-    results = {"tokens": tokens, "size": size, "normed": normed, "index": index, "source": source, "lengths": lengths}
-    results = {name: t for name, t in results.items() if t is not None}
-    differentiable = {n: t for n, t in results.items() if t.requires_grad}
-    if upstream is None:
-        upstream = {n: torch.randn_like(t) for n, t in results.items() if t.is_floating_point()}
-    gradients = torch.autograd.grad(
-        list(differentiable.values()),
-        list(leaves.values()),
-        [upstream[n].to(t.dtype) for n, t in differentiable.items()],
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    results = {n: t.detach() for n, t in results.items()}
-    return results, dict(zip(leaves, gradients, strict=True)), upstream
+
+    def chosen(t):
+        tokens, index, (size, source), normed, lengths = function(
+            t["x"], t["scores"], k, prefix=prefix, rest=rest, normalize=normalize, order=order, counts=t.get("counts"),
+            companions=(t["size"], t["source"]), norm=(t["weight"], t["bias"], EPS) if "weight" in t else None,
+        )  # fmt: skip
+        return dict(tokens=tokens, size=size, normed=normed, index=index, source=source, lengths=lengths)
+
+    learned = ("x", "scores", "size", "weight", "bias")
+    return differentiated(chosen, tensors, learned, upstream)
 
 
 def terms(tensors, truth, upstream, prefix):
@@ -101,11 +79,11 @@ def compare(ours, plain, truth, cancels=0.0):
             assert ours[0][name].is_contiguous()
             assert_as_good_as_plain(ours[0][name], plain[0][name], truth[0][name], name)
     for name, expected in truth[1].items():
-        extra = {"x": of_tokens, "weight": of_parameters, "bias": of_parameters}.get(name, 0.0)
-        if name == "scores":  # rounded as x is, or as the scores are where that is coarser
+        extra = {"dx": of_tokens, "dweight": of_parameters, "dbias": of_parameters}.get(name, 0.0)
+        if name == "dscores":  # rounded as x is, or as the scores are where that is coarser
             finer = torch.finfo(ours[0]["tokens"].dtype).eps / torch.finfo(ours[1][name].dtype).eps
             extra = cancels * max(1.0, finer)
             expected = expected.masked_fill(expected.abs() <= 1e-14 * cancels, 0.0)
         if expected.numel() and ours[1][name].dtype == torch.float64:  # the truth's own rounding is as large
             extra += 8 * float(expected.abs().max())
-        assert_as_good_as_plain(ours[1][name], plain[1][name], expected, f"gradient of {name}", extra)
+        assert_as_good_as_plain(ours[1][name], plain[1][name], expected, name, extra)

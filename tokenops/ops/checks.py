@@ -114,13 +114,7 @@ def lengths(op: str, name: str, values: Tensor | None, most: int) -> None:
 
 
 def places(
-    op: str,
-    name: str,
-    index: Tensor,
-    below: int,
-    allowed: Callable[[], str],
-    lowest: int = 0,
-    unique: bool = False,
+    op: str, name: str, index: Tensor, below: int, allowed: Callable[[], str], lowest: int = 0, unique: bool = False
 ) -> None:
     """Each is from `lowest` to `below` - 1, and there once if `unique` (but what is negative goes nowhere).
 

@@ -137,10 +137,8 @@ def merge_bipartite(
         )
         return Merged(y, index, totals, logs, normed)
     metric, options = apart(metric), (prefix, norm is not None, eps)
-    if needs_grad(x, weight, bias):
-        y, index, totals, logs, normed, _ = _MatchAndMerge.of(x, metric, r, sizes, weight, bias, options, backend)
-    else:
-        y, index, totals, logs, normed, _ = _run_matched(x, metric, r, sizes, weight, bias, options, backend)
+    run = _MatchAndMerge.of if needs_grad(x, weight, bias) else _run_matched
+    y, index, totals, logs, normed, _ = run(x, metric, r, sizes, weight, bias, options, backend)
     return Merged(y, index, totals, logs, None if norm is None else normed)
 
 
@@ -172,10 +170,8 @@ def merge_by_index(
         _check_places(op, index, tokens)
         return reference.merge_bipartite(x, index, tokens, prefix=prefix, sizes=sizes, norm=norm)
     options = (prefix, norm is not None, eps)
-    if needs_grad(x, weight, bias):
-        y, totals, logs, normed, _ = _MergeBipartite.of(x, index, tokens, sizes, weight, bias, options, backend)
-    else:
-        y, totals, logs, normed, _ = _run(x, index, tokens, sizes, weight, bias, options, backend)
+    run = _MergeBipartite.of if needs_grad(x, weight, bias) else _run
+    y, totals, logs, normed, _ = run(x, index, tokens, sizes, weight, bias, options, backend)
     return y, totals, logs, None if norm is None else normed
 
 

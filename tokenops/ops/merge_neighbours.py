@@ -91,14 +91,9 @@ def merge_neighbours(
     elif weights is not None:
         (first, alpha), (second, beta) = map(_factor, weights)
     options = (height, width, axis == "vertical", prefix, alpha, beta)
-    if needs_grad(x, first, second, logits, weight, bias):
-        y, merged, normed, _ = _MergeNeighbours.of(
-            x, first, second, logits, sizes, weight, bias, options, (norm is not None, eps), backend
-        )
-    else:
-        y, merged, normed, _ = _run(
-            x, first, second, logits, sizes, weight, bias, options, (norm is not None, eps), backend
-        )
+    run = _MergeNeighbours.of if needs_grad(x, first, second, logits, weight, bias) else _run
+    arguments = x, first, second, logits, sizes, weight, bias, options, (norm is not None, eps), backend
+    y, merged, normed, _ = run(*arguments)
     if sizes is None and norm is None:
         return y
     return y, *(t for t, asked in ((merged, sizes), (normed, norm)) if asked is not None)

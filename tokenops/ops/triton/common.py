@@ -19,12 +19,7 @@ FUSION = {"enable_fp_fusion": True}
 #: for kernels that ptxas, left alone, makes spill to get to the next step of occupancy
 ALL_REGISTERS = {"maxnreg": 255}
 
-_TYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
+_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 #: how many companions the kernels have arguments for
