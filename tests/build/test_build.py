@@ -82,12 +82,15 @@ def assert_stable(library):
 @needs_sources
 @needs_compiler
 @needs_setuptools
-def test_wheel(archive, tmp_path):
+def test_wheel(archive, tmp_path, monkeypatch):
     made = wheel(archive, tmp_path, TOKENOPS_BUILD="cpu")
     assert checked_compiled(made)["cuda"] == "installed with TOKENOPS_BUILD=cpu"
     shutil.unpack_archive(made, tmp_path / "content", "zip")
     assert_stable(tmp_path / "content/tokenops/_C.abi3.so")
     unpacked_smoke(tmp_path / "content", "native")
+    monkeypatch.setattr("support.distributions.LIMIT", made.stat().st_size)
+    with pytest.raises(AssertionError, match="are too many"):
+        checked_compiled(made)
 
 
 @needs_sources
