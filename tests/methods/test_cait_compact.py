@@ -12,7 +12,8 @@ from support.weights import spread
 from tokenops import apply_patch
 from tokenops.methods import lv_vit
 from tokenops.methods.cait.blocks import prunable
-from tokenops.methods.cait.compact import compact, drop_biases
+from tokenops.methods.cait.compact import compact
+from tokenops.methods.cait.compactors import drop_biases
 from tokenops.methods.cait.pruning import ChannelPruner
 from tokenops.methods.cait.structure import Structure, Widths, load_compressed, macs, restructure, save_compressed
 

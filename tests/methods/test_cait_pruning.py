@@ -15,6 +15,9 @@ from support.cait_pruning import SIZES, SMALL, batch, learn, model_of
 from tokenops import apply_patch
 from tokenops.methods.cait.blocks import prunable
 from tokenops.methods.cait.compact import compact
+from tokenops.methods.cait.compactors import (
+    CompactorPruner,
+)
 from tokenops.methods.cait.costs import ChannelCosts, choose_channels, cubic_keep, latency_costs, mac_costs
 from tokenops.methods.cait.pruning import ChannelPruner, parameters_to_train
 from tokenops.methods.cait.structure import macs
@@ -63,7 +66,10 @@ def test_choice(scores, costs, multiples, budget, expected):
     assert [mask.int().tolist() for mask in kept] == expected
 
 
-def test_choice_of_the_same_channels():
+def test_choice_without_costs_and_of_the_same_channels():
+    scores = [torch.tensor([[9.0, 3.0]]), torch.tensor([[9.0, 1.0]])]
+    kept = choose_channels(scores, [4, 1], [1, 1], 9, per_cost=False)
+    assert [mask.tolist() for mask in kept] == [[[True, True]], [[True, False]]]
     score = torch.tensor([[5.0, 1.0, 4.0], [0.0, 6.0, 3.0]])
     assert choose_channels([score], [1], [1], 4)[0].int().tolist() == [[1, 0, 1], [0, 1, 1]]
     assert choose_channels([score], [1], [1], 4, same_channels=True)[0].int().tolist() == [[0, 1, 1], [0, 1, 1]]
@@ -285,15 +291,17 @@ def test_useless_channels_are_found():
     assert nn.functional.cross_entropy(model(x), y).item() < before  # it has learned, and lost nothing
 
 
+@pytest.mark.parametrize("make", [ChannelPruner, CompactorPruner])
 @pytest.mark.parametrize("stop", [3, 9])
-def test_training_resumes(stop):
+def test_training_resumes(make, stop):
     options = dict(target=0.7, steps=(1, 8), every=2, multiples=SMALL)
     groups = {}
 
     def fresh():
         model = model_of().eval()
-        pruner = ChannelPruner(model, **options)
-        return model, pruner, torch.optim.SGD(parameters_to_train(model), lr=0.05)
+        pruner = make(model, **options)
+        parameters = [*parameters_to_train(model), *getattr(pruner, "parameters", list)()]
+        return model, pruner, torch.optim.SGD(parameters, lr=0.05)
 
     def run(model, pruner, optimizer, steps):
         for step in steps:
@@ -316,7 +324,7 @@ def test_training_resumes(stop):
     assert pruner.frozen and set(model.state_dict()) == set(groups["whole"])
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, groups["whole"][name], rtol=1e-6, atol=1e-7)
-    other = ChannelPruner(model_of(depth=2, merged=False), **options)
+    other = make(model_of(depth=2, merged=False), **options)
     with pytest.raises(ValueError, match=r"state is of \d+ channels, but this model has \d+"):
         other.load_state_dict(saved[0])
 

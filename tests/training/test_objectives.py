@@ -17,6 +17,7 @@ pytest.importorskip("accelerate")
 
 from tokenops import apply_patch  # noqa: E402
 from tokenops.methods import patch_slimming  # noqa: E402
+from tokenops.methods.cait.compactors import CompactorPruner  # noqa: E402
 from tokenops.methods.cait.pruning import ChannelPruner  # noqa: E402
 from tokenops.methods.cait.segmentation import SegmentationModel  # noqa: E402
 from tokenops.methods.cait.structure import Structure  # noqa: E402
@@ -339,13 +340,15 @@ def test_recalibration_groups(name):
     assert of[id(model.head.weight)]["weight_decay"] == 0.05
 
 
-def test_pruned_is_compacted_when_the_pruner_is_done(batch):
+@pytest.mark.parametrize("kind", (ChannelPruner, CompactorPruner))
+def test_pruned_is_compacted_when_the_pruner_is_done(kind, batch):
     model = model_of()
-    pruner = ChannelPruner(model, 0.7, steps=(0, 2), every=1, multiples=SMALL)
+    pruner = kind(model, 0.7, steps=(0, 2), every=1, multiples=SMALL)
     objective = Pruned(model, pruner, teacher=model_of()).train()
-    (optimizer,) = objective.optimizers(1e-3, 0.05)
+    optimizers = objective.optimizers(1e-3, 0.05)
+    assert len(optimizers) == (2 if kind is CompactorPruner else 1)
     masks = {id(layer.mask) for layer in pruner.layers}
-    assert all(id(p) not in masks for g in optimizer.param_groups for p in g["params"])
+    assert all(id(p) not in masks for g in optimizers[0].param_groups for p in g["params"])
     before = sum(p.numel() for p in model_of().parameters())
     for step in range(2):
         loss, _ = objective(*batch)
@@ -354,28 +357,31 @@ def test_pruned_is_compacted_when_the_pruner_is_done(batch):
         changed = objective.after_step()
     assert changed and objective.settled and objective.final and not objective.after_step()
     assert sum(p.numel() for p in objective.model.parameters()) < before
+    assert len(objective.optimizers(1e-3, 0.05)) == 1
     assert objective.compacted_at == 2
     fresh = model_of()
-    again = Pruned(fresh, ChannelPruner(fresh, 0.7, steps=(0, 2), every=1, multiples=SMALL))
+    again = Pruned(fresh, kind(fresh, 0.7, steps=(0, 2), every=1, multiples=SMALL))
     again.load_extra_state(objective.extra_state())
     again.load_state_dict(objective.state_dict())
     close(again.model.eval()(batch[0]), objective.model.eval()(batch[0]))
 
 
+@pytest.mark.parametrize("kind, settle", [(ChannelPruner, {}), (CompactorPruner, {"settle": 2})])
 @pytest.mark.parametrize("after", [0, 3])
-def test_compaction_in_the_middle_or_at_the_very_end_changes_nothing(after):
+def test_compaction_in_the_middle_or_at_the_very_end_changes_nothing(kind, settle, after):
     """As good as not trained, the compacted model says what the masked one says."""
     model = model_of()
-    pruner = ChannelPruner(model, 0.7, steps=(0, 3), every=1, multiples=SMALL)
+    pruner = kind(model, 0.7, steps=(0, 3), every=1, multiples=SMALL, **settle)
+    steps = 3 + settle.get("settle", 0)
     objective, batches = Pruned(model, pruner, smoothing=0.1), [small_batch(seed) for seed in range(4)]
-    fit(objective, batches, steps=3 + after, lr=1e-9, **QUIET)
-    assert objective.compacted_at == 3 and Structure.of(objective.model) != Structure.of(model)
+    fit(objective, batches, steps=steps + after, lr=1e-9, **QUIET)
+    assert objective.compacted_at == steps and Structure.of(objective.model) != Structure.of(model)
     x, _ = small_batch(9)
     close(objective.model.eval()(x), model.eval()(x))
-    with pytest.raises(ValueError, match="schedule ends 3 steps from now, behind 2 updates"):
+    with pytest.raises(ValueError, match=f"schedule ends {steps} steps from now, behind {steps - 1} updates"):
         model = model_of()
-        again = Pruned(model, ChannelPruner(model, 0.7, steps=(0, 3), every=1, multiples=SMALL))
-        fit(again, batches, steps=4, accumulation=2, lr=1e-9, **QUIET)
+        again = Pruned(model, kind(model, 0.7, steps=(0, 3), every=1, multiples=SMALL, **settle))
+        fit(again, batches, steps=2 * steps - 2, accumulation=2, lr=1e-9, **QUIET)
 
 
 def test_a_part_of_a_model_is_pruned_with_a_teacher(tmp_path):

@@ -13,6 +13,7 @@ pytest.importorskip("accelerate")
 
 from support.small_training import QUIET, Noisy, Small, images, state  # noqa: E402
 from tokenops.methods import load_checkpoint  # noqa: E402
+from tokenops.methods.cait.compactors import CompactorPruner  # noqa: E402
 from tokenops.methods.cait.pruning import ChannelPruner  # noqa: E402
 from tokenops.training import Plain, Pruned, checkpoint, fit  # noqa: E402
 from tokenops.training import model_of as weights_in  # noqa: E402
@@ -86,8 +87,15 @@ def test_resumed_run_has_the_same_bits(tmp_path, after, accumulation, workers, e
     assert [float(row["loss"]) for row in rows] == [row["loss"] for row in first.rows]
 
 
-@pytest.mark.parametrize("after", [2, pytest.param(5, marks=pytest.mark.slow)])
-def test_pruned_run_is_compacted_and_resumed(tmp_path, after):
+@pytest.mark.parametrize(
+    "kind, after",
+    [
+        pytest.param(ChannelPruner, 2, marks=pytest.mark.slow),
+        pytest.param(ChannelPruner, 5, marks=pytest.mark.slow),
+        (CompactorPruner, 2),
+    ],
+)
+def test_pruned_run_is_compacted_and_resumed(tmp_path, kind, after):
     """Interrupted before and behind the compaction."""
     batches = [(torch.randn(2, 3, 64, 64), torch.tensor([i, i + 1])) for i in range(3)]
     found = []
@@ -103,7 +111,7 @@ def test_pruned_run_is_compacted_and_resumed(tmp_path, after):
         for left in (10**9,) if name == "whole" else (after + 1, 10**9):
             torch.manual_seed(2)
             model = model_of()
-            objective = Dies(model, ChannelPruner(model, 0.8, steps=(0, 3), every=1, multiples=SMALL))
+            objective = Dies(model, kind(model, 0.8, steps=(0, 3), every=1, multiples=SMALL))
             objective.left = left
             options = dict(output=tmp_path / name, resume="auto", checkpoint_every=1, ema=0.5)
             try:

@@ -3,9 +3,10 @@
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from ..methods.cait.compact import compact
-from ..methods.cait.pruning import ChannelPruner
+from ..methods.cait.pruning import BudgetPruner
 from ..methods.cait.structure import Structure, restructure
 from .objectives import Plain
 
@@ -13,11 +14,13 @@ from .objectives import Plain
 class Pruned(Plain):
     """Self-distillation, and a pruner that chooses channels behind every step; once it is done the model is compacted.
 
-    The optimizer and averages of weights begin anew then.
+    Optimizers and averages of weights begin anew then. Compactors have SGD with ResRep's momentum of 0.99 and a
+    constant learning rate of 0.01, beside AdamW.
 
     Args:
         model: what is trained: behind `prunable`, or with such a model within (`SegmentationModel`).
-        pruner: of the model or that part, whose schedule must end within the training; or None to prune nothing.
+        pruner: a `ChannelPruner` or `CompactorPruner` of the model or that part, whose schedule must end within the
+            training; or None to prune nothing.
         **kwargs: those of :class:`Plain`.
 
     Attributes:
@@ -40,7 +43,7 @@ class Pruned(Plain):
     (2, True)
     """
 
-    def __init__(self, model: nn.Module, pruner: ChannelPruner | None, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, pruner: BudgetPruner | None, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
         names = [name for name, module in model.named_modules() if pruner is not None and module is pruner.model]
         if pruner is not None and not names:
@@ -79,6 +82,11 @@ class Pruned(Plain):
         self._put(compact(self.pruner.model).train(self.model.training))
         self.compacted_at, self.pruner = self.pruner.steps_done, None
         return True
+
+    def optimizers(self, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)) -> list[Optimizer]:
+        """AdamW, and what the pruner has beside."""
+        found = super().optimizers(lr, weight_decay, betas)
+        return found if self.pruner is None else [*found, *self.pruner.optimizers()]
 
     def extra_state(self) -> dict[str, Any]:
         if self.compacted_at is not None:

@@ -1,9 +1,9 @@
 """CAIT: neighbouring tokens merged, channels pruned consistently; reconstructed from the published description.
 
-``tokenops.apply_patch(model, "cait")`` merges. Of a `prunable` model a `ChannelPruner` chooses channels while it
-trains, `compact` takes them out, `tokenops.training.Pruned` does both; `save_compressed` and `load_compressed` keep the
-result, `SegmentationModel` builds on it. No code or weights were published: Wang et al., CAIT (arXiv 2309.15755).
-timm's own ``cait_*`` models are another method, CaiT.
+``tokenops.apply_patch(model, "cait")`` merges. Of a `prunable` model a `ChannelPruner` (or a `CompactorPruner`) chooses
+channels while it trains, `compact` takes them out, `tokenops.training.Pruned` does both; `save_compressed` and
+`load_compressed` keep the result, `SegmentationModel` builds on it. No code or weights were published: Wang et al.,
+CAIT (arXiv 2309.15755). timm's own ``cait_*`` models are another method, CaiT.
 
 >>> import timm, tokenops, torch
 >>> model = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3, num_classes=10)
@@ -14,6 +14,7 @@ timm's own ``cait_*`` models are another method, CaiT.
 
 from .blocks import Mlp, prunable
 from .compact import compact
+from .compactors import CompactorPruner
 from .costs import ChannelCosts, latency_costs, mac_costs
 from .losses import distillation_loss, merge_token_labels
 from .merging import CAIT, unmerge_tokens
@@ -35,6 +36,7 @@ __all__ = [
     "CAIT",
     "ChannelCosts",
     "ChannelPruner",
+    "CompactorPruner",
     "Merge",
     "Mlp",
     "SegmentationModel",

@@ -176,6 +176,7 @@ def choose_channels(
     multiples: Sequence[int],
     budget: float,
     *,
+    per_cost: bool = True,
     same_channels: bool = False,
 ) -> list[Tensor]:
     """Which channels stay: as many in every head, the best by score over cost, jointly over all layers.
@@ -188,6 +189,7 @@ def choose_channels(
         costs: for every layer, of one channel of one head.
         multiples: for every layer, groups in a unit. Where they do not divide D the last unit is smaller.
         budget: what the channels that stay may cost together.
+        per_cost: False ranks by the mean score alone.
         same_channels: all heads keep the same channels, ranked by their sum over the heads.
 
     Returns:
@@ -211,7 +213,7 @@ def choose_channels(
         density = math.inf
         for rank, unit in enumerate(ranked.values.sum(0).split(multiple)):
             channels = len(score) * len(unit)
-            density = min(density, unit.sum().item() / channels / cost)  # min: against rounding
+            density = min(density, unit.sum().item() / channels / (cost if per_cost else 1))  # min: against rounding
             if rank > 0:
                 units.append((density, -rank, layer, len(unit), channels * cost))
         orders.append(ranked.indices)
