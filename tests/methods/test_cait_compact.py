@@ -13,7 +13,7 @@ from tokenops import apply_patch
 from tokenops.methods import lv_vit
 from tokenops.methods.cait.blocks import prunable
 from tokenops.methods.cait.compact import compact
-from tokenops.methods.cait.compactors import drop_biases
+from tokenops.methods.cait.compactors import drop_biases, rotate_heads
 from tokenops.methods.cait.pruning import ChannelPruner
 from tokenops.methods.cait.structure import Structure, Widths, load_compressed, macs, restructure, save_compressed
 
@@ -120,8 +120,13 @@ def test_compact_trains():
     assert all(p.grad is not None and p.requires_grad for p in small.parameters())
 
 
-def test_compact_behind_a_pruner():
+def test_compact_behind_a_pruner_and_a_rotation():
     model, x = model_of(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        for block in model.blocks:
+            rotate_heads(block.attn)
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
     pruner = ChannelPruner(model, 0.6, steps=(0, 2), every=1, multiples=dict(qk=4, v=2, hidden=16))
     while not pruner.frozen:
         model(x).square().mean().backward()

@@ -1,5 +1,7 @@
 """Compactors: products, gradients, what they prune and fold to; the change of basis is exact and truncates best."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,9 @@ from tokenops.methods.cait.compact import compact
 from tokenops.methods.cait.compactors import (
     CompactorLinear,
     CompactorPruner,
+    drop_biases,
     fold_compactors,
+    rotate_heads,
 )
 from tokenops.methods.cait.pruning import parameters_to_train
 from tokenops.methods.cait.structure import macs
@@ -141,3 +145,80 @@ def test_unpruned_compactors_fold():
     assert pruner.cost == pruner.costs.total
     with pytest.raises(ValueError, match="settle=-1"):
         CompactorPruner(model_of(), 0.6, steps=(0, 9), settle=-1)
+
+
+# the change of basis
+
+
+def attention_of(dtype=torch.float64, **kwargs):
+    attention = Attention(24, 3, qkv_bias=True, **kwargs).to(dtype)
+    with torch.no_grad():
+        attention.qkv.weight.normal_(std=0.4)
+        attention.qkv.bias.normal_()
+    return attention
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("kwargs", [{}, dict(proj_bias=False), dict(v_head_dim=5), dict(attn_head_dim=6)])
+def test_rotation_is_exact(dtype, tolerance, kwargs):
+    attention, x = attention_of(dtype, **kwargs), torch.randn(2, 9, 24, dtype=dtype)
+    before, weight = attention(x), attention.qkv.weight
+    old = weight.detach().clone()
+    assert rotate_heads(attention) is attention and attention.qkv.weight is weight
+    torch.testing.assert_close(attention(x), before, rtol=tolerance, atol=tolerance)
+    assert ((weight - old).abs().amax(1) > 1e-3).all()
+    # channels of q and k are now orthogonal, of the same length, and the longest comes first
+    wide = attention.num_heads * attention.head_dim
+    heads = torch.cat((weight, attention.qkv.bias.unsqueeze(1)), 1).double()[: 2 * wide].unflatten(0, (2, 3, -1))
+    products = heads @ heads.mT
+    lengths = products.diagonal(dim1=2, dim2=3)
+    torch.testing.assert_close(products, torch.diag_embed(lengths), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(lengths[0], lengths[1], rtol=1e-3, atol=1e-4)
+    assert (lengths.diff(dim=2) <= 1e-6).all()
+
+
+def test_rotation_without_a_bias():
+    attention = Attention(24, 3).double()
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    torch.testing.assert_close(rotate_heads(copy.deepcopy(attention))(x), attention(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("d", [1, 3, 5, 7])
+def test_truncation_after_rotation_is_better(d):
+    x = torch.randn(4, 33, 24, dtype=torch.float64)
+    errors = {"before": 0.0, "after": 0.0}
+    for seed in range(5):
+        torch.manual_seed(seed)
+        plain = attention_of()
+        drop_biases(plain)
+        expected = plain(x)
+        for name, attention in (("before", plain), ("after", rotate_heads(copy.deepcopy(plain)))):
+            q, k, v = attention.qkv.weight.detach().unflatten(0, (3, 3, 8))
+            b = attention.qkv.bias.detach().unflatten(0, (3, 3, 8))[0].unsqueeze(2)
+            out = attention.proj.weight.detach().unflatten(1, (3, 8)).movedim(1, 0)
+            logits = torch.cat((q, b), 2).mT @ k, out @ v
+            short = torch.cat((q, b), 2)[:, :d].mT @ k[:, :d], out[:, :, :d] @ v[:, :d]
+            left = [(a - b).norm(dim=(1, 2)) for a, b in zip(logits, short)]
+            if name == "before":
+                best = left
+            assert all((now <= was + 1e-9).all() for now, was in zip(left, best))  # Eckart and Young
+            attention.qk_mask = attention.v_mask = (torch.arange(8) < d).double().expand(3, -1)
+            errors[name] += (attention(x) - expected).square().mean().item()
+    assert errors["after"] < errors["before"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: setattr(a, "qk_mask", torch.ones(3, 8)), "qk_mask"),
+        (lambda a: setattr(a, "v_mask", torch.ones(3, 8)), "v_mask"),
+        (lambda a: setattr(a, "q_norm", nn.LayerNorm(8)), "q_norm"),
+        (lambda a: setattr(a, "norm", nn.LayerNorm(24)), "has norm"),
+        (lambda a: setattr(a, "gate", nn.Linear(24, 24)), "gate"),
+    ],
+)
+def test_rotation_is_refused(change, message):
+    attention = attention_of()
+    change(attention)
+    with pytest.raises(ValueError, match=message):
+        rotate_heads(attention)

@@ -14,7 +14,7 @@ CAIT (arXiv 2309.15755). timm's own ``cait_*`` models are another method, CaiT.
 
 from .blocks import Mlp, prunable
 from .compact import compact
-from .compactors import CompactorPruner
+from .compactors import CompactorPruner, rotate_heads
 from .costs import ChannelCosts, latency_costs, mac_costs
 from .losses import distillation_loss, merge_token_labels
 from .merging import CAIT, unmerge_tokens
@@ -55,6 +55,7 @@ __all__ = [
     "parameters_to_train",
     "prunable",
     "restructure",
+    "rotate_heads",
     "save_compressed",
     "token_counts",
     "uniform_structure",
