@@ -1,5 +1,5 @@
 # Every target sets up what it needs: `make demo`, `make test` (minutes), `make test-all` (all there is, an hour or more),
-# `make bench`, `make accuracy`, `make gpu` on a GPU machine, and `make gpu-rehearsal` before.
+# `make docs`, `make bench`, `make accuracy`, `make gpu` on a GPU machine, and `make gpu-rehearsal` before.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load
 #: object files, so that the tests of building do not compile again what the set-up has compiled
 export TOKENOPS_BUILD_CACHE ?= $(CURDIR)/build/objects
 
-.PHONY: demo test test-all check mutants resources bench accuracy dist gpu gpu-rehearsal clean
+.PHONY: demo test test-all check docs mutants resources bench accuracy dist gpu gpu-rehearsal clean
 
 demo: $(READY)
 	$(BIN)/python -m tokenops demo
@@ -27,6 +27,9 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/sphinx-build -W --keep-going --quiet -b html docs build/docs
 
 mutants: $(READY)
 	$(BIN)/python tests/mutants/run.py --jobs $(WORKERS)

@@ -376,9 +376,9 @@ def main() -> None:
         options.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="NAME")
     options.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
-    options.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
     given = vars(options.parse_args())
-    folder, readme, methods = given.pop("results"), given.pop("readme"), given.pop("methods")
+    folder, page, methods = given.pop("results"), given.pop("page"), given.pop("methods")
     start = time.perf_counter()
     rows = measured(Settings(**given), methods)
     facts = machine.facts("cpu") | {"commit": machine.commit(), "seconds": round(time.perf_counter() - start)}
@@ -391,9 +391,8 @@ def main() -> None:
     draw(rows, folder / "accuracy.png")
     text = table(rows, origin)
     print(text)
-    if readme.exists():
-        place = re.compile(r"(<!-- accuracy -->\n).*?(<!-- /accuracy -->)", re.DOTALL)
-        readme.write_text(place.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", readme.read_text()))
+    place = re.compile(r"(<!-- accuracy -->\n).*?(<!-- /accuracy -->)", re.DOTALL)
+    page.write_text(place.sub(lambda found: f"{found[1]}\n{text}\n\n{found[2]}", page.read_text()))
     print(f"{folder / 'accuracy.png'}, {folder / 'accuracy.json'}")
 
 

@@ -1,11 +1,11 @@
-"""Turns benchmarks/results/*.json into the tables of README.md and into plots: `python benchmarks/report.py`.
+"""Turns benchmarks/results/*.json into tables of docs/results.md and README.md, and into plots.
 
-A README says where tables go: between `<!-- results:cpu -->` and `<!-- /results -->` come those of the result files
+A page says where tables go: between `<!-- results:cpu -->` and `<!-- /results -->` come those of the result files
 whose names begin with "cpu"; `<!-- results:cpu models -->` takes only the models, `operators` only the operators,
-`main` only the operators at DeiT-S's size, `frozen` the models compiled with frozen weights, `strongest` the models
-against the fastest that the dense model can be made, and `evidence` what ran on the device and how it ended. With
-`--lines` the lines of an evidence run are merged into the result file of their machine before; of a rehearsal's only
-plots are made, beside the lines.
+`main` only the operators at DeiT-S's size, `frozen` the models compiled with frozen weights, `gains` a few of these,
+`strongest` the models against the fastest that the dense model can be made, and `evidence` what ran on the device and
+how it ended. With `--lines` the lines of an evidence run are merged into the result file of their machine before; of a
+rehearsal's only plots are made, beside the lines.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from result_file import store, strongest
 
 ROOT = Path(__file__).parents[1]
 LAUNCHES = ROOT / "tokenops/ops/triton/launches.json"
-KINDS = "operators|models|main|frozen|strongest|evidence"
+PAGES = ROOT / "docs/results.md", ROOT / "README.md"
+KINDS = "operators|models|main|frozen|gains|strongest|evidence"
 MARKED = re.compile(rf"(<!-- results:(\S+)(?: ({KINDS}))? -->\n).*?(<!-- /results -->)", re.DOTALL)
 #: the order of columns; others come behind
 PEERS = ("reference", "published", "naive", "topk", "scatter", "eager", "sdpa flash", "sdpa + row", "compiled")
@@ -33,13 +34,17 @@ Everything compiled with frozen weights. Speed-up over timm's dense model, and w
 *linears*: the part that the linear layers alone realise, each packed and run by itself; the published form's speed-up;
 and ours over the dense model with our attention in it. Medians and quartiles of interleaved rounds, in which the
 machine's own copy and product rates moved by less than 15 % from one third of the time to another."""
+GAINS = """\
+DeiT-S with each method, compiled with frozen weights, bfloat16, 8 images a batch, one thread: times as fast as timm's
+dense model compiled the same way, median and quartiles; the same of the published form, where there is one; and ours
+over the dense model with our attention in it."""
 HOW = re.compile(r"(.*?)(?: (eager|graph|frozen|compiled|compiled graph))?")
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
-    options.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    options.add_argument("--pages", type=Path, nargs="*", default=PAGES, help="the pages with places for tables")
     options.add_argument("--lines", type=Path, help="lines.jsonl of an evidence run")
     args = options.parse_args()
     if args.lines and take(args.lines, args.results):
@@ -48,9 +53,9 @@ def main() -> None:
     results = {path.stem: json.loads(path.read_text()) for path in files}
     for stem, result in results.items():
         plot(args.results, stem, result)
-    if args.readme.exists():
-        args.readme.write_text(filled(args.readme.read_text(), results))
-        print(args.readme)
+    for page in args.pages:
+        page.write_text(filled(page.read_text(), results))
+        print(page)
 
 
 def take(path: Path, folder: Path) -> bool:
@@ -102,11 +107,13 @@ def filled(text: str, results: dict) -> str:
 
 
 def rows_of(result: dict, kind: str) -> list[dict]:
-    rows = [row for row in result["rows"].values() if is_model(row) == (kind in ("models", "frozen", "strongest"))]
+    of_models = kind in ("models", "frozen", "gains", "strongest")
+    rows = [row for row in result["rows"].values() if is_model(row) == of_models]
     # a model whose dense form could not run is compared with nothing
     rows = [row for row in rows if not is_model(row) or any("realised" in peer for peer in row["peers"].values())]
-    if kind in ("models", "frozen"):
-        return [row for row in rows if (HOW.fullmatch(row["operator"])[2] == "frozen") == (kind == "frozen")]
+    if kind in ("models", "frozen", "gains"):
+        rows = [row for row in rows if (HOW.fullmatch(row["operator"])[2] == "frozen") == (kind != "models")]
+        return [row for row in rows if is_gain(row)] if kind == "gains" else rows
     return [row for row in rows if is_main(row)] if kind == "main" else rows
 
 
@@ -115,6 +122,12 @@ def is_main(row: dict) -> bool:
     size, wanted = row["shape"], {"N": (196, 197), "M": (98,), "C": (384,), "H": (6, 14), "Dk": (64,)}
     fits = all(size[name] in values for name, values in wanted.items() if name in size)
     return fits and size["B"] > 1 and row["passes"] == "forward" and "vertical" not in row["operator"]
+
+
+def is_gain(row: dict) -> bool:
+    """DeiT-S with a method, a small batch in 16 bits, the processor held to one thread but to no instructions."""
+    of_method = row["operator"].startswith("deit_small_patch16_224 ")
+    return of_method and (row["dtype"], row["shape"]["B"], row.get("held")) == ("bfloat16", 8, "1 thread")
 
 
 def is_model(row: dict) -> bool:
@@ -135,11 +148,12 @@ def evidence(result: dict) -> str:
 
 def table(rows: list[dict], result: dict, kind: str) -> str:
     """A Markdown table and, below it, where its figures come from."""
-    lines_of = {"models": model_lines, "frozen": frozen_lines, "strongest": strongest_lines, "main": main_lines}
+    lines_of = {"models": model_lines, "frozen": frozen_lines, "gains": gain_lines}
+    lines_of |= {"strongest": strongest_lines, "main": main_lines}
     header, lines = lines_of.get(kind, operator_lines)(rows)
     body = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
     runs = [result["runs"][run] for run in sorted({row["run"] for row in rows})]
-    return "\n".join(body) + "\n\n" + (FROZEN if kind == "frozen" else LEGEND) + "\n\n" + origins(runs)
+    return "\n".join(body) + "\n\n" + {"frozen": FROZEN, "gains": GAINS}.get(kind, LEGEND) + "\n\n" + origins(runs)
 
 
 def main_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
@@ -203,18 +217,33 @@ def frozen_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     header += ["over our attention", "realised"]
     lines = []
     for row in sorted(rows, key=lambda row: (row["dtype"], -row["shape"]["B"], *order(row))):
-        peers = row["peers"]
-        ours = [name for name, peer in peers.items() if "realised" in peer and name != "sdpa"][0]
-        timms, published = peers.get("sdpa", peers[ours]), peers.get("published")
+        timms, ours, published = dense_forms(row)
         linears = row.get("linears")
         lines.append([
             HOW.fullmatch(row["operator"])[1] + held(row), row["dtype"], str(row["shape"]["B"]),
             f"{timms['flop_ratio']:.2f}", ratio(timms), f"{timms['realised']:.2f}",
             f"{linears['cap'][0] / linears['flop_ratio']:.2f}" if linears else "",
-            f"{timms['us'][0] / published['us'][0]:.2f}" if published else "",
-            *((ratio(peers[ours]), f"{peers[ours]['realised']:.2f}") if "sdpa" in peers else ("", "")),
+            published, *((ratio(ours), f"{ours['realised']:.2f}") if "sdpa" in row["peers"] else ("", "")),
         ])  # fmt: skip
     return header, lines
+
+
+def gain_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """A method a line, the greatest speed-up first."""
+    header = ["method", "operations saved", "times as fast", "as published", "over our attention"]
+    found = [(HOW.fullmatch(row["operator"])[1].partition(" ")[2], *dense_forms(row)) for row in rows]
+    return header, [
+        [f"`{method}`", f"{1 - 1 / timms['flop_ratio']:.0%}", ratio(timms), published, ratio(ours)]
+        for method, timms, ours, published in sorted(found, key=lambda line: -line[1]["ratio"][0])
+    ]
+
+
+def dense_forms(row: dict) -> tuple[dict, dict, str]:
+    """A frozen row against timm's model and against the one with our attention, and the published form's speed-up."""
+    peers = row["peers"]
+    ours = next(name for name, peer in peers.items() if "realised" in peer and name != "sdpa")
+    timms, published = peers.get("sdpa", peers[ours]), peers.get("published")
+    return timms, peers[ours], f"{timms['us'][0] / published['us'][0]:.2f}" if published else ""
 
 
 def strongest_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
@@ -240,27 +269,44 @@ def strongest_lines(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def origins(runs: list[dict]) -> str:
-    """Where the figures come from, a run an item."""
-    items = [textwrap.fill(f"- {origin(run)}", 118, subsequent_indent="  ", break_on_hyphens=False) for run in runs]
-    return "\n".join(items)
+    """Where the figures come from: an item for each device and torch, with the commits and rates of all its runs."""
+    alike: dict[str, list[dict]] = {}
+    for run in runs:
+        alike.setdefault(machine(run), []).append(run)
+    items = [f"- {said}; {commits(found)}; {ceilings(found)}" for said, found in alike.items()]
+    return "\n".join(textwrap.fill(item, 118, subsequent_indent="  ", break_on_hyphens=False) for item in items)
 
 
-def origin(run: dict) -> str:
-    copied = f"{run['copy_bytes_per_s'] / 1e9:.3g} GB/s copy" if "copy_bytes_per_s" in run else "of the session"
-    rates = [
-        f"{run[key] / 1e12:.3g} TFLOP/s {key.rpartition('_')[2]} matmul"
-        for key in run
-        if key.startswith("flops_per_s_")
-    ]
+def machine(run: dict) -> str:
     parts = [
         run["device"] + (f" with {run['instructions']}" if run.get("instructions") else ""),
         f"threads {run['threads']}" if run["driver"] is None else f"driver {run['driver']}",
         f"torch {run['torch']}",
         f"triton {run['triton']}",
-        f"commit {run['commit']}",
-        f"ceilings {', '.join([copied, *rates])}",
     ]
     return "; ".join(parts)
+
+
+def commits(runs: list[dict]) -> str:
+    found = list(dict.fromkeys(run["commit"] for run in runs))
+    return f"commit{'s' if len(found) > 1 else ''} {', '.join(found)}"
+
+
+def ceilings(runs: list[dict]) -> str:
+    """What copies and products were measured to reach, from the least to the most of the runs."""
+    rates = {"copy_bytes_per_s": (1e9, "GB/s copy")}
+    rates |= {
+        key: (1e12, f"TFLOP/s {key.rpartition('_')[2]} matmul")
+        for run in runs
+        for key in run
+        if key.startswith("flops_per_s_")
+    }
+    said = []
+    for key, (unit, what) in rates.items():
+        found = sorted({f"{run[key] / unit:.3g}": run[key] for run in runs if key in run}.items(), key=lambda x: x[1])
+        if found:
+            said.append("..".join(dict.fromkeys((found[0][0], found[-1][0]))) + f" {what}")
+    return f"ceilings {', '.join(said) or 'of the session'}"
 
 
 def order(row: dict) -> tuple:

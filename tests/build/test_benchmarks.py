@@ -221,6 +221,40 @@ def test_a_table_of_frozen_models():
     assert "- Xeon with AMX; threads 2; torch 2;" in text
 
 
+def test_a_table_of_gains():
+    """A method a line, the fastest first: of a small batch in 16 bits alone."""
+    rows = {
+        "a": frozen_row("bfloat16", 8, ours=100.0, dense=180.0, sdpa=160.0, published=120.0),
+        "b": frozen_row("bfloat16", 8, ours=100.0, dense=180.0, sdpa=260.0, published=120.0),
+        "c": frozen_row("bfloat16", 1, ours=100.0, dense=150.0, sdpa=200.0, published=120.0),
+        "d": frozen_row("float32", 8, ours=100.0, dense=150.0, sdpa=200.0, published=120.0),
+    }
+    for row, method in zip(rows.values(), ("tome", "sit", "evit", "evo_vit")):
+        row["operator"] = f"deit_small_patch16_224 {method} frozen"
+    run = {"device": "Xeon", "threads": 1, "driver": None, "torch": "2", "triton": "3", "commit": "a"}
+    text = "<!-- results:cpu gains -->\n<!-- /results -->\n"
+    text = report().filled(text, {"cpu-x": {"runs": {"now": run}, "rows": rows}})
+    assert [line for line in text.splitlines() if line.startswith("| `")] == [
+        "| `sit` | 50% | 2.60 (2.34..2.86) | 2.17 | 1.80 (1.62..1.98) |",
+        "| `tome` | 50% | 1.60 (1.44..1.76) | 1.33 | 1.80 (1.62..1.98) |",
+    ]
+
+
+def test_where_figures_come_from_is_said_once_for_each_machine():
+    run = {"device": "Xeon", "instructions": "AMX", "threads": 1, "driver": None, "torch": "2", "triton": "3"}
+    runs = [
+        run | {"commit": "a", "copy_bytes_per_s": 1.5e10, "flops_per_s_float32": 2e11},
+        run | {"commit": "b", "copy_bytes_per_s": 1e10},
+        run | {"commit": "a", "copy_bytes_per_s": 1.5e10, "flops_per_s_bfloat16": 9e11},
+        run | {"commit": "c", "torch": "1"},
+    ]
+    assert report().origins(runs).replace("\n  ", " ").splitlines() == [
+        "- Xeon with AMX; threads 1; torch 2; triton 3; commits a, b; ceilings 10..15 GB/s copy,"
+        " 0.2 TFLOP/s float32 matmul, 0.9 TFLOP/s bfloat16 matmul",
+        "- Xeon with AMX; threads 1; torch 1; triton 3; commit c; ceilings of the session",
+    ]
+
+
 def test_a_wrong_peer_is_not_timed(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import measure
@@ -300,7 +334,7 @@ def test_report_fills_the_readme_and_draws(results, tmp_path):
     readme = tmp_path / "README.md"
     places = "<!-- results:cpu -->\nold\n<!-- /results -->\nbetween\n<!-- results:cpu models -->\n<!-- /results -->\n"
     readme.write_text(f"# title\n{places}end\n")
-    command = [sys.executable, str(BENCHMARKS / "report.py"), "--results", str(folder), "--readme", str(readme)]
+    command = [sys.executable, str(BENCHMARKS / "report.py"), "--results", str(folder), "--pages", str(readme)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     text = readme.read_text()
     assert text.startswith("# title\n<!-- results:cpu -->\n\n|") and "old" not in text and "between" in text
@@ -322,11 +356,11 @@ def test_report_leaves_a_place_without_results(capsys):
 @pytest.mark.slow
 def test_accuracy_trains_measures_and_draws(tmp_path):
     """The dense model and two methods, for an epoch each."""
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- accuracy -->\nold\n<!-- /accuracy -->\n")
+    page = tmp_path / "results.md"
+    page.write_text("<!-- accuracy -->\nold\n<!-- /accuracy -->\n")
     options = "--seeds 1 --dense-epochs 1 --epochs 1 --rounds 2 --processes 1 --methods".split()
     command = [sys.executable, str(BENCHMARKS / "accuracy.py"), *options, "SiT with FRD", "ToMe, not trained"]
-    command += ["--results", str(tmp_path), "--readme", str(readme)]
+    command += ["--results", str(tmp_path), "--page", str(page)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "accuracy.json").read_text())["rows"]
@@ -336,5 +370,5 @@ def test_accuracy_trains_measures_and_draws(tmp_path):
             row = rows[f"{name}, {level}"]
             assert row["macs"] == pytest.approx(part * dense, rel=0.05) and is_spread(row["speed_up"])
             assert len(row["accuracy"]) == 1 and 0 <= row["accuracy"][0] <= 100
-    assert "| SiT with FRD, strong |" in readme.read_text() and "old" not in readme.read_text()
+    assert "| SiT with FRD, strong |" in page.read_text() and "old" not in page.read_text()
     assert (tmp_path / "accuracy.png").stat().st_size > 5000

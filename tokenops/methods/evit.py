@@ -81,7 +81,7 @@ class EViT(Method):
 
     .. math:: x \leftarrow x + \mathrm{Attention}(x), \qquad
         x \leftarrow [x_{cls},\; x_i\, (i \in \mathrm{top}_k(a)),\;
-        \textstyle\sum_{j \notin \mathrm{top}_k(a)} a_j x_j], \qquad
+        \sum_{j \notin \mathrm{top}_k(a)} a_j x_j], \qquad
         x \leftarrow x + \mathrm{MLP}(x)
 
     The fused token is one more patch token for the blocks that follow. Choice, gather, fusion and the MLP's norm are

@@ -33,7 +33,7 @@ class EvoLeViT(LeViT):
     :math:`g \leftarrow (1-t) g + t a` with t = sigmoid(theta), of the patches that a layer sees. A pruned stage with n
     of N patches to keep computes, S the n patches with the largest g,
 
-    .. math:: Z_0 = [cls, x_S, r], \quad r = \textstyle\sum_{j \notin S} g_j x_j / \sum_{j \notin S} g_j, \qquad
+    .. math:: Z_0 = [cls, x_S, r], \quad r = \sum_{j \notin S} g_j x_j / \sum_{j \notin S} g_j, \qquad
         Z = \mathrm{layers}(Z_0), \qquad x_S \leftarrow Z_S, \quad x_j \leftarrow x_j + (Z_r - r) \; (j \notin S)
 
     so the others move with r, which is then dropped. The patches stay in their places all the way, and no attention

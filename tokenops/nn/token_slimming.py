@@ -11,7 +11,7 @@ from ..ops.token_mlp import token_mlp
 class TokenSlimming(nn.Module):
     r"""Token slimming module: N tokens become M learned mixtures of them.
 
-    .. math:: A = \mathrm{softmax}_N\big(s\,(\mathrm{gelu}(\mathrm{LN}(x) W_1^\top + b_1) W_2^\top + b_2)\big), \qquad
+    .. math:: A = \mathrm{softmax}_N(s\,(\mathrm{gelu}(\mathrm{LN}(x) W_1^\top + b_1) W_2^\top + b_2)), \qquad
         y = [\,x_{:P},\; A^\top x_{P:}\,]
 
     Each slim token is a convex combination of the raw tokens ``x`` (not of the normalised ones). ``b_2`` adds the same

@@ -41,7 +41,7 @@ def select_tokens(
     r"""Keep the k best tokens of each image, and fuse the others into one if asked.
 
     .. math::
-        y = [x_{1..P},\; x_{P+i}\; (i \in K),\; \textstyle\sum_{j \notin K} a_j x_{P+j}], \qquad K = \mathrm{top}_k(s)
+        y = [x_{1..P},\; x_{P+i}\; (i \in K),\; \sum_{j \notin K} a_j x_{P+j}], \qquad K = \mathrm{top}_k(s)
 
     The choice is exact and the same on every backend: a larger score first, of equal scores the lower index, and NaN
     behind every number (-0 equals 0).

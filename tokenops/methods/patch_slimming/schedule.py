@@ -25,7 +25,7 @@ def centre_order(grid: tuple[int, int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Schedule:
-    r"""Which patches every layer keeps: nested masks :math:`m_1 \supseteq m_2 \dots \supseteq m_L`, for all images.
+    r"""Which patches every layer keeps: nested masks :math:`m_1 \supseteq m_2 \ldots \supseteq m_L`, for all images.
 
     The class token is always kept and not listed. A layer may keep no patch at all: the last one usually does not.
 
