@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenops
 from tokenops import training
-from tokenops.cli import machine
-from tokenops.cli.timing import Spread, clock, interleaved, ratio
+from tokenops.measuring import machine
+from tokenops.measuring.timing import Spread, clock, interleaved, ratio
 from tokenops.methods import cait, patch_slimming
 from tokenops.nn import convert_attention
 

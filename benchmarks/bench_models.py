@@ -24,9 +24,9 @@ from published.evo_vit import PublishedEvoViT
 from published.sit import PublishedSiT
 from result_file import rounded
 from timers import Frozen, Graphed
-from tokenops.cli.comparison import dense_form
+from tokenops.cli.models import dense_form
 from tokenops.methods import for_inference  # the package registers the models
-from tokenops.methods.patch_slimming import published_counts
+from tokenops.methods.patch_slimming import published_for
 from tokenops.nn import convert_attention
 
 timm = pytest.importorskip("timm")
@@ -41,13 +41,6 @@ SIT = {
 NARROWED = ("cait_deit_small_patch16_224", "cait_deit_tiny_patch16_224", "evo_levit_256")
 
 
-def counts(name: str, depth: int = 12, patches: int = 196) -> list[int]:
-    """Published numbers of tokens behind the layers, for a model of another depth or grid."""
-    published = published_counts[name]
-    of_layer = [published[i * len(published) // depth] for i in range(depth)]
-    return [1 + round((n - 1) * patches / 196) for n in of_layer]
-
-
 def methods(ps: str, dps: str, tome: int = 13, depth: int = 12, patches: int = 196) -> dict[str, dict[str, Any]]:
     """Options of every method, at the papers' own operating points."""
     return {
@@ -56,8 +49,8 @@ def methods(ps: str, dps: str, tome: int = 13, depth: int = 12, patches: int = 1
         "evo_vit": {},
         "sit": {},
         "cait": {},
-        "patch_slimming": dict(schedule=counts(ps, depth, patches)),
-        "dps": dict(counts=counts(dps, depth, patches)),
+        "patch_slimming": dict(schedule=published_for(ps, depth, patches)),
+        "dps": dict(counts=published_for(dps, depth, patches)),
     }
 
 

@@ -22,8 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 import tokenops
 from timers import Clock
-from tokenops.cli.comparison import made
-from tokenops.cli.timing import Spread, interleaved, ratio
+from tokenops.measuring.timing import Spread, interleaved, ratio
 
 DENSE = "deit_small_patch16_224"
 HEAD_WIDTHS = (40, 52)  # of q and k, and of v: what CAIT leaves of 64
@@ -41,6 +40,12 @@ def pruned() -> nn.Module:
 
 def patched(method: str, **options: Any) -> nn.Module:
     return tokenops.apply_patch(timm.create_model(DENSE), method, **options).eval()
+
+
+def made(name: str) -> nn.Module:
+    """A registered model, seeded, for inference."""
+    torch.manual_seed(0)
+    return tokenops.methods.for_inference(timm.create_model(name))
 
 
 METHODS: Mapping[str, Callable[[], nn.Module]] = {

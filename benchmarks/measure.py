@@ -30,10 +30,10 @@ from comparison import (
     poisoned,
     relative,
 )
-from result_file import rounded, store, strongest
+from result_file import rounded, slug_of, store, strongest
 from timers import QUEUED, Pulse, clock_of
-from tokenops.cli import machine
-from tokenops.cli.timing import Spread, ratio, recorded_kernels
+from tokenops.measuring import machine
+from tokenops.measuring.timing import Spread, ratio, recorded_kernels
 from tokenops.ops import backends
 
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
@@ -346,7 +346,7 @@ class Bench:
         run = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         rates = {"copy_bytes_per_s": self.copy_bytes_per_s, f"flops_per_s_{self.dtype_name}": self.flops_per_s}
         facts = machine.facts(self.device) | {"commit": machine.commit()} | rounded(rates)
-        path = folder / f"{machine.slug(self.device)}.json"
+        path = folder / f"{slug_of(machine.device_name(self.device), self.device)}.json"
         store(path, {run: facts}, {name: {"run": run, **row} for name, row in self.rows.items()})
         return path
 

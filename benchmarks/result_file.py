@@ -1,6 +1,7 @@
 """Result files: rows by name, the runs they came from, and what else ran on the device."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ def rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: rounded(v) for key, v in value.items()}
     return [rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def slug_of(name: str, device: str) -> str:
+    """A device's name as that of a file: nvidia-h200, cpu-amd-epyc."""
+    name = re.sub(r"\((R|TM)\)|@.*|\bCPU\b|\bProcessor\b", " ", name, flags=re.IGNORECASE)
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return "-".join(words if device == "cuda" else ["cpu", *words])
 
 
 def strongest(row: Mapping[str, Any]) -> str:

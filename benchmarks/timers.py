@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from tokenops.cli.timing import Call, Spread, clock, interleaved
+from tokenops.measuring.timing import Call, Spread, clock, interleaved
 
 SETTLING, SETTLED_AFTER = 4, 0.05  # calls, and seconds
 QUEUED = 20  # calls a GPU sample queues at most: few enough that the launch queue never fills

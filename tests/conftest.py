@@ -282,6 +282,6 @@ def much_memory(device):
 @pytest.fixture
 def ran_kernels():
     """`with ran_kernels() as names:` collects the tokenops kernels that ran: {"soft_aggregate_fwd.triton", ...}."""
-    from tokenops.cli.timing import recorded_kernels
+    from tokenops.measuring.timing import recorded_kernels
 
     return recorded_kernels

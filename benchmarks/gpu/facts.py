@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from timers import clock_of
-from tokenops.cli import machine
+from tokenops.measuring import machine
 from tokenops.ops import native
 
 from . import options, record

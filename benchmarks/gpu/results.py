@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tokenops.cli import machine
+from result_file import slug_of
 
 from . import record
 from .candidates import Config
@@ -53,7 +53,7 @@ def results(lines: Sequence[Mapping[str, Any]]) -> Results:
         if line["step"] in EVIDENCE:
             last[line["step"], line["key"]] = line
     evidence = {step: of_step(step, list(last.values())) for step in EVIDENCE if any(s == step for s, _ in last)}
-    name = machine.slug_of(facts["device"], "cpu" if rehearsal else "cuda")
+    name = slug_of(facts["device"], "cpu" if rehearsal else "cuda")
     return Results(f"rehearsal-{name}" if rehearsal else name, rehearsal, runs, rows, evidence)
 
 

@@ -44,7 +44,7 @@ def capability() -> int:
 def microseconds(sides: Mapping[str, Sequence[Callable[[], object]]], device: str) -> dict[str, float]:
     """The median time of a call of each side, taken in turns."""
     from timers import clock_of
-    from tokenops.cli.timing import Spread
+    from tokenops.measuring.timing import Spread
 
     rounds = 1 if device == "cpu" else ROUNDS
     times = clock_of(device).side_by_side(sides, 0.0, rounds, device_time=True)

@@ -12,7 +12,8 @@ from PIL import Image
 
 import tokenops
 from support.commands import DEPTH, DIM, MODEL, QUICK, SMALL, evaluate, parsed, run, timm
-from tokenops.cli import CommandError, bench, columns, patched, results, slim
+from tokenops.cli import CommandError, bench, models, running, slim
+from tokenops.measuring.timing import ratio
 from tokenops.methods.patch_slimming import Schedule
 
 
@@ -26,6 +27,11 @@ def macs(before, after, classes=1000):
 
 def numbers(line):
     return [float(number) for number in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", line)]
+
+
+def flat(text):
+    """Without the breaks of lines."""
+    return " ".join(text.split())
 
 
 def row_of(text, start):
@@ -53,17 +59,18 @@ def test_bench_counts_and_saves(tmp_path, capsys):
         assert row["realised"] == pytest.approx(row["speedup"] / flops)
         assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
         assert row["images_per_second_low"] <= row["images_per_second"] <= row["images_per_second_high"]
-    first, second = out.splitlines()[0], row_of(out, "GMACs an image")
+    first, second = flat(out), row_of(out, "GMACs an image")
     assert first.startswith(f"{MODEL} with tome r=4: ") and "as fast as the dense model at batches of 1, 3" in first
     assert f"{flops:.2f}x fewer FLOPs" in first
     assert numbers(second) == pytest.approx([dense / 1e9, reduced / 1e9], rel=0.01)
-    assert row_of(out, "3 ").split()[0] == "3" and "masked_channel_attention on native" in out
+    assert row_of(out, "3 ").split()[0] == "3" and "native (masked_channel_attention, merge_bipartite" in out
+    assert max(map(len, out.split("Results:")[0].splitlines())) <= 80
 
 
 def test_bench_takes_ratios_of_the_same_rounds(tmp_path, monkeypatch):
     """Every second call is slow where the other is too: the ratio is steady."""
-    times = {"dense": [2.0, 20.0], "patched": [1.0, 10.0]}
-    monkeypatch.setattr(results, "timed", lambda *args, **kwargs: times)
+    times = {"dense": [2.0, 20.0], "reduced": [1.0, 10.0]}
+    monkeypatch.setattr(running, "timed", lambda *args, **kwargs: running.Times(times, set()))
     run(bench, *SMALL, "--method", "cait", "-b", 4, "--output", tmp_path / "bench.csv")
     (row,) = csv.DictReader((tmp_path / "bench.csv").open())
     assert [float(row[name]) for name in ("speedup", "speedup_low", "speedup_high")] == [2, 2, 2]
@@ -75,17 +82,20 @@ def test_bench_takes_ratios_of_the_same_rounds(tmp_path, monkeypatch):
 def test_bench_compares_our_models_with_their_dense_form(capsys):
     run(bench, "--model", "sit_deit_tiny", "--device", "cpu", "-b", 1, *QUICK)
     out = capsys.readouterr().out
-    assert out.startswith("sit_deit_tiny: ") and "as fast as deit_tiny_patch16_224 at batches of 1, with 2.11x" in out
-    assert "soft_aggregate on native" in out
+    assert "as fast as deit_tiny_patch16_224 at batches of 1, with 2.11x" in flat(out)
+    assert out.startswith("sit_deit_tiny: ") and "soft_aggregate" in row_of(out, "Backends: native")
 
 
 def test_bench_tells_what_did_not_fit(monkeypatch, capsys):
-    def timed(calls, *args):
-        if calls["dense"]().shape[0] > 1:
-            raise RuntimeError("out of memory")
-        return {"dense": [2.0], "patched": [1.0]}
+    def clock(device):
+        return lambda call: seconds_of(call().shape[0])
 
-    monkeypatch.setattr(results, "timed", timed)
+    def seconds_of(images):
+        if images > 1:
+            raise RuntimeError("out of memory")
+        return 1.0
+
+    monkeypatch.setattr(running, "clock", clock)
     run(bench, *SMALL, "--method", "cait", "-b", 1, 2, *QUICK)
     assert "Stopped at --batch-size 2: out of memory" in capsys.readouterr().out
     with pytest.raises(CommandError, match="--batch-size 2: out of memory"):
@@ -97,13 +107,13 @@ def test_bench_compiles_both(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     run(bench, *SMALL, "--method", "cait", "-b", 1, *QUICK, "--compile")
     assert [hasattr(model, "tokenops_patch") for model in compiled] == [False, True]
-    assert ", compiled" in capsys.readouterr().out.splitlines()[1]
+    assert ", compiled" in flat(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("flags", [["--dtype", "bfloat16"], ["--amp", "--channels-last"]])
 def test_bench_in_bf16(flags, capsys):
     run(bench, *SMALL, "--method", "evit", "--keep-rate", 0.5, "-b", 1, "--repeats", 1, *flags)
-    assert "bfloat16" in capsys.readouterr().out.splitlines()[1]
+    assert "bfloat16" in flat(capsys.readouterr().out)
 
 
 # ---- slim
@@ -127,8 +137,9 @@ def test_slim_prints_draws_and_saves(photographs, tmp_path, capsys):
     run(slim, *photographs[:2], *SMALL, *arguments, *QUICK, "--output", output, "--save", weights)
     out = capsys.readouterr().out
     first, *lines = out.splitlines()
-    assert first.startswith(f"{MODEL} with evit keep_rate=0.5 reduction_loc=1,2 fuse_token=False: ")
+    assert flat(out).startswith(f"{MODEL} with evit keep_rate=0.5 reduction_loc=1,2 fuse_token=False: ")
     assert "tokens that enter each block: 17 x 4; slim 17 x 2, 9 x 1, 5 x 1" in lines
+    assert max(map(len, lines)) <= 80 or len(str(tmp_path)) > 50, "paths alone are longer"
     dense, reduced = macs([17] * DEPTH, [17] * DEPTH), macs([17, 17, 9, 5], [17, 9, 5, 5])
     line = numbers(row_of(out, "GMACs an image"))
     assert line == pytest.approx([dense / 1e9, reduced / 1e9, dense / reduced], rel=0.01)
@@ -141,8 +152,8 @@ def test_slim_prints_draws_and_saves(photographs, tmp_path, capsys):
 
 
 def test_slim_lists_tokens_that_all_differ():
-    assert slim.blocks([197, 181, 165]) == "197, 181, 165"
-    assert slim.blocks([197, 99, 99]) == "197 x 1, 99 x 2"
+    assert running.stages([197, 181, 165]) == "197, 181, 165"
+    assert running.stages([197, 99, 99]) == "197 x 1, 99 x 2"
 
 
 def test_slim_searches_a_schedule(photographs, tmp_path, capsys):
@@ -162,12 +173,12 @@ def test_slim_searches_a_schedule(photographs, tmp_path, capsys):
     counts = list(schedule.counts)
     assert schedule.grid == (4, 4) and counts[-1] == 1 and counts[0] == max(counts)
     entering = [17, *counts[:-1]]
-    assert f"; slim {slim.blocks(entering)}" in out
+    assert f"; slim {running.stages(entering)}" in flat(out)
     # weights were tuned, and eval and bench run on with both files
     state, start = torch.load(weights, weights_only=True), dense_state()
     assert state.keys() == start.keys() and any((state[name] != start[name]).any() for name in state)
     arguments = [*SMALL, "--method", "patch_slimming", "--schedule", tmp_path / "slim.json", "--checkpoint", weights]
-    made, source = patched.make(parsed(bench, *arguments))
+    made, source = models.make(parsed(bench, *arguments))
     assert source == str(weights) and made.tokenops_patch.method.name == "patch_slimming"
     torch.testing.assert_close(made.state_dict(), state, rtol=0, atol=0)
 
@@ -182,7 +193,7 @@ def test_slim_with_weights_guesses(photographs, tmp_path, capsys):
     arguments = ["--method", "cait", "--points", "1:vertical", "2:horizontal", "--checkpoint", tmp_path / "dense.pth"]
     run(slim, photographs[0], *SMALL, *arguments, "-b", 3, *QUICK, "--output", tmp_path / "slim.png")
     out = capsys.readouterr().out
-    assert "cait points=1:vertical,2:horizontal" in out and "17 x 2, 9 x 1, 5 x 1" in out
+    assert "cait points=1:vertical,2:horizontal" in flat(out) and "17 x 2, 9 x 1, 5 x 1" in out
     assert "top 5 of the dense model" in out and "top 5 of the slim model" in out and "random" not in out
 
 
@@ -262,7 +273,7 @@ def test_eval_scores_every_readable_image(data, checkpoint, arguments, method, t
     assert row["top1"] == pytest.approx(top1) and row["top5"] == pytest.approx(top5)
     assert row["loss"] == pytest.approx(loss, rel=1e-4) and top1 < top5
     assert out.splitlines()[0].endswith(f"top-1 {top1:.2f} % of 11 images")
-    assert "1 could not be read: class 4/1.png" in out and f"weights: {checkpoint}" in out
+    assert "1 could not be read: class 4/1.png" in flat(out) and f"weights: {checkpoint}" in flat(out)
     assert row["gmacs"] < 0.9 * macs([17] * DEPTH, [17] * DEPTH, 7) / 1e9 or not method
 
 
@@ -294,8 +305,11 @@ def test_eval_of_what_datasets_saved(data, checkpoint, tmp_path, quick, capsys):
 
 
 def test_eval_says_what_is_wrong_with_the_data(data, checkpoint, tmp_path):
-    with pytest.raises(CommandError, match="has 7 classes, but the model 6: --num-classes 7"):
+    few = r"has 7 classes \(class 0, class 1, .*\), but the model 6, .*: --num-classes 7 with a --checkpoint"
+    with pytest.raises(CommandError, match=few):
         run(evaluate, *SMALL, "--num-classes", 6, "--data-dir", data)
+    with pytest.raises(CommandError, match="has 7 classes .*, but the model 1000, so that its answers say nothing"):
+        run(evaluate, *SMALL, "--data-dir", data)
     with pytest.raises(CommandError, match="does not hold weights of small_vit_for_commands"):
         run(evaluate, *SMALL, "--num-classes", 6, "--data-dir", data, "--checkpoint", checkpoint)
     with pytest.raises(CommandError, match="--split nothing: .* has no folder nothing"):
@@ -303,32 +317,44 @@ def test_eval_says_what_is_wrong_with_the_data(data, checkpoint, tmp_path):
     (tmp_path / "val" / "only").mkdir(parents=True)
     (tmp_path / "val" / "only" / "bad.png").write_bytes(b"no image")
     with pytest.raises(CommandError, match="no image: 1 could not be read: only/bad.png"):
-        evaluation(tmp_path, checkpoint)
+        run(evaluate, *SMALL, "--num-classes", 1, "--data-dir", tmp_path, "-j", 0)
 
 
-# ---- tables and times
+def test_eval_numbers_folders_with_imagenets_names_as_imagenet_does(tmp_path, quick, capsys, monkeypatch):
+    """A model of 1000 classes on three of them."""
+    from timm.data import ImageNetInfo
+
+    seen = []
+    for label in (3, 500, 999):
+        path = tmp_path / "val" / ImageNetInfo().index_to_label_name(label) / "0.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(path)
+    original = evaluate.evaluate
+
+    def watched(model, loader, **how):
+        seen.extend(loader.loader.dataset.labels)
+        return original(model, loader, **how)
+
+    monkeypatch.setattr(evaluate, "evaluate", watched)
+    run(evaluate, *SMALL, "--data-dir", tmp_path, "-b", 4, "-j", 0)
+    assert seen == [3, 500, 999] and "of 3 images" in capsys.readouterr().out
 
 
-def test_tables_are_plain_text_unless_on_a_terminal(capsys, monkeypatch):
-    rich = pytest.importorskip("rich.console")
-    rows = [("model", "GMACs"), ("deit", "1.25")]
-    results.show(rows)
-    assert capsys.readouterr().out == columns(rows) + "\n"
-    monkeypatch.setattr(rich.Console, "is_terminal", True)
-    monkeypatch.setattr(rich.Console, "width", 80)
-    results.show(rows)
-    assert "┃" in capsys.readouterr().out
-    monkeypatch.setattr(rich.Console, "width", 15)
-    results.show(rows)
-    assert capsys.readouterr().out == columns(rows) + "\n", "too narrow: nothing is cut off"
+# ---- times
 
 
 def test_timing_has_as_many_rounds_as_fit(monkeypatch):
-    monkeypatch.setattr(results, "clock", lambda device: lambda call: call() or 0.1)
-    calls = {"a": lambda: None, "b": lambda: None}
-    how = patched.running(parsed(bench, *SMALL))
+    monkeypatch.setattr(running, "clock", lambda device: lambda call: call() or 0.1)
+    sides = {"a": lambda x: None, "b": lambda x: None}
+    how = running.running(parsed(bench, *SMALL))
     for seconds, repeats, rounds in [(2.0, None, 10), (0.1, None, 5), (100.0, None, 50), (2.0, 3, 3)]:
         done = []
-        times = results.timed(calls, how, repeats, seconds, done.append)
-        assert {name: len(found) for name, found in times.items()} == {"a": rounds, "b": rounds}
+        times = running.timed(sides, torch.zeros(1), how, repeats, seconds, done.append)
+        assert {name: len(found) for name, found in times.seconds.items()} == {"a": rounds, "b": rounds}
         assert done == pytest.approx([(i + 1) / rounds for i in range(rounds)])
+
+
+def test_times_that_vary_much_are_called_so():
+    for dense, said in (([1.0, 1.0, 1.0], False), ([3.0, 1.0, 0.2], True)):
+        times = running.Times({"dense": dense, "slim": [1.0] * 3}, set())
+        assert ("vary much" in running.remarks(times, [ratio(dense, times.seconds["slim"])])) is said

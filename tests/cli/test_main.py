@@ -1,6 +1,9 @@
 """The command line as a user meets it: info, the demo on a tiny setting, and errors in words."""
 
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,7 +13,8 @@ import torch
 
 from tokenops.__main__ import main
 from tokenops.cli import columns, info
-from tokenops.cli.timing import Spread, interleaved, ratio, recorded_kernels
+from tokenops.measuring import machine
+from tokenops.measuring.timing import Spread, interleaved, ratio, recorded_kernels
 from tokenops.ops import backends, native
 
 
@@ -32,56 +36,102 @@ def test_without_a_command_it_says_how_it_is_used(capsys):
 # ---- info
 
 
-def test_info_names_versions_devices_and_every_operator_on_every_device():
+def operators(text):
+    """Of every operator and device what the table says of each backend."""
+    rows = [line.split() for line in text.splitlines() if line.split()[:1] and line.split()[0] in backends.TABLE]
+    return {(op, device): dict(zip(backends.BACKENDS, cells)) for op, device, *cells in rows}
+
+
+def notes(text):
+    """The footnotes below the table by their letters."""
+    below = text.split("operators (")[1].split("\n\n")[1]
+    found = re.findall(r"^  (\w)  (.*(?:\n     .*)*)", below, re.MULTILINE)
+    return {mark: " ".join(words.split()) for mark, words in found}
+
+
+def test_info_names_versions_devices_and_every_operator():
     done = run("info")
     assert done.returncode == 0, done.stderr
-    assert torch.__version__ in done.stdout and "cpu " in done.stdout
-    lines = done.stdout.splitlines()
-    for op, devices in backends.TABLE.items():
-        for device in devices:
-            assert any(line.split()[:2] == [op, device] for line in lines), f"{op} on {device} is not in\n{done.stdout}"
-    assert "TRITON_INTERPRET=1" in done.stdout, "why Triton does not run on a CPU"
-    assert all(ord(c) < 128 for c in done.stdout)
+    out = done.stdout
+    order = ["versions\n", "\ndevices\n", "\nbuild\n", "\nenvironment\n", "\noperators", "\nmissing"]
+    places = [out.index(title) for title in order]
+    assert places == sorted(places) and torch.__version__ in out and "cpu " in out
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    assert set(operators(out)) == {(op, device) for op in backends.TABLE for device in devices}
+    assert all(ord(c) < 128 for c in out) and max(map(len, out.splitlines())) <= 80
+    said = notes(out)
+    marks = {mark for cells in operators(out).values() for mark in cells.values()} - {"runs"}
+    assert set(said) == marks and len(set(said.values())) == len(said), "a note for every reason, once"
+    if "cuda" not in devices:
+        assert any("TRITON_INTERPRET=1" in note for note in said.values()), "why Triton does not run on a CPU"
 
 
-def operators(text):
-    return {
-        tuple(line.split()[:2]): line
-        for line in text.splitlines()
-        if line.split()[:1] and line.split()[0] in backends.TABLE
-    }
-
-
-def test_info_says_which_backend_is_chosen(monkeypatch):
+def test_info_says_which_backend_is_chosen():
     rows = operators(info.text())
     for op in backends.TABLE:
-        assert rows[op, "cpu"].split()[2] == backends.choose(op, "cpu", torch.float32)
+        (chosen,) = (backend for backend, cell in rows[op, "cpu"].items() if cell == "runs")
+        assert chosen == backends.choose(op, "cpu", torch.float32)
 
 
 def test_info_follows_the_environment_and_says_so():
-    done = run("info", TOKENOPS_BACKEND="reference")
-    rows = operators(done.stdout)
-    assert all(rows[op, "cpu"].split()[2] == "reference" for op in backends.TABLE)
-    assert "TOKENOPS_BACKEND asks for reference" in done.stdout
+    out = run("info", TOKENOPS_BACKEND="reference").stdout
+    for op in backends.TABLE:
+        cells = operators(out)[op, "cpu"]
+        assert cells["reference"] == "runs" and notes(out)[cells["native"]] == "TOKENOPS_BACKEND asks for reference"
 
 
 def test_info_reports_a_backend_that_cannot_run():
     done = run("info", TOKENOPS_BACKEND="triton")
     assert done.returncode == 0, done.stderr
-    assert operators(done.stdout)["soft_aggregate", "cpu"].split()[2] == "error"
-    assert "asked for but cannot run" in done.stdout
+    cells = operators(done.stdout)["soft_aggregate", "cpu"]
+    assert "runs" not in cells.values() and notes(done.stdout)[cells["triton"]].startswith("asked for but cannot run: ")
 
 
-def test_info_on_a_machine_with_a_gpu(monkeypatch):
-    gpu = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=139 * 2**30)
+@pytest.fixture
+def gpu(monkeypatch):
+    found = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=139 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: found)
     monkeypatch.setattr(native, "gpu_capability", lambda: (9, 0))
+
+
+def test_info_on_a_machine_with_a_gpu(gpu):
     text = info.text()
     assert "cuda:0  NVIDIA H200, compute capability 9.0, 139 GiB" in text
-    row = operators(text)["soft_aggregate", "cuda"]
-    assert row.split()[2] == "triton" and "soft_aggregate has no native path on cuda" in row
+    cells = operators(text)["soft_aggregate", "cuda"]
+    assert cells["triton"] == "runs" and notes(text)[cells["native"]] == "there is no native path on cuda"
+
+
+def test_info_names_the_command_that_brings_what_is_missing(gpu, monkeypatch):
+    for name in ("timm", "accelerate", "rich", "sklearn"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    monkeypatch.setattr(native, "info", lambda: {"cpu": "not built", "cuda": "not built"})
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    found = dict(info.missing())
+    commands = list(found.values())
+    for command in (
+        "torch",
+        "triton",
+        "'tokenops[models]'",
+        "'tokenops[train]'",
+        "'tokenops[demo]'",
+        "'tokenops[plot]'",
+    ):
+        assert any(line.startswith("pip install ") and line.endswith(command) for line in commands), command
+    assert any("g++" in line for line in commands) and any("cuda-toolkit" in line for line in commands)
+    assert any("build_ext --inplace" in line for line in commands)
+    assert any("2.9.1 is older than 2.11" in what for what in found) and "no nvcc, so no CUDA operators:" in found
+
+
+def test_info_sees_that_torch_is_for_cpus_alone(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    before = list(info.missing())
+    monkeypatch.setattr(machine, "driver", lambda: "580.1")
+    new = [line for line in info.missing() if line not in before]
+    assert ("an NVIDIA GPU is there, but this torch is for CPUs alone:", "pip install --force-reinstall torch") in new
 
 
 # ---- the demo
@@ -89,7 +139,7 @@ def test_info_on_a_machine_with_a_gpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def demo_packages():
-    for package in ("timm", "torchvision", "matplotlib", "PIL", "sklearn"):
+    for package in ("timm", "torchvision", "matplotlib", "PIL", "sklearn", "rich"):
         pytest.importorskip(package)
 
 
@@ -106,72 +156,48 @@ def photographs(tmp_path_factory, demo_packages):
     return paths
 
 
-SMALL = ["--methods", "--model", "sit_lvvit_tiny", "--dense", "lvvit_tiny", "--batch", "2", "--device", "cpu"]
+TINY = ["--model", "deit_tiny_patch16_224", "--device", "cpu", "-b", "2", "--repeats", "1"]
 
 
-def test_demo(photographs, tmp_path, capsys):
+def test_demo_shows_every_method_in_one_model(photographs, tmp_path, capsys):
     from PIL import Image
+
+    from tokenops.patching.engine import METHODS
 
     output = tmp_path / "made" / "demo.png"
-    assert main(["demo", *map(str, photographs), *SMALL, "--repeats", "2", "--output", str(output)]) == 0
+    assert main(["demo", *map(str, photographs), *TINY, "--output", str(output)]) == 0
     out = capsys.readouterr().out
-    first, *lines = out.splitlines()
-    assert first.startswith("sit_lvvit_tiny: ") and "as fast as lvvit_tiny with 3.50x fewer FLOPs" in first
-    assert any(line.startswith("random weights") for line in lines)
-    table = {line.strip().split("  ")[0]: line for line in lines}
-    assert "197 x 14" in table["tokens x blocks"] and "197 x 1, 99 x 1, 50 x 1, 25 x 11" in table["tokens x blocks"]
-    assert table["GMACs an image (GFLOPs / 2)"].split()[-3:] == ["3.46", "0.99", "3.50"]
-    assert "soft_aggregate on native" in out and "Medians of 2 interleaved pairs" in out
-    assert "top 5" not in out, "random weights predict nothing"
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith("  ") and line.split()}
+    own = [name for name, method in METHODS.items() if method.__module__.startswith("tokenops.")]
+    assert list(rows)[:3] == ["method", "tokens", "dense"] and set(own) < set(rows)
+    assert rows["dense"][:2] == ["196", "1.25"] and rows["evit"][:2] == ["139/99/71", "0.82"]
+    assert rows["cait"][0] == "98/49" and rows["evo_vit"][0] == "98/98" and rows["sit"][0] == "98/49/24"
+    assert rows["tome"][0] == "183..40" and rows["random"][0] == "138/97/68"
+    for name in own:  # speed-up / FLOP ratio
+        assert float(rows[name][-1]) == pytest.approx(float(rows[name][3]) / float(rows[name][-2]), abs=0.02)
+    assert "random, so what a method keeps is only illustrative" in out and "top 1" not in out
+    assert "Medians of 1 interleaved rounds" in out and "select_tokens" in out and "restore_tokens" in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80
     with Image.open(output) as picture:
-        assert picture.size == (1512, 1122)
-        assert len(picture.convert("RGB").getcolors(2**24)) > 1000
-
-
-def test_merged_patches_have_their_mean_colour_and_a_line_between_tokens(demo_packages):
-    import numpy as np
-
-    from tokenops.cli.picture import mosaic
-
-    photograph = np.zeros((4, 8, 3))
-    photograph[:, 4:] = 1.0
-    whole, halves = (mosaic(photograph, np.array([tokens])) for tokens in ([0, 0], [0, 1]))
-    np.testing.assert_allclose(whole[0, :, 0], [0.325] * 4 + [0.675] * 4)
-    np.testing.assert_allclose(halves[0, :, 0], [0.0] * 4 + [1.0] * 4)
-    np.testing.assert_allclose(mosaic(0.5 * photograph, np.array([[0, 1]]))[0, :, 0], [0.0] * 4 + [1.0] + [0.5] * 3)
-
-
-@pytest.mark.slow
-def test_demo_compares_the_methods(photographs, tmp_path, capsys):
-    """A row a method beside its dense form, and a picture of what each keeps."""
-    from PIL import Image
-
-    names = ["sit_deit_tiny", "evit_deit_tiny_patch16_224", "evo_deit_tiny_patch16_224", "ps_deit_tiny_patch16_224"]
-    names += ["dps_deit_tiny_patch16_224", "cait_deit_tiny_patch16_224", "evo_levit_128"]
-    output = tmp_path / "demo.png"
-    arguments = [*map(str, photographs), *SMALL, "--methods", *names, "--repeats", "1", "--output", str(output)]
-    assert main(["demo", *arguments]) == 0
-    out = capsys.readouterr().out
-    rows = {line.split()[0]: line for line in out.splitlines() if line.split()[:1] and line.split()[0] in names}
-    assert list(rows) == names
-    assert "98, 49, 24" in rows["sit_deit_tiny"] and "deit_tiny_patch16_224 1.25" in rows["sit_deit_tiny"]
-    assert "138, 97, 68" in rows["evit_deit_tiny_patch16_224"] and "98, 98" in rows["evo_deit_tiny_patch16_224"]
-    assert "98, 49" in rows["cait_deit_tiny_patch16_224"] and "0.63" in rows["cait_deit_tiny_patch16_224"]
-    assert "98, 24, 8" in rows["evo_levit_128"] and "evo_levit_128, all tokens 0.41" in rows["evo_levit_128"]
-    assert "select_tokens on native" in out and "restore_tokens on native" in out
-    with Image.open(tmp_path / "demo-methods.png") as picture:
         assert picture.size[0] > 800 and len(picture.convert("RGB").getcolors(2**24)) > 1000
 
 
+@pytest.mark.slow
 def test_demo_with_weights_predicts(photographs, tmp_path, capsys):
     import timm
 
-    torch.save(timm.create_model("sit_lvvit_tiny").state_dict(), tmp_path / "weights.pth")
-    arguments = [str(photographs[0]), *SMALL, "--repeats", "1", "--checkpoint", str(tmp_path / "weights.pth")]
+    torch.save(timm.create_model("deit_tiny_patch16_224").state_dict(), tmp_path / "weights.pth")
+    arguments = [str(photographs[0]), *TINY, "--checkpoint", str(tmp_path / "weights.pth")]
     assert main(["demo", *arguments, "--output", str(tmp_path / "demo.png")]) == 0
     out = capsys.readouterr().out
-    assert "top 5 of sit_lvvit_tiny" in out and "top 5 of lvvit_tiny" not in out
-    assert "random weights (lvvit_tiny): speed and FLOPs hold\n" in out
+    assert "top 1" in out and "only illustrative" not in out
+
+
+def test_demo_leaves_out_what_a_model_does_not_take(photographs, tmp_path, capsys):
+    model = ["--model", "eva02_tiny_patch14_224", "--device", "cpu", "-b", "1", "--repeats", "1"]
+    assert main(["demo", str(photographs[0]), *model, "--output", str(tmp_path / "demo.png")]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "tome is left out: " in out and "a merged token has no position" in out and " evo_vit " in out
 
 
 @pytest.mark.parametrize(
@@ -180,16 +206,12 @@ def test_demo_with_weights_predicts(photographs, tmp_path, capsys):
         (["nowhere.jpg"], "there is no file nowhere.jpg"),
         ([__file__], "is not an image that Pillow can read"),
         ([os.path.dirname(__file__)], "cannot read"),
-        (["--model", "sit_lvvit_huge"], "there is no slimmed model 'sit_lvvit_huge'; there are: sit_deit_base"),
-        (["--model", "lvvit_small"], "there is no slimmed model 'lvvit_small'"),
-        (["--dense", "lvvit_huge"], "timm knows no model 'lvvit_huge'; near it are: lvvit_large"),
+        (["--model", "lvvit_smal"], "timm knows no model 'lvvit_smal'; near it are: lvvit_small"),
         (["--checkpoint", "nowhere.pth"], "there is no file nowhere.pth"),
-        (["--checkpoint", __file__], "does not hold weights of sit_lvvit_tiny"),
-        (["--pretrained"], "no weights of lvvit_tiny or sit_lvvit_tiny can be downloaded"),
-        (["--dense", "sit_lvvit_tiny"], "--model and --dense are both sit_lvvit_tiny"),
-        (["--methods", "evit_huge"], "--methods: there is no method's model 'evit_huge'; there are: cait_deit_base"),
-        (["--methods", "deit_tiny_patch16_224"], "there is no method's model 'deit_tiny_patch16_224'"),
-        (["--batch", "0"], "--batch=0, but it must be at least 1"),
+        (["--checkpoint", __file__], "holds no weights"),
+        (["--model", "lvvit_tiny", "--pretrained"], "no weights of lvvit_tiny can be downloaded"),
+        (["--model", "resnet10t"], "--model resnet10t has no blocks that tokens go through"),
+        (["--batch-size", "0"], "--batch-size=0, but it must be at least 1"),
         (["--repeats", "-3"], "--repeats=-3, but it must be at least 1"),
         (["--output", "demo.bmp"], "the name must end in .png"),
         (["--output", os.path.join(__file__, "demo.png")], "cannot write"),
@@ -197,29 +219,79 @@ def test_demo_with_weights_predicts(photographs, tmp_path, capsys):
 )
 def test_demo_says_in_words_what_is_wrong(arguments, words, demo_packages, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["demo", *SMALL, *arguments]) == 2
+    assert main(["demo", *TINY, *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error
 
 
 @pytest.mark.slow
 def test_demo_with_a_backend_that_cannot_run(demo_packages, tmp_path):
-    done = run("demo", *SMALL, "--output", tmp_path / "demo.png", TOKENOPS_BACKEND="triton")
+    done = run("demo", *TINY, "--output", tmp_path / "demo.png", TOKENOPS_BACKEND="triton")
     assert done.returncode == 2 and "the triton backend was asked for but cannot run" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_demo_on_a_gpu_that_is_not_there(demo_packages, capsys):
-    assert main(["demo", *SMALL[:-1], "cuda"]) == 2
+    assert main(["demo", "--device", "cuda"]) == 2
     assert "torch sees no GPU" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_demo_says_what_to_install():
-    blocked = "import sys; sys.modules['timm'] = None; from tokenops.__main__ import main; sys.exit(main(['demo']))"
-    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)
-    assert done.returncode == 2 and "pip install 'tokenops[demo]'" in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize(("command", "package", "extra"), [("demo", "rich", "demo"), ("train", "accelerate", "train")])
+def test_a_command_says_what_to_install(command, package, extra):
+    script = "import sys; sys.modules[{!r}] = None; from tokenops.__main__ import main; sys.exit(main([{!r}]))"
+    done = subprocess.run([sys.executable, "-c", script.format(package, command)], capture_output=True, text=True)
+    assert done.returncode == 2 and f"pip install 'tokenops[{extra}]'" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- a terminal of 80 columns, and an interruption
+
+
+@pytest.mark.parametrize("command", ["", "info", "demo", "bench", "slim", "eval", "train"])
+def test_help_fits_a_terminal(command, demo_packages, capsys, monkeypatch):
+    pytest.importorskip("accelerate")
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"] if command else ["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and max(map(len, out.splitlines())) <= 80
+    assert len(out.split("\n\n")[0].splitlines()) == 1, "the usage is a line"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are those of POSIX")
+@pytest.mark.parametrize("command", ["bench", "train"])
+def test_an_interruption_is_one_line(command, demo_packages, tmp_path):
+    """Of a process that is at work, whose workers are interrupted with it, as a terminal does."""
+    pytest.importorskip("accelerate")
+    from PIL import Image
+
+    if command == "train":
+        for place in ("train/a", "train/b", "val/a", "val/b"):
+            (tmp_path / place).mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / place / f"{i}.png")
+        small = "--img-size 32 --model-kwargs embed_dim=48 num_heads=3 depth=2 patch_size=8 --device cpu -b 4 -j 1"
+        arguments = ["train", "--model", "deit_tiny_patch16_224", *small.split(), "--data-dir", str(tmp_path)]
+        arguments += ["--epochs", "100000", "--output", str(tmp_path / "out")]
+    else:
+        arguments = ["bench", "--model", "deit_tiny_patch16_224", "--method", "evit", "--device", "cpu"]
+    script = (
+        "import sys, time; from tokenops.__main__ import main; from tokenops.cli import running;"
+        "running.interleaved = lambda *_: (print('epoch 2/2', file=sys.stderr, flush=True), time.sleep(600));"
+        f"sys.exit(main({arguments!r}))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for line in process.stderr:
+        if line.startswith("epoch 2/"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    lines = [line for line in error.splitlines() if line and not line.startswith("epoch ")]
+    assert process.returncode == 130 and len(lines) == 1, error
+    assert lines[0].startswith(f"tokenops {command}: interrupted")
+    assert ("--resume auto" in lines[0]) is (command == "train")
 
 
 def test_info_needs_torch_and_numpy_only():

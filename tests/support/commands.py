@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 
 timm = pytest.importorskip("timm")
-for package in ("torchvision", "matplotlib", "PIL", "sklearn"):
+for package in ("torchvision", "matplotlib", "PIL", "sklearn", "rich"):
     pytest.importorskip(package)
 
 evaluate = importlib.import_module("tokenops.cli.evaluate") if importlib.util.find_spec("accelerate") else None

@@ -8,7 +8,7 @@ import sys
 import torch
 
 import tokenops
-from tokenops.cli.timing import recorded_kernels
+from tokenops.measuring.timing import recorded_kernels
 
 
 def main(backend: str, why: str = "built with") -> None:

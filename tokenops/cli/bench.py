@@ -2,16 +2,17 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from .. import use_backend
-from . import CommandError, machine, patched, results
-from .demo import progress_bar
-from .models import backends, counted, quartiles
-from .timing import Spread, ratio, recorded_kernels
+from ..measuring import machine
+from ..measuring.progress import Bar
+from ..measuring.timing import Spread, ratio
+from ..methods import for_inference
+from . import CommandError, columns, models, paragraph, running
+from .methods import add_method_arguments, method_label, method_options
+from .running import quartiles
 
 SECONDS = 10  # of timing at a batch size, where the number of repeats is not given
 
@@ -26,122 +27,96 @@ class Row(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    patched.add_model_arguments(parser)
-    patched.add_method_arguments(parser)
-    patched.add_running_arguments(parser)
     add = parser.add_argument
     add("-b", "--batch-size", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="default: 1 8 32")
     add("--compile", action="store_true", help="torch.compile both models")
     add("--repeats", type=int, metavar="N", help=f"pairs of timed runs (default: {SECONDS} seconds', at least 5)")
     add("--output", type=Path, metavar="FILE", help="results as .csv or .json")
+    models.add_model_arguments(parser)
+    running.add_running_arguments(parser)
+    add_method_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures, prints the table, writes the results. Raises CommandError for what cannot be done."""
-    how = patched.running(args)
-    patched.at_least(1, batch_size=args.batch_size, repeats=args.repeats)
-    results.check_output(args.output)
-    if args.method == "none":
-        patched.dense_form(args)
-    with progress_bar() as advance:
+    how = running.running(args)
+    models.at_least(1, batch_size=args.batch_size, repeats=args.repeats)
+    running.check_output(args.output)
+    method_options(args)
+    models.check_reduced(args)
+    with Bar() as advance:
         advance("making the models", 0.0)
         torch.manual_seed(0)
-        slim, _ = patched.make(args)
-        against, dense = patched.dense_of(slim, args)
-        dense, slim = (patched.for_inference(model) for model in (dense, slim))
-        images = torch.randn(max(args.batch_size), *patched.input_size(slim))
-        with use_backend("auto"):
-            (dense_macs, _, _), (macs, _, _) = (counted(model, images[:1]) for model in (dense, slim))
-        dense, slim = (placed(model, how, args.compile) for model in (dense, slim))
+        slim, _ = models.make(args)
+        against, dense = models.dense_of(slim, args)
+        sides = {"dense": for_inference(dense), "reduced": for_inference(slim)}
+        images = torch.randn(max(args.batch_size), *models.input_size(slim))
+        macs = {name: models.counted(model, images[:1]).macs for name, model in sides.items()}
+        sides = {name: how.placed(model) for name, model in sides.items()}
+        if args.compile:
+            sides = {name: torch.compile(model) for name, model in sides.items()}
         rows: list[Row] = []
         kernels: set[str] = set()
         failed = ""
-        for i, batch_size in enumerate(args.batch_size):
-            x = how.placed(images[:batch_size])
-            calls = {"dense": results.caller(dense, x, how), "patched": results.caller(slim, x, how)}
+        for i, size in enumerate(args.batch_size):
+            advance(f"batches of {size}", i / len(args.batch_size))
             try:
-                if not args.compile:  # what is compiled can not be watched
-                    with recorded_kernels() as found:
-                        calls["patched"]()
-                    kernels |= found
-                advance(f"batches of {batch_size}", i / len(args.batch_size))
-                times = results.timed(calls, how, args.repeats, SECONDS)
-            except RuntimeError as error:  # out of memory, or a backend that was asked for and cannot run
-                failed = f"--batch-size {batch_size}: {error}"
+                times = running.timed(sides, how.placed(images[:size]), how, args.repeats, SECONDS)
+            except CommandError as error:
+                failed = f"--batch-size {size}: {error}"
                 break
-            speeds = {name: Spread.of([batch_size / seconds for seconds in times[name]]) for name in calls}
-            speedup = ratio(times["dense"], times["patched"])
-            rows.append(Row(batch_size, speeds["dense"], speeds["patched"], speedup))
+            kernels |= times.kernels
+            dense, slim = (Spread.of([size / t for t in times.seconds[name]]) for name in sides)
+            rows.append(Row(size, dense, slim, ratio(times.seconds["dense"], times.seconds["reduced"])))
     if not rows:
         raise CommandError(failed)
-    report(args, how, against, dense_macs / macs, (dense_macs, macs), rows, kernels)
+    flops = macs["dense"] / macs["reduced"]
+    print(report(args, how, against, macs, rows, times._replace(kernels=kernels)))
     if failed:
         print(f"\nStopped at {failed}")
     if args.output:
         facts = {
             "model": args.model,
-            "method": patched.method_label(args),
+            "method": method_label(args),
             "against": against,
             "dtype": str(how),
             "compile": args.compile,
-            "dense_gmacs": dense_macs / 1e9,
-            "gmacs": macs / 1e9,
+            "dense_gmacs": macs["dense"] / 1e9,
+            "gmacs": macs["reduced"] / 1e9,
             **machine.facts(how.device.type),
         }
-        results.save(args.output, facts, [entry(row, dense_macs / macs) for row in rows])
-        print(f"\nResults: {args.output}")
-
-
-def placed(model: nn.Module, how: patched.Running, compiled: bool) -> Any:
-    model = how.placed(model)
-    return torch.compile(model) if compiled else model
+        running.save(args.output, facts, [entry(row, flops) for row in rows])
 
 
 def report(
     args: argparse.Namespace,
-    how: patched.Running,
+    how: running.Running,
     against: str,
-    flops: float,
-    macs: tuple[float, float],
+    macs: dict[str, float],
     rows: list[Row],
-    kernels: set[str],
-) -> None:
-    name = patched.named(args)
+    times: running.Times,
+) -> str:
+    flops = macs["dense"] / macs["reduced"]
     speedups = ", ".join(f"{row.speedup.median:.2f}x" for row in rows)
     sizes = ", ".join(str(row.batch_size) for row in rows)
-    realised = ", ".join(f"{row.speedup.median / flops:.2f}" for row in rows)
-    print(
-        f"{name}: {speedups} as fast as {against} at batches of {sizes},"
-        f" with {flops:.2f}x fewer FLOPs (realised: {realised})"
+    realised = [f"{row.speedup.median / flops:.2f}" for row in rows]
+    first = (
+        f"{models.named(args)}: {speedups} as fast as {against} at batches of {sizes},"
+        f" with {flops:.2f}x fewer FLOPs (realised: {', '.join(realised)})"
     )
-    where = f"{machine.device_name(how.device.type)}, {how}" + (", compiled" if args.compile else "")
-    print(where + (f", threads: {torch.get_num_threads()}" if how.device.type == "cpu" else ""))
-    print(f"GMACs an image: {macs[0] / 1e9:.3g} dense, {macs[1] / 1e9:.3g} reduced\n")
-    results.show(
-        [
-            ("batch", "dense, images/s", "reduced, images/s", "speed-up", "realised"),
-            *(
-                (
-                    str(row.batch_size),
-                    quartiles(row.dense),
-                    quartiles(row.patched),
-                    quartiles(row.speedup),
-                    f"{row.speedup.median / flops:.2f}",
-                )
-                for row in rows
-            ),
-        ]
-    )
-    print("\nMedians of interleaved pairs, quartiles in brackets; realised is speed-up / FLOP ratio.")
-    if kernels or not args.compile:
-        ran = ", ".join(backends(kernels)) or "plain PyTorch (the reference), no tokenops kernel ran"
-        print(f"Backends: {ran}")
+    table: list[tuple[str, ...]] = [("batch", "dense, images/s", "reduced, images/s", "speed-up", "realised")]
+    for row, part in zip(rows, realised):
+        table.append(
+            (str(row.batch_size), quartiles(row.dense), quartiles(row.patched), quartiles(row.speedup, 2), part)
+        )
+    remarks = running.remarks(times, [row.speedup for row in rows])
+    macs_line = f"GMACs an image: {macs['dense'] / 1e9:.3g} dense, {macs['reduced'] / 1e9:.3g} reduced"
+    where = how.where(*(["compiled"] if args.compile else []))
+    return f"{paragraph(first)}\n{paragraph(where)}\n{macs_line}\n\n{columns(table)}\n\n{remarks}"
 
 
 def entry(row: Row, flops: float) -> dict[str, float]:
-    """A row of the file: medians, and quartiles behind them."""
-    found: dict[str, float] = {"batch_size": row.batch_size}
+    """A row of the file."""
     sides = {"dense_images_per_second": row.dense, "images_per_second": row.patched, "speedup": row.speedup}
-    for name, value in sides.items():
-        found |= {name: value.median, f"{name}_low": value.low, f"{name}_high": value.high}
-    return found | {"flop_ratio": flops, "realised": row.speedup.median / flops}
+    realised = {"flop_ratio": flops, "realised": row.speedup.median / flops}
+    return {"batch_size": row.batch_size, **running.spelled(sides), **realised}

@@ -6,24 +6,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.data import ImageNetInfo
 from torch import Tensor
 
-from .. import use_backend
-from . import CommandError, machine, patched, results
-from .demo import progress_bar
-from .models import counted, quartiles
-from .timing import Spread
-
-try:
-    from ..training import evaluate, loader_of, open_images, transform_for
-    from ..training.data import SPLITS, class_folders
-except ImportError as missing:
-    raise CommandError(f"it needs more packages ({missing}): pip install 'tokenops[train]'") from missing
+from ..measuring import machine
+from ..measuring.progress import Bar
+from ..measuring.timing import Spread
+from ..methods import for_inference
+from ..training import evaluate, loader_of, open_images, transform_for
+from ..training.data import SPLITS, class_folders
+from . import CommandError, columns, models, paragraph, running
+from .methods import METHODS, add_method_arguments, given, method_label, number, swept
+from .running import quartiles
 
 SECONDS = 10  # of timing
-SHOWN = 5  # unreadable images that are named, at most
-#: what --sweep sets
-SWEPT = {"tome": "r", "evit": "keep_rate", "evo_vit": "prune_ratio", "sit": "keeping_ratio"}
+SHOWN = 5  # unreadable images, or classes, that are named, at most
 AMP = {None: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -51,39 +48,38 @@ class Watched:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    patched.add_model_arguments(parser)
-    patched.add_method_arguments(parser)
-    patched.add_running_arguments(parser, dtype=False)
     add = parser.add_argument
     add("--data-dir", type=Path, required=True, metavar="DIR", help="a folder a split, or what datasets saved to disk")
     add("--split", default="val", metavar="NAME", help="val, train or another that is there (default: %(default)s)")
     add("-b", "--batch-size", type=int, default=64, metavar="N", help="default: %(default)s")
     add("-j", "--workers", type=int, default=2, metavar="N", help="processes that read images (default: %(default)s)")
-    names = ", ".join(f"--{option.replace('_', '-')} of {method}" for method, option in SWEPT.items())
-    add("--sweep", type=patched.number, nargs="+", metavar="X", help=f"one evaluation for each value of {names}")
+    names = ", ".join(f"{flag.option} of {method}" for method in METHODS if (flag := swept(method)))
+    add("--sweep", type=number, nargs="+", metavar="X", help=f"one evaluation for each value of {names}")
     add("--output", type=Path, metavar="FILE", help="results as .csv or .json")
+    models.add_model_arguments(parser)
+    running.add_running_arguments(parser, dtype=False)
+    add_method_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates, prints the table, writes the results. Raises CommandError for what cannot be done."""
-    how = patched.running(args)
-    patched.at_least(1, batch_size=args.batch_size)
-    patched.at_least(0, workers=args.workers)
-    results.check_output(args.output)
-    settings = swept(args)
+    how = running.running(args)
+    models.at_least(1, batch_size=args.batch_size)
+    models.at_least(0, workers=args.workers)
+    running.check_output(args.output)
+    settings = settings_of(args)
     rows: list[Row] = []
-    calls: dict[str, Callable[[], Any]] = {}
-    with progress_bar() as advance:
+    made: dict[str, Any] = {}
+    with Bar() as advance:
         for i, setting in enumerate(settings):
-            name, start = patched.method_label(setting), i / len(settings)
+            name, start = method_label(setting), i / len(settings)
             advance(f"{name}: making the model", 0.9 * start)
             torch.manual_seed(0)
-            model, weights = patched.make(setting)
-            model = patched.for_inference(model)
-            with use_backend("auto"):
-                macs = counted(model, torch.zeros(1, *patched.input_size(model)))[0]
+            model, weights = models.make(setting)
+            model = for_inference(model)
+            macs = models.counted(model, torch.zeros(1, *models.input_size(model))).macs
             images = opened(args, model)
-            model = how.placed(model)
+            made[name] = model = how.placed(model)
 
             def step(part: float, name: str = name, start: float = start) -> None:
                 advance(name, 0.9 * (start + part / len(settings)))
@@ -95,11 +91,10 @@ def run(args: argparse.Namespace) -> None:
                 raise CommandError(f"--data-dir {args.data_dir}: {error}: {unreadable(images.skipped())}") from None
             except RuntimeError as error:  # out of memory, or a backend that was asked for and cannot run
                 raise CommandError(str(error)) from None
-            x = how.placed(loader.images)
-            calls[name] = results.caller(model, x, how)
         advance("timing", 0.9)
-        times = results.timed(calls, how, None, SECONDS)
-    speeds = {name: Spread.of([len(x) / seconds for seconds in times[name]]) for name in calls}
+        x = how.placed(loader.images)
+        times = running.timed(made, x, how, None, SECONDS)
+    speeds = {name: Spread.of([len(x) / seconds for seconds in times.seconds[name]]) for name in made}
     report(args, how, rows, speeds, weights, images, len(x))
     if args.output:
         facts = {
@@ -112,38 +107,47 @@ def run(args: argparse.Namespace) -> None:
             "running": str(how),
             **machine.facts(how.device.type),
         }
-        results.save(args.output, facts, [entry(row, speeds[row.name]) for row in rows])
-        print(f"\nResults: {args.output}")
+        running.save(args.output, facts, [entry(row, speeds[row.name]) for row in rows])
 
 
-def swept(args: argparse.Namespace) -> list[argparse.Namespace]:
+def settings_of(args: argparse.Namespace) -> list[argparse.Namespace]:
     """The arguments, or those with each of --sweep's values."""
     if args.sweep is None:
         return [args]
-    if args.method not in SWEPT:
-        raise CommandError(f"--sweep goes with --method {', '.join(SWEPT)}, not with {args.method}")
-    name = SWEPT[args.method]
-    if getattr(args, name) is not None:
-        raise CommandError(f"--sweep sets --{name.replace('_', '-')}: give one of them")
-    found = []
-    for value in dict.fromkeys(args.sweep):
-        given = [value] if name in ("r", "keep_rate") else value
-        found.append(argparse.Namespace(**{**vars(args), name: given}))
-    return found
+    flag = swept(args.method)
+    if flag is None:
+        known = ", ".join(filter(swept, METHODS))
+        raise CommandError(f"--sweep goes with --method {known}, not with {args.method}")
+    if flag.name in given(args):
+        raise CommandError(f"--sweep sets {flag.option}: give one of them")
+    values = [[value] if flag.lone else value for value in dict.fromkeys(args.sweep)]
+    return [argparse.Namespace(**{**vars(args), f"method_{flag.name}": value}) for value in values]
 
 
 def opened(args: argparse.Namespace, model: Any) -> Any:
-    """The split's images, their classes numbered as those of the training images, if these are there."""
+    """The split's images, numbered as the model's classes.
+
+    These are the folders of the training images, if they are there, else those of the split. Folders with ImageNet's
+    names (n01440764) are numbered as in ImageNet for a model of its 1000 classes.
+    """
     folders = [args.data_dir / name for name in SPLITS["train"]]
     classes = next((class_folders(folder) for folder in folders if folder.is_dir()), [])
+    transform = transform_for(model, train=False)
     try:
-        images = open_images(args.data_dir, args.split, transform_for(model, train=False), classes=classes or None)
+        images = open_images(args.data_dir, args.split, transform, classes=classes or None)
+        if model.num_classes == 1000 > len(images.classes):
+            names = [ImageNetInfo().index_to_label_name(i) for i in range(1000)]
+            if set(images.classes) <= set(names):
+                images = open_images(args.data_dir, args.split, transform, classes=names)
     except (OSError, ValueError, ImportError) as error:
         raise CommandError(f"--data-dir {args.data_dir}, --split {args.split}: {error}") from None
-    if model.num_classes < len(images.classes):
+    found = images.classes
+    if model.num_classes != len(found):
+        shown = ", ".join(found[:SHOWN]) + (", ..." if len(found) > SHOWN else "")
         raise CommandError(
-            f"--data-dir {args.data_dir} has {len(images.classes)} classes, but the model {model.num_classes}:"
-            f" --num-classes {len(images.classes)} with a --checkpoint of such a model"
+            f"--data-dir {args.data_dir} has {len(found)} classes ({shown}), but the model {model.num_classes}, so that"
+            f" its answers say nothing of them: --num-classes {len(found)} with a --checkpoint of such a model, as"
+            " train makes it; or folders with ImageNet's names (n01440764) for a model of its 1000 classes"
         )
     return images
 
@@ -157,7 +161,7 @@ def unreadable(names: Sequence[str]) -> str:
 
 def report(
     args: argparse.Namespace,
-    how: patched.Running,
+    how: running.Running,
     rows: Sequence[Row],
     speeds: dict[str, Spread],
     weights: str,
@@ -165,37 +169,24 @@ def report(
     batch: int,
 ) -> None:
     missing = images.skipped()
-    first = rows[0]
+    count, scores = len(images) - len(missing), rows[0].scores
     print(
-        f"{patched.named(args)}: top-1 {first.scores['top1']:.2f} % of {len(images) - len(missing)} images"
+        f"{models.named(args)}: top-1 {scores['top1']:.2f} % of {count} images"
         if len(rows) == 1
-        else f"{args.model} with {args.method}: top-1 of {len(images) - len(missing)} images at {len(rows)} settings"
+        else f"{args.model} with {args.method}: top-1 of {count} images at {len(rows)} settings"
     )
-    print(f"{machine.device_name(how.device.type)}, {how}; weights: {weights or 'random'}; {unreadable(missing)}\n")
-    results.show(
-        [
-            ("method", "top-1 %", "top-5 %", "loss", "GMACs", "images/s"),
-            *(
-                (
-                    row.name,
-                    f"{row.scores['top1']:.2f}",
-                    f"{row.scores['top5']:.2f}" if "top5" in row.scores else "-",
-                    f"{row.scores['eval_loss']:.4f}",
-                    f"{row.macs / 1e9:.3g}",
-                    quartiles(speeds[row.name]),
-                )
-                for row in rows
-            ),
-        ]
-    )
-    print(f"\nimages/s of the model alone, in batches of {batch}: median of interleaved rounds, quartiles in brackets.")
+    source = f"weights: {weights or 'random'}; {unreadable(missing)}"
+    print(f"{paragraph(how.where())}\n{paragraph(source)}\n")
+    table = [("method", "top-1 %", "top-5 %", "loss", "GMACs", "images/s")]
+    for row in rows:
+        top5 = f"{row.scores['top5']:.2f}" if "top5" in row.scores else "-"
+        numbers = f"{row.scores['top1']:.2f}", top5, f"{row.scores['eval_loss']:.4f}", f"{row.macs / 1e9:.3g}"
+        table.append((row.name, *numbers, quartiles(speeds[row.name])))
+    print(columns(table))
+    note = f"images/s of the model alone, in batches of {batch}: median of interleaved rounds, quartiles in brackets."
+    print(f"\n{paragraph(note)}")
 
 
 def entry(row: Row, speed: Spread) -> dict[str, Any]:
     scores = {"top1": row.scores["top1"], "top5": row.scores.get("top5"), "loss": row.scores["eval_loss"]}
-    speeds = {
-        "images_per_second": speed.median,
-        "images_per_second_low": speed.low,
-        "images_per_second_high": speed.high,
-    }
-    return {"method": row.name, **scores, "gmacs": row.macs / 1e9, **speeds}
+    return {"method": row.name, **scores, "gmacs": row.macs / 1e9, **running.spelled({"images_per_second": speed})}

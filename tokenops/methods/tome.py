@@ -1,6 +1,7 @@
 """ToMe: the tokens that are most alike become one, in every block, between attention and MLP."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -100,7 +101,12 @@ class ToMe(Method):
 
     name, setting = "tome", "r"
 
-    def __init__(self, r: Any = None, prop_attn: bool = True, unmerge: bool | None = None) -> None:
+    def __init__(
+        self,
+        r: float | Sequence[float] | None = None,
+        prop_attn: bool = True,
+        unmerge: bool | None = None,
+    ) -> None:
         self.value, self.prop_attn, self.unmerge = r, prop_attn, unmerge
 
     def roles(self, site: Any) -> list[Role]:

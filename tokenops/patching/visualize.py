@@ -46,6 +46,12 @@ def visualize(image: Any, trace: "Trace", which: int = 0) -> Image.Image:
 
     Source: Bolya et al., Token Merging: Your ViT But Faster (ICLR 2023), figure 4, for the picture of merged tokens.
     """
+    panels, captions = panels_of(image, trace, which)
+    return _sheet([np.rint(255 * panel).astype(np.uint8) for panel in panels], captions)
+
+
+def panels_of(image: Any, trace: "Trace", which: int = 0) -> tuple[list[np.ndarray], list[str]]:
+    """The image and a panel a step, ``(H, W, 3)`` from 0 to 1 each, and their captions; arguments as of `visualize`."""
     height, width = trace.grid
     for step in trace.steps:
         _check(step, height * width, which)
@@ -57,11 +63,10 @@ def visualize(image: Any, trace: "Trace", which: int = 0) -> Image.Image:
         if step.sources is not None:
             panels.append(hard(pixels, step.sources[which].detach().cpu().view(height, width).numpy()))
         elif step.weights is not None:
-            panels.append(
-                soft(pixels, step.weights[which].detach().float().cpu().unflatten(1, (height, width)).numpy())
-            )
+            weights = step.weights[which].detach().float().cpu()
+            panels.append(soft(pixels, weights.unflatten(1, (height, width)).numpy()))
         captions.append(f"block {step.block}: {step.tokens} token" + "s" * (step.tokens != 1))
-    return _sheet([np.rint(255 * panel).astype(np.uint8) for panel in panels], captions)
+    return panels, captions
 
 
 def hard(pixels: np.ndarray, tokens: np.ndarray) -> np.ndarray:

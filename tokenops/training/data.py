@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..patching.images import open_rgb, rgb
+
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 #: names a split may have on disk, the first that is there is taken
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test", "eval")}
@@ -30,6 +32,7 @@ class Images(Dataset):
 
     def __init__(self, labels: Sequence[int], classes: Sequence[str], train: bool, transform: Any) -> None:
         self.labels, self.classes, self.train, self.transform = list(labels), list(classes), train, transform
+        self._why: Exception | None = None
         self._unreadable = torch.zeros(len(self.labels), dtype=torch.bool).share_memory_()  # workers write into it
 
     @abstractmethod
@@ -50,21 +53,16 @@ class Images(Dataset):
             if image is not None:
                 return self.transform(image), self.labels[i]
         if self.train:
-            raise OSError(f"none of {len(self)} images can be read, as {self.name(index)}")
+            raise OSError(f"none of {len(self)} images can be read, as {self.name(index)}: {self._why}")
         return None
 
     def _read(self, index: int) -> Any:
-        from PIL import Image, ImageFile
-
-        allowed, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False  # half an image is none
         try:
             data = self.data(index)
-            return (Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data).convert("RGB")
-        except Exception:  # what a broken file makes a decoder raise is anything
-            self._unreadable[index] = True
+            return open_rgb(io.BytesIO(data)) if isinstance(data, bytes) else rgb(data)
+        except Exception as error:  # what a broken file makes a decoder raise is anything
+            self._unreadable[index], self._why = True, error
             return None
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = allowed
 
     def skipped(self, numbers: bool = False) -> list[Any]:
         """The images that this process could not read since `forget`: their names, or numbers."""

@@ -2,15 +2,14 @@
 
 import csv
 import io
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
+from ..measuring.progress import Bar
 from .checkpoint import write
 
 LOG = "log.csv"
@@ -36,7 +35,7 @@ class Report:
     ) -> None:
         self.call = progress if callable(progress) else None
         self.output, self.main, self.progress = output, main, main and self.call is None and bool(progress)
-        self.bar: Any = None
+        self.bar, self.loss = Bar(drawn=self.progress), ""
         self.writer: Any = None
         if tensorboard and output is None:
             raise ValueError("tensorboard=True needs output, the folder of its files")
@@ -48,27 +47,18 @@ class Report:
             self.writer = SummaryWriter(str(output))
 
     def __enter__(self) -> "Report":
-        if self.progress:
-            form = "{desc} |{bar}| {elapsed}<{remaining}"
-            self.bar = tqdm(total=1.0, disable=None, leave=False, bar_format=form)  # on a terminal
-        self.loss = ""
+        self.bar.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.__exit__(kind, value, trace)
         if self.writer is not None:
             self.writer.close()
 
-    def line(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
-
     def advance(self, epoch: str, done: float, update: int, loss: Tensor) -> None:
-        if self.bar is not None:
-            self.bar.set_description_str(f"{epoch}{self.loss}", refresh=False)
-            self.bar.update(done - self.bar.n)
+        self.bar(f"{epoch}{self.loss}", done)
         if self.call is not None:
             self.call(update, loss)
 
@@ -80,11 +70,11 @@ class Report:
         number = int(row["epoch"])
         if self.progress:
             numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
-            self.line(f"epoch {number + 1}/{epochs}: {numbers}")
+            self.bar.line(f"epoch {number + 1}/{epochs}: {numbers}")
         names = history.skipped.get(number, [])
         if names:
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            self.line(f"epoch {number + 1}: {len(names)} unreadable images: {', '.join(names[:NAMED])}{more}")
+            self.bar.line(f"epoch {number + 1}: {len(names)} unreadable images: {', '.join(names[:NAMED])}{more}")
         if self.output is not None:
             text = io.StringIO()
             columns = list(dict.fromkeys(name for each in history.rows for name in each))

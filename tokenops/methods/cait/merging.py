@@ -91,7 +91,8 @@ class CAIT(Method):
     Args:
         points: block numbers, from 0, to the axis merged behind each: "horizontal" or "vertical". None merges
             horizontally after a third of the depth and vertically after two thirds: of 12 blocks, behind 3 and 7.
-        kind: what `tokenops.nn.NeighbourMerging` takes, for all or one a point.
+        kind: "average", "scalar", "channel", "linear" or "content", as in `tokenops.nn.NeighbourMerging`; for all or
+            one a point.
         layout: "raster" keeps the patches row by row; "block" puts them in the order of `tokenops.nn.grid_order` before
             the first block: there the first two merges, horizontal and then vertical, take rows side by side.
 

@@ -12,7 +12,7 @@ or weights were released. "PS-ViT" is also Progressive Sampling, another method.
 torch.Size([1, 1000])
 """
 
-from .counts import published_counts, uniform_pyramid
+from .counts import published_counts, published_for, uniform_pyramid
 from .dynamic import DynamicSlimming, TokenScorer, ranking_loss, scored, teacher_lifespans
 from .impact import impact_scores
 from .method import PatchSlimming
@@ -29,6 +29,7 @@ __all__ = [
     "centre_order",
     "impact_scores",
     "published_counts",
+    "published_for",
     "ranking_loss",
     "scored",
     "search",

@@ -72,3 +72,14 @@ published_counts: dict[str, tuple[int, ...]] = {
     "dps_deit_small": uniform_pyramid(12, 196, 0.84, start=2),
     "dps_lvvit_small": uniform_pyramid(16, 196, 0.97, start=2),
 }
+
+
+def published_for(name: str, depth: int, patches: int) -> list[int]:
+    """Published numbers of tokens, stretched to a model of another depth or grid.
+
+    >>> published_for("dps_deit_small", 6, 64)
+    [65, 53, 37, 27, 22, 16]
+    """
+    published = published_counts[name]
+    of_layer = [published[i * len(published) // depth] for i in range(depth)]
+    return [1 + round((n - 1) * patches / 196) for n in of_layer]

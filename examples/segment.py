@@ -1,36 +1,39 @@
-"""`python -m tokenops segment`: a small model, dense and compressed by CAIT, finds digits in photographs."""
+"""`python examples/segment.py`: a small vision transformer, dense and compressed by CAIT, finds digits in photographs.
+
+Trains it to say which digit, if any, each pixel of generated scenes belongs to; then the same with neighbouring tokens
+merged, and with channels pruned as well. Prints what each gets right and what it costs. Minutes on two CPU cores; needs
+the packages of tokenops[demo,train].
+"""
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from . import CommandError, columns, machine, picture
-from .demo import progress_bar
-from .models import backends, counted, quartiles, stages
-from .scenes import CLASSES, Scenes
-from .timing import Spread, clock, interleaved, ratio, recorded_kernels
-
-try:
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    from .. import apply_patch
-    from ..methods import for_inference, lv_vit
-    from ..methods.cait.blocks import prunable
-    from ..methods.cait.pruning import ChannelPruner
-    from ..methods.cait.segmentation import SegmentationModel, confusion, mean_iou
-    from ..methods.cait.structure import Structure, token_counts
-    from ..training import Pruned, fit
-except ImportError as missing:
-    raise CommandError(f"it needs more packages ({missing}): pip install 'tokenops[demo,train]'") from missing
+from scenes import CLASSES, Scenes
+from tokenops import apply_patch
+from tokenops.cli import CommandError, columns, paragraph, picture
+from tokenops.cli.models import at_least, counted
+from tokenops.cli.running import Running, quartiles, remarks, running, stages, timed
+from tokenops.measuring.progress import Bar
+from tokenops.measuring.timing import Spread, ratio
+from tokenops.methods import for_inference, lv_vit
+from tokenops.methods.cait.blocks import prunable
+from tokenops.methods.cait.pruning import ChannelPruner
+from tokenops.methods.cait.segmentation import SegmentationModel, confusion, mean_iou
+from tokenops.methods.cait.structure import Structure, token_counts
+from tokenops.nn.neighbour_merging import KINDS
+from tokenops.training import Pruned, fit
 
 SIZE = 128  # pixels of a scene
 BATCH = 16  # in training
@@ -58,49 +61,66 @@ class Row(NamedTuple):
     speedup: Spread
 
 
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="segment.py", description=" ".join((__doc__ or "").split("\n\n")[1].split()))
+    add = found.add_argument
+    add("--steps", type=int, default=1000, metavar="N", help="training steps of the dense model (default: %(default)s)")
+    add("--keep", type=float, default=0.7, metavar="PART", help="of the merged multiply-adds (default: %(default)s)")
+    add("--kind", choices=KINDS, default="average", help="how tokens are merged (default: %(default)s)")
+    add("--scenes", type=int, default=300, metavar="N", help="test scenes (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of weights and scenes (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
+    add("--output", type=Path, default=Path("out/segment.png"), metavar="FILE", help="picture (default: %(default)s)")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 2 when what was asked for cannot be done."""
+    try:
+        run(parser().parse_args(arguments))
+    except CommandError as error:
+        print(f"segment.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def run(args: argparse.Namespace) -> None:
     """Trains, measures, prints the table, writes the picture. Raises CommandError for what cannot be done."""
-    device = checked(args)
-    picture.check(args.output)
+    how = checked(args)
+    device = how.device.type
     test = Scenes(args.scenes, train=False, size=SIZE, seed=args.seed)
-    with progress_bar() as advance:
+    with Bar() as advance:
         models = trained(args, device, advance)
         advance("the test scenes", 0.9)
         found = {name: scored(model, test, device) for name, model in models.items()}
         advance("timing", 0.95)
-        rows, kernels = measured(args, models, found, test, device)
+        rows, below = measured(args, models, found, test, how)
         advance("drawing", 0.98)
-        where = f"{machine.device_name(device)}, float32, batches of {TIMED}"
-        where += f", threads: {torch.get_num_threads()}" if device == "cpu" else ""
+        where = how.where(f"batches of {TIMED}")
         draw(args.output, where, rows, models, test, device)
     widths = Structure.of(models["merged, pruned"].backbone).widths or ()
-    print(
-        f"{args.scenes} test scenes of digits and parts of photographs that training never saw\n{where}\n\n"
-        f"{columns(table(rows))}\n\n"
-        f"Intersection over union of each class:\n{columns(by_class(rows))}\n\n"
-        f"Channels of q and k, of v (a head's), and hidden ones left in each block:"
-        f" {', '.join(f'{w.qk}/{w.v}/{w.hidden}' for w in widths)}\n"
-        f"Medians of {ROUNDS} interleaved rounds, quartiles in brackets.\n"
-        f"Backends: {', '.join(backends(kernels)) or 'plain PyTorch (the reference), no tokenops kernel ran'}\n\n"
-        f"Picture: {args.output}"
-    )
+    left = ", ".join(f"{w.qk}/{w.v}/{w.hidden}" for w in widths)
+    first = f"{args.scenes} test scenes of digits and parts of photographs that training never saw"
+    print(f"{paragraph(first)}\n{paragraph(where)}\n\n{columns(table(rows))}\n")
+    print(f"Intersection over union of each class:\n{columns(by_class(rows))}\n")
+    print(paragraph(f"Channels of q and k, of v (a head's), and hidden ones left in each block: {left}"))
+    print(f"{below}\n\nPicture: {args.output}")
 
 
-def checked(args: argparse.Namespace) -> str:
-    """The device; the other options are in range."""
-    for option, value, least in (("--steps", args.steps, 20), ("--scenes", args.scenes, 1), ("--seed", args.seed, 0)):
-        if value < least:
-            raise CommandError(f"{option}={value}, but it must be at least {least}")
+def checked(args: argparse.Namespace) -> Running:
+    """Where it runs; the options are in range."""
+    at_least(20, steps=args.steps)
+    at_least(1, scenes=args.scenes)
+    at_least(0, seed=args.seed)
     if not 0 < args.keep <= 1:
         raise CommandError(f"--keep={args.keep}, but it must be above 0 and at most 1")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise CommandError("--device cuda was asked for, but torch sees no GPU")
+    how = running(argparse.Namespace(device=args.device, amp=False, amp_dtype="bfloat16", channels_last=False))
+    picture.check(args.output)
     try:
         pruning(apply_patch(small_model().backbone, "cait"), args)
     except ValueError as error:
         raise CommandError(f"--keep={args.keep}: {error}") from None
-    return device
+    return how
 
 
 def small_model() -> SegmentationModel:
@@ -169,55 +189,45 @@ def scored(model: nn.Module, test: Scenes, device: str) -> Tensor:
 
 
 def measured(
-    args: argparse.Namespace, models: Mapping[str, Any], found: Mapping[str, Tensor], test: Scenes, device: str
-) -> tuple[list[Row], set[str]]:
-    """A row a model, and the kernels that ran."""
-    images = torch.stack([test[i % len(test)][0] for i in range(TIMED)]).to(device)
+    args: argparse.Namespace, models: Mapping[str, Any], found: Mapping[str, Tensor], test: Scenes, how: Running
+) -> tuple[list[Row], str]:
+    """A row a model, and what is to be said of the times."""
+    images = how.placed(torch.stack([test[i % len(test)][0] for i in range(TIMED)]))
     fused = {name: deepcopy(model) for name, model in models.items()}
     for model in fused.values():
         for_inference(model.backbone)
-    calls = {name: torch.inference_mode()(lambda model=model: model(images)) for name, model in fused.items()}
-    with recorded_kernels() as kernels:
-        for call in calls.values():
-            call()
-    times = interleaved(calls, ROUNDS, clock(device))
+    times = timed(fused, images, how, ROUNDS, 0.0)
     rows = []
     for name, model in models.items():
         tokens = [into - model.backbone.num_prefix_tokens for into, _ in token_counts(model.backbone)]
         macs, parameters, _ = counted(model, images[:1])
         steps = f"{args.steps}" if name == "dense" else f"{args.steps} + {fine_tuning(args)}"
         iou, mean = mean_iou(found[name])
-        ms = Spread.of([1e3 * t / TIMED for t in times[name]])
-        rows.append(Row(name, steps, tokens, iou, mean, macs, parameters, ms, ratio(times["dense"], times[name])))
-    return rows, kernels
+        speedup = ratio(times.seconds["dense"], times.seconds[name])
+        rows.append(Row(name, steps, tokens, iou, mean, macs, parameters, times.ms(name, TIMED), speedup))
+    return rows, remarks(times, [row.speedup for row in rows])
 
 
 def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    costs = ("GMACs", "parameters", "ms an image", "speed-up", "FLOP ratio")
-    return [
-        ("model", "steps", "patch tokens x blocks", "mIoU", *costs),
-        *(
-            (
-                row.name,
-                row.steps,
-                stages(row.tokens),
-                f"{row.mean:.3f}",
-                f"{row.macs / 1e9:.3f}",
-                f"{row.parameters / 1e6:.2f} M",
-                quartiles(row.ms),
-                quartiles(row.speedup),
-                f"{rows[0].macs / row.macs:.2f}",
-            )
-            for row in rows
-        ),
-    ]
+    """A column a model."""
+    lines = {
+        "": lambda row: row.name,
+        "steps": lambda row: row.steps,
+        "tokens": lambda row: stages(row.tokens),
+        "mIoU": lambda row: f"{row.mean:.3f}",
+        "GMACs": lambda row: f"{row.macs / 1e9:.3f}",
+        "parameters": lambda row: f"{row.parameters / 1e6:.2f} M",
+        "ms an image": lambda row: quartiles(row.ms),
+        "speed-up": lambda row: quartiles(row.speedup, 2),
+        "FLOP ratio": lambda row: f"{rows[0].macs / row.macs:.2f}",
+    }
+    return [(name, *(shown(row) for row in rows)) for name, shown in lines.items()]
 
 
 def by_class(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    return [
-        ("", *CLASSES),
-        *((row.name, *("-" if value.isnan() else f"{value:.2f}" for value in row.iou)) for row in rows),
-    ]
+    lines = zip(CLASSES, *(row.iou for row in rows), strict=True)
+    values = [(name, *("-" if value.isnan() else f"{value:.2f}" for value in iou)) for name, *iou in lines]
+    return [("", *(row.name for row in rows)), *values]
 
 
 @torch.inference_mode()
@@ -256,3 +266,7 @@ def masked(photographs: np.ndarray, labels: Tensor) -> np.ndarray:
     grey = 0.35 + 0.45 * photographs.mean(axis=3, keepdims=True)
     found = labels.numpy()
     return np.where(found[..., None] > 0, palette()[found], grey.repeat(3, axis=3))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,15 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 from torch.utils.data import Dataset
-
-from . import CommandError
-
-try:
-    from sklearn.datasets import load_digits, load_sample_images
-except ImportError as missing:
-    raise CommandError(f"it needs more packages ({missing}): pip install 'tokenops[demo]'") from missing
 
 CLASSES = ("background", *map(str, range(10)))
 HELD_OUT = 0.3  # part of the digits, and of the photographs' width, that only the test scenes use

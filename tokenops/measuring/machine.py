@@ -37,18 +37,6 @@ def instructions() -> str | None:
     return next((name for flag, name in names.items() if flag in flags), None)
 
 
-def slug(device: str) -> str:
-    """The device as a file name: nvidia-h200, cpu-amd-epyc."""
-    return slug_of(device_name(device), device)
-
-
-def slug_of(name: str, device: str) -> str:
-    """The same of a name found elsewhere."""
-    name = re.sub(r"\((R|TM)\)|@.*|\bCPU\b|\bProcessor\b", " ", name, flags=re.IGNORECASE)
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    return "-".join(words if device == "cuda" else ["cpu", *words])
-
-
 def driver() -> str | None:
     """The NVIDIA driver's version, None without one (or where its file is not visible)."""
     file = Path("/proc/driver/nvidia/version")
@@ -58,16 +46,7 @@ def driver() -> str | None:
 
 def commit() -> str | None:
     """The commit of the source tree this package runs from, "-dirty" behind it where files differ; None outside git."""
-    command = [
-        "git",
-        "-C",
-        str(Path(tokenops.__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-        "--match=",
-    ]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

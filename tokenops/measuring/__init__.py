@@ -1,0 +1,1 @@
+"""How things are measured, for the commands and the benchmarks: clocks, facts of the machine, and a progress bar."""
