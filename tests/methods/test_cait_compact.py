@@ -1,48 +1,30 @@
 """The compacted model is the masked model, smaller; its structure and state dict make it again."""
 
 import copy
-import json
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from support.weights import spread
-from tokenops import apply_patch
-from tokenops.methods import lv_vit
+from support import cait_pruning
+from support.cait_pruning import SIZES, dense
 from tokenops.methods.cait.blocks import prunable
 from tokenops.methods.cait.compact import compact
 from tokenops.methods.cait.compactors import drop_biases, rotate_heads
 from tokenops.methods.cait.pruning import ChannelPruner
 from tokenops.methods.cait.structure import Structure, Widths, load_compressed, macs, restructure, save_compressed
 
-SIZES = dict(img_size=64, embed_dim=32, num_heads=2, depth=3, num_classes=5)
 #: kept channels of q and k, of v, of the MLP in the three blocks; one block keeps everything
 KEPT = ((6, 11, 37), (16, 16, 128), (1, 3, 5))
 
 
-def dense(kind):
-    if kind == "lvvit":
-        return lv_vit(skip_lam=2.0, **SIZES)
-    if kind == "distilled":
-        return timm.create_model("deit_tiny_distilled_patch16_224", **SIZES)
-    if kind == "scaled":
-        return timm.models.VisionTransformer(**SIZES, init_values=0.3, qkv_bias=False)
-    return timm.create_model("deit_tiny_patch16_224", **SIZES)
-
-
 def model_of(kind="deit", merges="average"):
-    model = prunable(dense(kind))
-    if merges is not None:
-        apply_patch(model, "cait", points={0: "horizontal", 1: "vertical"}, kind=merges)
-    spread(model).eval()
+    model = cait_pruning.model_of(kind, merges).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.5)
-        for block in model.blocks:
-            block.attn.qkv.weight.mul_(8)  # attention that differs between tokens
     return model
 
 
@@ -104,9 +86,7 @@ def test_structure_and_state_dict_make_it_again(kind, merges, tmp_path):
     small, x = compact(hide(model_of(kind, merges))), torch.randn(2, 3, 64, 64)
     structure = Structure.of(small)
     assert structure.widths == tuple(Widths(*kept) for kept in KEPT)
-    text = structure.to_json()
-    assert json.loads(text) and Structure.from_json(text) == structure
-    again = restructure(dense(kind), Structure.from_json(text)).eval()
+    again = restructure(dense(kind), structure).eval()
     again.load_state_dict(small.state_dict())
     with torch.no_grad():
         assert torch.equal(again(x), small(x))

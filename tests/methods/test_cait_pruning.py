@@ -197,7 +197,7 @@ def test_scores_are_running_means_of_squares():
 
 
 def test_pruned_channels_return():
-    model = model_of(merged=False)
+    model = model_of(merges=None)
     costs = mac_costs(model)
     target = costs.total - sum(2 * 8 * cost for cost in costs.qk)
     pruner = ChannelPruner(model, target, steps=(0, 4), every=1, multiples=SMALL, beta=0.0)
@@ -264,7 +264,7 @@ def test_every_kind_keeps_a_unit():
 
 
 def test_useless_channels_are_found():
-    model, (x, y) = model_of(merged=False), batch(size=8)
+    model, (x, y) = model_of(merges=None), batch(size=8)
     useless = {}
     with torch.no_grad():
         for i, block in enumerate(model.blocks):
@@ -324,7 +324,7 @@ def test_training_resumes(make, stop):
     assert pruner.frozen and set(model.state_dict()) == set(groups["whole"])
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, groups["whole"][name], rtol=1e-6, atol=1e-7)
-    other = make(model_of(depth=2, merged=False), **options)
+    other = make(model_of(depth=2, merges=None), **options)
     with pytest.raises(ValueError, match=r"state is of \d+ channels, but this model has \d+"):
         other.load_state_dict(saved[0])
 

@@ -1,6 +1,5 @@
 """Structures of compressed models: their text, their costs, and the models made and loaded by them."""
 
-import doctest
 import json
 
 import pytest
@@ -20,7 +19,6 @@ from tokenops.methods.cait import (
     prunable,
     restructure,
     save_compressed,
-    structure,
     token_counts,
 )
 
@@ -244,7 +242,3 @@ def test_other_texts_and_arguments_are_refused():
         close(model(x), before)  # nothing was merged or taken away
     with pytest.raises(ValueError, match="merged already"):
         restructure(merged(), Structure((Merge(0, "vertical"),)))
-
-
-def test_examples():
-    assert doctest.testmod(structure) == (0, 2)

@@ -1,17 +1,30 @@
-"""What all models by name have in common: they compile whole, checkpoint, run in half precision, copy and pickle."""
+"""What all models by name have in common: they compile, checkpoint, run in half precision, copy, pickle and train."""
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 
-import tokenops.methods  # noqa: F401
-from support.models import SMALL, all_close, close, gradients, images
+from support import cait_merging, sit_models
+from support.models import (
+    SMALL,
+    all_close,
+    close,
+    gradients,
+    images,
+    meta,
+    operators_between,
+    small,
+    train_a_little,
+    train_still,
+)
 from support.weights import spread
 from tokenops import apply_patch
+from tokenops.methods import models
 from tokenops.methods.cait import Merge, Structure, prunable
 from tokenops.methods.patch_slimming import Schedule
 
@@ -28,6 +41,8 @@ NAMED = {
     "dps": ("dps_deit_tiny_patch16_224", dict(counts=(17, 6, 1), after=1)),
     "cait": ("cait_lvvit_tiny", dict(structure=MERGES)),
 }
+evit = partial(small, "evit_deit_tiny_patch16_224")
+evo_vit = partial(small, "evo_deit_tiny_patch16_224")
 OPTIONS = dict(SMALL, drop_path_rate=0.5)
 #: merges of other weights and layouts
 MERGED = {"scalar": "raster", "channel": "raster", "linear": "block", "content": "block"}
@@ -46,17 +61,11 @@ def model_of(name):
     return spread(timm.create_model(known, **depth, **OPTIONS, **options)).eval()
 
 
-def quiet(model):
-    """In training mode, but for batch norms."""
-    model.train().patch_embed.eval()
-    return model
-
-
 @pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("train", [False, True])
 def test_compiles_whole(name, train):
-    model = quiet(model_of(name)) if train else model_of(name)
+    model = train_still(model_of(name)) if train else model_of(name)
     for module in model.modules():
         module.drop_prob = 0.0  # of the paths
     x, more = images(model), images(model, 5)
@@ -75,7 +84,7 @@ def test_compiles_whole(name, train):
 
 @EVERY
 def test_gradient_checkpointing_changes_nothing_and_recomputes(name):
-    model, calls = quiet(model_of(name)), []
+    model, calls = train_still(model_of(name)), []
     x = images(model)
     model.blocks[2].mlp.fc1.register_forward_pre_hook(lambda *_: calls.append(1))
 
@@ -127,6 +136,95 @@ def test_is_a_plain_module_of_timm(name):
         spread(other).load_state_dict(model.state_dict(), strict=True)
         assert torch.equal(other(x), expected) and not any("constant" in key for key in other.state_dict())
     layer = timm.models.group_parameters(model, model.group_matcher(), reverse=True)
-    assert set(layer) == {key for key, _ in model.named_parameters()}
+    assert set(layer) == {key for key, _ in model.named_parameters()} and layer["cls_token"] == 0
+    assert layer["blocks.1.norm1.weight"] != layer["blocks.2.norm1.weight"]
+    for key in layer:  # what a method adds to a block is of its layer
+        if key.startswith("blocks.1."):
+            assert layer[key] == layer["blocks.1.norm1.weight"], key
     model.reset_classifier(3)
     assert model(x).shape == (3, 3)
+
+
+#: what trains: the parts that a method treats apart among timm's, and every merge that is a weight
+TRAINED = {
+    "evit": partial(evit, init_values=0.1, qk_norm=True),
+    "evo_vit": partial(evo_vit, init_values=0.1, qk_norm=True),
+    "evo_vit, layer-wise": partial(evo_vit, stage_wise=False, init_values=0.1, qk_norm=True),
+    **{
+        f"cait, {kind}": partial(cait_merging.merged, name, kind=kind)
+        for name, kind in (("deit3", "average"), ("deit", "scalar"), ("deit", "channel"), ("distilled", "linear"))
+    },
+}
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("name", TRAINED)
+def test_trains(name):
+    model = TRAINED[name]()
+    x, target = images(model, 4), torch.arange(4)
+    train_a_little(model, lambda: F.cross_entropy(model(x), target))
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize(
+    "make, start, end",
+    [(evit, "blocks.3.attn.proj", "blocks.3.mlp.fc1"), (evo_vit, "blocks.3.mlp.fc2", "blocks.4.attn.qkv")],
+)
+def test_the_choice_is_one_launch(make, start, end, chosen):
+    names = operators_between(make(), start, end)
+    assert names == ["aten.add.Tensor", *(f"tokenops.{name}" for name in chosen("select_tokens_fwd"))]
+
+
+ONCE = Structure((Merge(0, "vertical"),))
+
+
+@pytest.mark.parametrize(
+    "name, kwargs, shapes, blocks",
+    [
+        ("evit_deit_tiny_patch16_224", dict(SMALL, out_indices=(2, 9)), [(16, 48), (9, 48)], 10),
+        ("evo_deit_tiny_patch16_224", dict(SMALL, out_indices=(5, 11)), [(48, 4, 4)] * 2, 12),
+        ("sit_lvvit_xsmall", sit_models.TINY, [(16, 32), (8, 32), (4, 32)], 4),
+        ("sit_lvvit_xsmall", dict(sit_models.TINY, out_indices=[1]), [(8, 32)], 2),
+        ("lvvit_small", dict(SMALL, depth=4), [(48, 4, 4)] * 3, 4),
+        *(
+            (name, dict(SMALL, depth=4, structure=ONCE, out_indices=(0, 2)), [(48, 4, 4)] * 2, 3)
+            for name in ("cait_deit_tiny_patch16_224", "cait_lvvit_tiny")
+        ),
+    ],
+)
+def test_features_only(name, kwargs, shapes, blocks):
+    features = timm.create_model(name, features_only=True, **kwargs).eval()
+    assert [f.shape[1:] for f in features(images(features.model))] == shapes and len(features.model.blocks) == blocks
+    channels = [shape[0] if len(shape) == 3 else shape[1] for shape in shapes]
+    assert features.feature_info.channels() == channels
+    assert features.feature_info.reduction() == [16] * len(shapes)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_deits_weights_are_evits(size):
+    meta(f"evit_deit_{size}_patch16_224").load_state_dict(meta(f"deit_{size}_patch16_224").state_dict(), strict=True)
+
+
+NAMES = """
+    evit_deit_tiny_patch16_224 evit_deit_small_patch16_224 evit_deit_base_patch16_224
+    evo_deit_tiny_patch16_224 evo_deit_small_patch16_224 evo_deit_base_patch16_224
+    evo_deit_small_patch16_384 evo_deit_base_patch16_384
+    evo_levit_128s evo_levit_128 evo_levit_192 evo_levit_256 evo_levit_384
+    evo_levit_128s_img384 evo_levit_128_img384 evo_levit_192_img384 evo_levit_256_img384 evo_levit_384_img384
+    sit_lvvit_tiny sit_lvvit_xsmall sit_lvvit_small sit_lvvit_medium sit_lvvit_large
+    sit_deit_tiny sit_deit_small sit_deit_base lvvit_tiny lvvit_small lvvit_medium lvvit_large
+    ps_deit_tiny_patch16_224 ps_deit_small_patch16_224 ps_deit_base_patch16_224 ps_lvvit_small
+    dps_deit_tiny_patch16_224 dps_deit_small_patch16_224 dps_lvvit_small
+    cait_deit_tiny_patch16_224 cait_deit_small_patch16_224 cait_deit_base_patch16_224 cait_lvvit_tiny cait_lvvit_small
+"""
+
+
+def test_names():
+    names = NAMES.split()
+    assert {named.name for named in models._models()} == set(names) <= set(timm.list_models())
+    assert not timm.list_pretrained(names)
+    for name, side in (("sit_lvvit_large", 288), ("evo_deit_base_patch16_384", 384), ("evo_levit_384_img384", 384)):
+        assert timm.get_pretrained_cfg(name).input_size == (3, side, side)
+    for name in ("evit_deit_tiny_patch16_224", "sit_lvvit_tiny", "ps_deit_tiny_patch16_224"):
+        with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+            timm.create_model(name, pretrained=True)

@@ -1,15 +1,13 @@
 """EViT computes what was published (written down here in plain PyTorch), in few launches, and is a timm model."""
 
-import doctest
 import math
+from functools import partial
 
 import pytest
-import timm
 import torch
-import torch.nn.functional as F
 
+from support import models
 from support.models import (
-    SMALL,
     all_close,
     close,
     flops,
@@ -17,71 +15,71 @@ from support.models import (
     images,
     kept_maps,
     meta,
-    operators_between,
     roles,
-    train_a_little,
 )
-from support.weights import spread
-from tokenops.methods import evit
+from support.patched_models import embedded, model_of, softmax_attention
+from tokenops import apply_patch
 from tokenops.methods.evit import keep_rate_at
 
 PER_BLOCK = (1, 0.9, 1, 1, 0.5, 0.3, 1, 1, 1, 1, 1, 0.6)
 
 
-def small(name="evit_deit_tiny_patch16_224", **kwargs):
-    model = spread(timm.create_model(name, **{**SMALL, **kwargs})).eval()
-    return model
+small = partial(models.small, "evit_deit_tiny_patch16_224")
 
 
 def published(model, x):
-    """Logits, and the places of the image patches that are left after each reducing block, of one image at a time."""
-    state, heads, logits, left = dict(model.named_parameters()), model.blocks[0].attn.num_heads, [], []
-
-    def linear(name, y):
-        return F.linear(y, state[f"{name}.weight"], state[f"{name}.bias"])
-
-    def norm(name, y):
-        return F.layer_norm(y, y.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
-
-    for image in x:
-        proj = "patch_embed.proj"
-        y = F.conv2d(image[None], state[f"{proj}.weight"], state[f"{proj}.bias"], stride=16)[0].flatten(1).T
-        y = torch.cat((state["cls_token"][0], y)) + state["pos_embed"][0]
-        places, after = list(range(len(y) - 1)), []
-        for i, rate in enumerate(role.part for role in roles(model)):
-            block = f"blocks.{i}"
-            q, k, v = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", y)).unflatten(1, (3, heads, -1)).unbind(1)
-            weights = torch.einsum("qhd,khd->hqk", q, k).mul(q.shape[2] ** -0.5).softmax(dim=2)
-            y = y + linear(f"{block}.attn.proj", torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
-            keep = math.ceil(rate * (len(y) - 1))
-            if keep < len(y) - 1:
-                a = weights[:, 0, 1:].mean(dim=0)
+    """Features, and for each reducing block the places of the image patches that are left, of every image."""
+    x, prefix = embedded(model, x), model.num_prefix_tokens
+    places, left = [list(range(x.shape[1] - prefix)) for _ in x], []
+    for block, role in zip(model.blocks, roles(model)):
+        y, weights, _ = softmax_attention(block.attn, block.norm1(x))
+        x = x + block.ls1(y)
+        seen = weights[:, :, 0] if model.cls_token is not None else weights.mean(dim=2)
+        seen = seen.mean(dim=1)[:, prefix:]
+        keep = math.ceil(role.part * seen.shape[1])
+        if keep < seen.shape[1]:
+            reduced = []
+            for b, (tokens, a) in enumerate(zip(x, seen)):
                 order = a.argsort(descending=True)
-                best, others = order[:keep], order[keep:]
-                fused = (a[others, None] * y[1 + others]).sum(dim=0, keepdim=True)
-                fuse = roles(model)[i].fuse_token
-                y = torch.cat((y[:1], y[1 + best], fused if fuse else fused[:0]))
-                places = [places[j] for j in best] + [None] * fuse
-                after.append({place for place in places if place is not None})
-            y = y + linear(f"{block}.mlp.fc2", F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", y))))
-        logits.append(linear("head", norm("norm", y[0])))
-        left.append(after)
-    return torch.stack(logits), left
+                best, others = order[:keep].sort().values, order[keep:]
+                fused = (a[others, None] * tokens[prefix + others]).sum(dim=0, keepdim=True)
+                reduced.append(torch.cat((tokens[:prefix], tokens[prefix + best], fused[: role.fuse_token])))
+                places[b] = [places[b][j] for j in best] + [None] * role.fuse_token
+            x = torch.stack(reduced)
+            left.append([{place for place in of_image if place is not None} for of_image in places])
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    return model.norm(x), left
+
+
+def of_family(family, fuse_token):
+    return apply_patch(model_of(family), "evit", keep_rate=[1, 0.7, 0.45], fuse_token=fuse_token)
 
 
 @pytest.mark.usefixtures("on_device")
-@pytest.mark.parametrize("kwargs", [{}, dict(fuse_token=False), dict(keep_rate=PER_BLOCK), dict(keep_rate=0.01)])
-def test_outputs_equal_the_published_computation(kwargs):
-    model = small(**kwargs)
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(partial(small, **kwargs) for kwargs in ({}, dict(fuse_token=False), dict(keep_rate=PER_BLOCK))),
+        partial(small, keep_rate=0.01),
+        *(
+            partial(of_family, family, fuse)
+            for family in ("plain", "distilled", "registers", "norms", "average")
+            for fuse in (True, False)
+        ),
+    ],
+    ids=lambda make: " ".join(map(str, (*make.args, *make.keywords.items()))),
+)
+def test_outputs_equal_the_published_computation(make):
+    model = make()
     x = images(model, 2)
-    logits = model(x)
-    expected, left = published(model, x)
-    close(logits, expected)
+    features, (expected, left) = model.forward_features(x), published(model, x)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    logits, expected = model(x), model.forward_head(expected)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     maps = kept_maps(model, x)
     assert len(maps) == sum(role.part < 1 for role in roles(model)) and maps[0].shape == (2, 4, 4)
-    for b, after in enumerate(left):
-        for there, places in zip(maps, after, strict=True):
-            assert set(there[b].flatten().nonzero().flatten().tolist()) == places
+    for there, places in zip(maps, left, strict=True):
+        assert [set(kept.flatten().nonzero().flatten().tolist()) for kept in there] == places
     all_close(gradients(model, logits.square().mean()), gradients(model, expected.square().mean()))
 
 
@@ -92,40 +90,13 @@ def test_tokens_that_are_left():
     counts = [y.shape[1] for y in model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)]
     assert counts == [15] * 3 + [12] * 3 + [10] * 3 + [8] * 3  # ceil(0.7 N) and the fused one
     model.keep_rate = 0.95  # ceil(14.25): every token
-    close(model(x), plain(model)(x))
+    close(model.forward_features(x), published(model, x)[0])
     assert kept_maps(model, x) == []
     model.keep_rate = 0.93  # exactly one is dropped, or fused with itself alone
-    close(model(x), published(model, x)[0])
+    close(model.forward_features(x), published(model, x)[0])
     model = small(img_size=(48, 80), fuse_token=False, keep_rate=0.93)
-    close(model(x), published(model, x)[0])
+    close(model.forward_features(x), published(model, x)[0])
     assert [m.sum().item() for m in kept_maps(model, x)] == [2 * 14]  # ceil(0.93 * 14) is 14
-
-
-def plain(model):
-    """timm's own model with the same weights."""
-    kwargs = dict(SMALL, img_size=model.patch_embed.img_size)
-    deit = timm.create_model("deit_tiny_patch16_224", **kwargs).eval()
-    deit.load_state_dict(model.state_dict(), strict=True)
-    return deit
-
-
-@torch.no_grad()
-def test_deit_loads_and_without_reduction_is_timms():
-    model = small(keep_rate=1.0)
-    deit = plain(model)
-    other = small(keep_rate=1.0)
-    other.load_state_dict(deit.state_dict(), strict=True)
-    x = images(model)
-    close(other(x), deit(x))
-    close(other.forward_features(x), deit.forward_features(x))
-    for size in ("tiny", "small", "base"):
-        meta(f"evit_deit_{size}_patch16_224").load_state_dict(meta(f"deit_{size}_patch16_224").state_dict())
-
-
-@pytest.mark.usefixtures("on_device")
-def test_the_reduction_is_one_launch(chosen):
-    names = operators_between(small(), "blocks.3.attn.proj", "blocks.3.mlp.fc1")
-    assert names == ["aten.add.Tensor", *(f"tokenops.{name}" for name in chosen("select_tokens_fwd"))]
 
 
 def test_cost():
@@ -147,51 +118,3 @@ def test_keep_rate_schedule():
     for kwargs, message in ((dict(base=0), "base=0"), (dict(base=1.5), "base=1.5"), (dict(end=5), "end=5.*start=10")):
         with pytest.raises(ValueError, match=message):
             keep_rate_at(1, **{**dict(base=0.7, start=10, end=110), **kwargs})
-
-
-@pytest.mark.usefixtures("on_device")
-def test_trains():
-    model = small(init_values=0.1, qk_norm=True)
-    x, target = images(model, 4), torch.arange(4)
-    train_a_little(model, lambda: F.cross_entropy(model(x), target))
-
-
-def test_other_parts_of_timm():
-    model = small(fuse_token=False, norm_layer="rmsnorm", global_pool="avg", reg_tokens=2, keep_rate=PER_BLOCK)
-    x = images(model)
-    assert model(x).shape == (2, 5) and model.forward_features(x).shape == (2, 3 + 2, 48)
-    final, (first,) = model.forward_intermediates(x, [0], return_prefix_tokens=True, norm=True)
-    assert final.shape == (2, 5, 48) and first[0].shape == (2, 48, 4, 4) and first[1].shape == (2, 3, 48)
-    last = model.forward_intermediates(x, 1, stop_early=True, output_fmt="NLC", intermediates_only=True)[0]
-    close(model.norm(last), final[:, 3:])
-    with pytest.raises(ValueError, match="block 1 gives 15 tokens that are not the grid's 4 x 4 patches"):
-        model.forward_intermediates(x, [0, 1])
-    with pytest.raises(ValueError, match="output_fmt='NHWC'"):
-        model.forward_intermediates(x, output_fmt="NHWC")
-    features = timm.create_model("evit_deit_tiny_patch16_224", features_only=True, out_indices=(2, 9), **SMALL)
-    assert [f.shape for f in features(x)] == [(2, 16, 48), (2, 9, 48)] and len(features.model.blocks) == 10
-
-
-@pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        (dict(keep_rate=0.0), "keep_rate=0.0, but it must be above 0 and at most 1"),
-        (dict(keep_rate=1.1), "keep_rate=1.1"),
-        (dict(keep_rate=float("nan")), "keep_rate=nan"),
-        (dict(keep_rate=(0.5, 0.5)), "keep_rate has 2 values.*12 blocks"),
-        (dict(reduction_loc=(3, 12)), r"reduction_loc=\(3, 12\), but it must be ascending block numbers from 0 to 11"),
-        (dict(reduction_loc=(6, 3)), r"reduction_loc=\(6, 3\)"),
-    ],
-)
-def test_errors_of_construction(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        small(**kwargs)
-
-
-def test_is_a_timm_model():
-    assert timm.list_models("evit_*") == [f"evit_deit_{s}_patch16_224" for s in ("base", "small", "tiny")]
-    model = small()
-    x = images(model)
-    with pytest.raises(ValueError, match="attn_mask was given"):
-        model.forward_features(x, attn_mask=torch.zeros(1, 1))
-    assert doctest.testmod(evit) == (0, 1)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenops
 from published.sit import PublishedSiT
-from support.models import close, flops, images, meta
+from support.models import close, flops, images, meta, train_still
 from support.sit_models import Distilled, loss_and_gradients, slim_after, slimmings, tiny
 from support.weights import spread
 from tokenops.methods import for_inference, init_from_teacher
@@ -69,13 +69,8 @@ def test_outputs_equal_the_published_computation(name, ran_kernels, chosen):
         logits = distilled.model(x)
     assert names == chosen("soft_aggregate_fwd")
     close(logits, published(x)[0])
-    for module in (distilled, published):
-        module.train()
-        for part in module.modules():
-            if isinstance(part, torch.nn.BatchNorm2d):
-                part.eval()
-    logits, layers = distilled(x)
-    expected, _, expected_layers = published(x)
+    logits, layers = train_still(distilled)(x)
+    expected, _, expected_layers = train_still(published)(x)
     close(logits, expected)
     assert len(layers) == len(expected_layers) == 5
     for ours, theirs in zip(layers, expected_layers, strict=True):
@@ -222,21 +217,7 @@ def test_gradients_equal_the_published_ones():
     _, grads = loss_and_gradients(distilled, x)
     forward = published.forward
     published.forward = lambda x: forward(x)[::2]
-    published.train()
-    for part in published.modules():
-        if isinstance(part, torch.nn.BatchNorm2d):
-            part.eval()
-    _, expected = loss_and_gradients(published, x)
+    _, expected = loss_and_gradients(train_still(published), x)
     assert set(grads) == {name for name in expected if not name.startswith("aux_head.")}
     for name, grad in ((name, expected[name]) for name in grads):
         assert (grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-6, name
-
-
-@pytest.mark.parametrize("rate", ["drop_path_rate", "drop_rate"])
-def test_dropping_acts_in_training_only(rate):
-    model = tiny(**{rate: 0.9})
-    x = images(model, 8)
-    assert torch.equal(model(x), model(x))
-    model.train()
-    model.patch_embed.eval()
-    assert not torch.equal(model(x), model(x))

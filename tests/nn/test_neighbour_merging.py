@@ -1,14 +1,12 @@
 """NeighbourMerging against strided slices: every kind of weights, both axes, odd sides, sizes, and the block layout."""
 
-import doctest
-
 import pytest
 import torch
 
 import tokenops
 from support.cait_merging import KINDS, by_slices, lively
 from support.models import close
-from tokenops.nn import NeighbourMerging, grid_order, neighbour_merging, raster_order
+from tokenops.nn import NeighbourMerging, grid_order, raster_order
 
 
 @pytest.mark.usefixtures("on_device")
@@ -74,7 +72,3 @@ def test_errors_of_neighbour_merging():
     for kind in KINDS:
         with pytest.raises(ValueError, match="x has 18 tokens"):
             NeighbourMerging(8, "horizontal", (4, 4), kind)(torch.randn(2, 18, 8))
-
-
-def test_examples():
-    assert doctest.testmod(neighbour_merging) == (0, 3)

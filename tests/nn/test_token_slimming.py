@@ -1,7 +1,5 @@
 """TokenSlimming and ReverseTokenSlimming against the published modules (published/sit.py), and what they promise."""
 
-import doctest
-
 import pytest
 import torch
 
@@ -9,7 +7,7 @@ import tokenops
 from published import sit as published_sit
 from support.tolerance import assert_as_good_as_plain
 from support.weights import spread
-from tokenops.nn import ReverseTokenSlimming, TokenSlimming, token_slimming
+from tokenops.nn import ReverseTokenSlimming, TokenSlimming
 
 B, N, M, C = 2, 37, 18, 64
 
@@ -148,8 +146,3 @@ def test_errors():
         ReverseTokenSlimming(8, 4, 9)(torch.randn(1, 5, 8))
     with pytest.raises(ValueError, match="prefix=7"):
         TokenSlimming(8, 4)(torch.randn(1, 5, 8), prefix=7)
-
-
-def test_examples_in_the_docstrings():
-    result = doctest.testmod(token_slimming)
-    assert result.attempted >= 4 and result.failed == 0

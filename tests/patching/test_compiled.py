@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import tokenops
-from support.patched_models import METHODS, images, model_of
+from support.patched_models import METHODS, images, model_of, patched
 from tokenops import apply_patch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -90,7 +90,7 @@ def test_settings_may_change(method, whole):
         "evo_vit": [False, True, False],
         "patch_slimming": [[17, 9, 5], [12, 12, 3], [13, 5, 2]],
     }
-    model, twin = (apply_patch(model_of("plain"), method, **METHODS[method][1]) for _ in range(2))
+    model, twin = (patched(method) for _ in range(2))
     x, backend = images(), Counting()
     if whole:
         run = torch.compile(model, fullgraph=True, backend=backend)
@@ -107,7 +107,7 @@ def test_settings_may_change(method, whole):
 @methods("tome", "evit", "sit")
 def test_with_weights_as_constants(method):
     """Dynamo then keeps every module as a new one of its class, made by `__new__` without arguments."""
-    model, x = apply_patch(model_of("plain"), method, **METHODS[method][1]).eval(), images()
+    model, x = patched(method).eval(), images()
     with torch._inductor.config.patch(freezing=True), torch.no_grad():
         close(torch.compile(model, fullgraph=True, backend=Counting())(x), model(x))
 
@@ -115,7 +115,7 @@ def test_with_weights_as_constants(method):
 @methods("tome")
 def test_one_graph_for_batches_of_any_size(method):
     """torch makes a second one, where the size is a variable, as of any model."""
-    model, backend = apply_patch(model_of("plain"), method, **METHODS[method][1]), Counting()
+    model, backend = patched(method), Counting()
     compiled, counts = torch.compile(model, fullgraph=True, backend=backend), []
     for size in (2, 3, 5, 7, 4):
         x = images(size)
@@ -134,7 +134,7 @@ def test_one_graph_for_batches_of_any_size(method):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["tome", "evit", "evo_vit"])
 def test_images_of_any_size(method):
-    model, backend = apply_patch(model_of("dynamic"), method, **METHODS[method][1]), Counting()
+    model, backend = patched(method, "dynamic"), Counting()
     compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=True)
     for side in (32, 48, 64, 40):
         close(compiled(images(side=side)), model(images(side=side)))
@@ -151,7 +151,7 @@ class Features(nn.Module):
 
 @methods("evo_vit")
 def test_intermediate_features_compile(method):
-    model, x = apply_patch(model_of("plain"), method, **METHODS[method][1]), images()
+    model, x = patched(method), images()
     forms = [dict(output_fmt="NLC"), dict(output_fmt="NLC", norm=True, return_prefix_tokens=True)]
     if method in ("tome", "evo_vit", "cait"):
         forms.append(dict(norm=True))
@@ -170,7 +170,7 @@ def test_intermediate_features_compile(method):
 @pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.slow), False])
 @methods("tome")
 def test_intermediate_features_export(method, strict):
-    model, x = apply_patch(model_of("plain"), method, **METHODS[method][1]), images()
+    model, x = patched(method), images()
     features = Features(model, dict(output_fmt="NLC"))
     with tokenops.use_backend("reference"):
         if strict and TOO_OLD:

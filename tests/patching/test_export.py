@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tokenops
-from support.patched_models import CHOOSING, METHODS, images, model_of
+from support.patched_models import CHOOSING, METHODS, images, model_of, patched
 from tokenops import apply_patch, trace
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -55,10 +55,6 @@ def check_any_batch(model, x, path, strict=False):
     to_file(program, (x[:2],), path, dynamic=True)
     for few in (x[:1], x):
         close(run_file(path, few)[0], expected[: few.shape[0]], 1e-4)
-
-
-def patched(method, family="plain"):
-    return apply_patch(model_of(family), method, **METHODS[method][1])
 
 
 def tied(model):
@@ -161,12 +157,10 @@ class Pooled(nn.Module):
 
 
 def transformers_vit():
-    transformers = pytest.importorskip("transformers")
-    from patching.test_hf import SIZES
-    from support.weights import redrawn
+    pytest.importorskip("transformers")
+    from support import hf_models
 
-    torch.manual_seed(0)
-    return redrawn(Pooled(transformers.ViTModel(transformers.ViTConfig(**SIZES))))
+    return Pooled(hf_models.model_of("vit"))
 
 
 @torch.no_grad()

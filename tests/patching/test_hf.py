@@ -7,40 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from support.patched_models import METHODS, blocks_of, images, tokens_behind, tokens_of
-from support.weights import redrawn
+from support.patched_models import BEHIND, METHODS, blocks_of, gradients, images, merged_image, tokens_behind, tokens_of
 from tokenops import apply_patch, remove_patch, trace
 
 accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
+from support.hf_models import SIZES, model_of, patched, pooled  # noqa: E402
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
 ]
 
-SIZES = dict(
-    hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
-)
-
-
-def model_of(kind, **kwargs):
-    torch.manual_seed(0)
-    name = {"vit": "ViT", "clip": "CLIPVision", "siglip": "SiglipVision"}[kind.partition("_")[0]]
-    config = getattr(transformers, f"{name}Config")(**SIZES, **kwargs)
-    if kind == "vit_classifier":
-        return redrawn(transformers.ViTForImageClassification(config))
-    if kind == "vit_masked":
-        config.encoder_stride = 8
-        return redrawn(transformers.ViTForMaskedImageModeling(config))
-    return redrawn(getattr(transformers, f"{name}Model")(config))
-
-
 KINDS = ["vit", "clip", "siglip", "vit_classifier"]
-
-
-def pooled(model, x):
-    out = model(pixel_values=x)
-    return out.logits if hasattr(out, "logits") else out.pooler_output
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -60,8 +39,7 @@ def test_tokens_become_fewer_and_a_patched_model_is_a_model(kind, method, tmp_pa
     names, expected = list(model.state_dict()), pooled(model, x)
     apply_patch(model, method, **METHODS[method][1])
     prefix = int(kind != "siglip")
-    behind = dict(tome=[13, 10, 7], evit=[9, 9, 6], evo_vit=[16] * 3, patch_slimming=[12, 8, 3], sit=[16, 8, 4])
-    counts = [prefix + n for n in behind.get(method, [8, 4, 4])]
+    counts = [prefix + n for n in BEHIND[method]]
     if method == "tome" and kind == "siglip":
         counts[-1] = 16
     assert tokens_behind(model, x) == counts
@@ -70,8 +48,6 @@ def test_tokens_become_fewer_and_a_patched_model_is_a_model(kind, method, tmp_pa
     y.sum().backward()
     lost = [name for name, p in model.named_parameters() if p.grad is None and "layer" in name.lower()]
     assert not [name for name in lost if "post_layernorm" not in name]
-    twin = copy.deepcopy(model)
-    assert torch.equal(pooled(twin, x), y) and twin.tokenops_patch is not model.tokenops_patch
     assert [name for name in model.state_dict() if "slimming" not in name] == names
     model.save_pretrained(tmp_path)
     remove_patch(model)
@@ -80,8 +56,8 @@ def test_tokens_become_fewer_and_a_patched_model_is_a_model(kind, method, tmp_pa
         assert torch.equal(pooled(type(model).from_pretrained(tmp_path), x), expected)
 
 
-def plain_tome(model, layers, x, r):
-    """ToMe over transformers' layers, plainly; sorted by the similarity of the mean keys."""
+def plain_tome(layers, x, r):
+    """ToMe over transformers' layers, plainly."""
     sizes = torch.ones(x.shape[:2])
     for layer in layers:
         attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
@@ -98,24 +74,8 @@ def plain_tome(model, layers, x, r):
         weights = (q @ k.transpose(-2, -1) / 4 + sizes.log()[:, None, None]).softmax(-1)
         out = getattr(attention, "o_proj", None) or attention.out_proj
         x = x + out((weights @ v).transpose(1, 2).flatten(2))
-        unit = torch.nn.functional.normalize(k.mean(dim=1), dim=-1)
-        merged = []
-        for b in range(len(x)):
-            A, B = list(range(2, x.shape[1], 2)), list(range(1, x.shape[1], 2))
-            best, into = (unit[b, A] @ unit[b, B].T).max(dim=1)
-            gone = best.argsort(descending=True)[:r].tolist()
-            assign = torch.zeros(x.shape[1] - r, x.shape[1])
-            assign[0, 0] = 1
-            stay = [a for a in range(len(A)) if a not in gone]
-            for row, a in enumerate(stay, 1):
-                assign[row, A[a]] = 1
-            for j, column in enumerate(B):
-                assign[1 + len(stay) + j, column] = 1
-            for a in gone:
-                assign[1 + len(stay) + into[a], A[a]] = 1
-            merged.append(assign * sizes[b])
-        weights = torch.stack(merged)
-        x, sizes = (weights @ x) / weights.sum(-1, keepdim=True), weights.sum(-1)
+        merged = [merged_image(*of_image, r, 1) for of_image in zip(x, k.mean(dim=1), sizes)]
+        x, sizes = (torch.stack([m[i] for m in merged]) for i in (0, 1))
         x = x + layer.mlp(second(x))
     return x
 
@@ -125,10 +85,10 @@ def test_tome_equals_the_paper_written_plainly(kind):
     model, x = model_of(kind), images()
     with torch.no_grad():
         if kind == "vit":
-            expected = model.layernorm(plain_tome(model, model.layers, model.embeddings(x), 3))
+            expected = model.layernorm(plain_tome(model.layers, model.embeddings(x), 3))
         else:
             embedded = model.pre_layrnorm(model.embeddings(x))
-            expected = plain_tome(model, model.encoder.layers, embedded, 3)
+            expected = plain_tome(model.encoder.layers, embedded, 3)
         apply_patch(model, "tome", r=3)
         torch.testing.assert_close(model(x).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
 
@@ -170,33 +130,22 @@ def test_an_image_of_all_patches():
     torch.testing.assert_close(model(x).reconstruction, expected)
 
 
-def gradients(model, x):
-    """Of every parameter, and how many bytes are kept for backward."""
-    kept = []
-    model.zero_grad()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
-        y = pooled(model.train(), x)
-    y.square().sum().backward()
-    model.eval()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, sum(kept)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_checkpointing(kind, method):
-    model, x = apply_patch(model_of(kind), method, **METHODS[method][1]), images()
-    expected, kept = gradients(model, x)
+    model, x = patched(method, kind), images()
+    expected, kept = gradients(model.train(), x, pooled)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    found, less = gradients(model, x)
+    found, less = gradients(model.train(), x, pooled)
     assert found.keys() == expected.keys() and 2 * less < kept
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
     model.gradient_checkpointing_enable({"use_reentrant": True})
     if method in ("tome", "evo_vit"):  # what they hand on would be lost
         with pytest.raises(ValueError, match="got tuple: .* pass use_reentrant=False"):
-            gradients(model, x)
+            gradients(model.train(), x, pooled)
         return
-    found, _ = gradients(model, x)
+    found, _ = gradients(model.train(), x, pooled)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
@@ -218,7 +167,7 @@ def test_gradients_are_not_lost_behind_a_block_that_is_not_checkpointed(method):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_hidden_states_are_the_tokens_behind_each_block(kind, method):
-    model, x = apply_patch(model_of(kind), method, **METHODS[method][1]), images()
+    model, x = patched(method, kind), images()
     blocks, behind = blocks_of(model), []
     hooks = [b.register_forward_hook(lambda m, a, y: behind.append(tokens_of(y))) for b in blocks]
     hooks.append(blocks[0].register_forward_pre_hook(lambda m, a: behind.append(a[0])))
@@ -227,8 +176,7 @@ def test_hidden_states_are_the_tokens_behind_each_block(kind, method):
         hook.remove()
     assert len(out.hidden_states) == 4 and all(map(torch.equal, out.hidden_states, behind))
     prefix = int(kind != "siglip")
-    counts = dict(tome=[13, 10], evit=[9, 9], patch_slimming=[12, 8], sit=[16, 8], cait=[8, 4]).get(method, [16, 16])
-    assert [state.shape[1] for state in out.hidden_states[:3]] == [prefix + n for n in (16, *counts)]
+    assert [state.shape[1] for state in out.hidden_states[:3]] == [prefix + n for n in (16, *BEHIND[method][:2])]
     if hasattr(out, "last_hidden_state"):
         last = out.hidden_states[-1]
         norm = getattr(model, "layernorm" if kind == "vit" else "post_layernorm")
@@ -238,10 +186,10 @@ def test_hidden_states_are_the_tokens_behind_each_block(kind, method):
     assert torch.equal(model(pixel_values=x, output_hidden_states=-2).hidden_states[-2], behind[2])
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind, implementation", [("clip", "sdpa"), ("clip", "eager"), ("vit", "eager")])
 @pytest.mark.parametrize("method", METHODS)
-def test_attention_weights_are_refused(method, implementation):
-    model, x = model_of("clip", attn_implementation=implementation), images()
+def test_attention_weights_are_refused(method, kind, implementation):
+    model, x = model_of(kind, attn_implementation=implementation), images()
     apply_patch(model, method, **METHODS[method][1])
     with pytest.raises(ValueError, match="output_attentions was given to a patched model"):
         model(x, output_attentions=True)
@@ -253,7 +201,7 @@ def test_attention_weights_are_refused(method, implementation):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_threads(method):
-    model = apply_patch(model_of("clip"), method, **METHODS[method][1])
+    model = patched(method, "clip")
     given = [images(seed=seed) for seed in range(12)]
 
     def run(x):
@@ -269,7 +217,7 @@ def test_threads(method):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_grid_of_another_shape_with_as_many_patches(kind, method):
-    model = apply_patch(model_of(kind), method, **METHODS[method][1])
+    model = patched(method, kind)
     for height, width in ((16, 64), (64, 16)):
         x = images(side=64)[:, :, :height, :width]
         if method in ("cait", "patch_slimming"):
@@ -351,8 +299,8 @@ def no_accelerator():
 @pytest.mark.usefixtures("no_accelerator")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_in_mixed_precision(method):
-    model, x = apply_patch(model_of("vit_classifier"), method, **METHODS[method][1]), images()
-    single, _ = gradients(copy.deepcopy(model), x)
+    model, x = patched(method, "vit_classifier"), images()
+    single, _ = gradients(copy.deepcopy(model).train(), x, pooled)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     model, optimizer = trainer.prepare(model, torch.optim.Adam(model.parameters(), lr=1e-2))
@@ -389,13 +337,7 @@ def test_pickles_and_loads(kind, method, tmp_path):
 
 def test_what_is_refused():
     x = images()
-    model = apply_patch(model_of("vit", attn_implementation="eager"), "tome", r=2)
-    with pytest.raises(ValueError, match="output_attentions was given"):
-        model(x, output_attentions=True)
-    model.config.output_attentions = True
-    with pytest.raises(ValueError, match="config.output_attentions is on"):
-        model(x)
-    model.config.output_attentions = False
+    model = apply_patch(model_of("vit"), "tome", r=2)
     with pytest.raises(ValueError, match="attention_mask was given"):
         model(x, attention_mask=torch.tensor([[1] * 16 + [0]] * 2))
     with pytest.raises(TypeError, match="no vision transformer .* blocks must be"):

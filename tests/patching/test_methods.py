@@ -11,7 +11,6 @@ from support.patched_models import (
     images,
     model_of,
     plain,
-    softmax_attention,
     tokens_behind,
     tokens_of,
 )
@@ -19,38 +18,6 @@ from tokenops import apply_patch, trace
 from tokenops.methods import patch_slimming
 from tokenops.nn import TokenSlimming
 from tokenops.patching import Flow, Method, Role, blocks, engine
-
-
-def plain_evit(model, x, rates, fuse):
-    x, prefix = embedded(model, x), model.num_prefix_tokens
-    for block, rate in zip(model.blocks, rates):
-        y, weights, _ = softmax_attention(block.attn, block.norm1(x))
-        x = x + block.ls1(y)
-        seen = weights[:, :, 0] if model.cls_token is not None else weights.mean(dim=2)
-        seen = seen.mean(dim=1)[:, prefix:]
-        k = -int(-rate * seen.shape[1] // 1)
-        if k < seen.shape[1]:
-            images = []
-            for tokens, scores in zip(x, seen):
-                best = sorted(range(len(scores)), key=lambda i: -scores[i])
-                kept, left = sorted(best[:k]), best[k:]
-                rows = [*tokens[:prefix], *(tokens[prefix + i] for i in kept)]
-                rows += [sum(scores[i] * tokens[prefix + i] for i in left)] if fuse else []
-                images.append(torch.stack(rows))
-            x = torch.stack(images)
-        x = x + block.ls2(block.mlp(block.norm2(x)))
-    return model.norm(x)
-
-
-@pytest.mark.usefixtures("on_device")
-@pytest.mark.parametrize("family", ["plain", "distilled", "registers", "norms", "average"])
-@pytest.mark.parametrize("fuse", [True, False])
-def test_evit_equals_the_paper_written_plainly(family, fuse):
-    model, x = model_of(family), images()
-    with torch.no_grad():
-        expected = plain_evit(model, x, (1, 0.7, 0.45), fuse)
-        apply_patch(model, "evit", keep_rate=[1, 0.7, 0.45], fuse_token=fuse)
-        torch.testing.assert_close(model.forward_features(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_keep_rates_may_be_set_at_any_time():
@@ -63,19 +30,6 @@ def test_keep_rates_may_be_set_at_any_time():
     with pytest.raises(ValueError, match="keep_rate=0"):
         model.keep_rate = 0
     assert model.keep_rate == (0.5, 1, 1, 0.5) and tokens_behind(model, x) == [10, 10, 10, 7]
-
-
-@pytest.mark.usefixtures("on_device")
-def test_patch_slimming_is_slim_blocks_in_one_order():
-    model, x = model_of("plain"), images()
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(3), device="cpu").tolist()
-    schedule = patch_slimming.Schedule.from_counts([17, 9, 1], (4, 4), order)
-    with torch.no_grad():
-        tokens = embedded(model, x)[:, [0, *(1 + i for i in order)]]
-        for block, n in zip(model.blocks, schedule.counts):
-            tokens = patch_slimming.blocks.slim_block(block, tokens, n)
-        expected = model.head(model.norm(tokens)[:, 0])
-        torch.testing.assert_close(apply_patch(model, "patch_slimming", schedule=schedule)(x), expected)
 
 
 @pytest.mark.usefixtures("on_device")

@@ -10,21 +10,12 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from support.patched_models import METHODS, images, model_of
+from support.patched_models import METHODS, applied, images, model_of, patched
 from tokenops import apply_patch, remove_patch
 
 PARTS = ["norm1", "norm2", "attn", "attn.qkv", "mlp"]
 #: how many norms of 3 blocks (two each) are applied in an operator's launch
 FUSED = {"tome": 3, "evit": 2, "evo_vit": 2, "patch_slimming": 0, "sit": 0, "cait": 0}
-
-
-def applied(model, method):
-    torch.manual_seed(3)  # token slimmings are drawn
-    return apply_patch(model, method, **METHODS[method][1])
-
-
-def patched(method):
-    return applied(model_of("plain"), method)
 
 
 def norms_called(model, x):

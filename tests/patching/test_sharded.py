@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-from support.patched_models import METHODS, images, model_of
+from support.patched_models import METHODS, applied, images, model_of, patched
 from tokenops import apply_patch, remove_patch
 
 processes = multiprocessing.get_context("forkserver")
@@ -53,11 +53,6 @@ def together(function, folder, world):
             process.kill()
 
 
-def applied(model, method):
-    torch.manual_seed(3)  # token slimmings are drawn
-    return apply_patch(model, method, **METHODS[method][1])
-
-
 def sharded(model, **kwargs):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.blocks:
@@ -88,7 +83,7 @@ def by_block():
     """fully_shard, before the patch and after it."""
     for method in METHODS:
         for before in (False, True):
-            dense, twin = model_of("plain").train(), applied(model_of("plain"), method).train()
+            dense, twin = model_of("plain").train(), patched(method).train()
             if before and method == "sit":
                 with pytest.raises(ValueError, match="sit adds parameters, which fully_shard would not know of"):
                     applied(sharded(dense), method)
@@ -107,7 +102,7 @@ def by_block():
                 with pytest.raises(ValueError, match="FSDPBlock was wrapped after the patch .* take that off first"):
                     remove_patch(model)
                 assert [type(module) for module in model.modules()] == kinds
-    root = fully_shard(applied(model_of("plain"), "tome"), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    root = fully_shard(patched("tome"), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     kinds = [type(module) for module in root.modules()]
     with pytest.raises(ValueError, match="FSDPVisionTransformer was wrapped after the patch"):
         remove_patch(root)
@@ -122,7 +117,7 @@ def by_class():
     )
     for method in METHODS:
         for before in (False, True):
-            inner, twin = model_of("plain").train(), applied(model_of("plain"), method).train()
+            inner, twin = model_of("plain").train(), patched(method).train()
             if not before:
                 applied(inner, method)
             model = wrap(inner)

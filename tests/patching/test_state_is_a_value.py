@@ -18,7 +18,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from support.patched_models import METHODS, SIZES, blocks_of, images, model_of, tokens_behind
+from support.patched_models import METHODS, SIZES, blocks_of, gradients, images, model_of, patched, tokens_behind
 from support.weights import redrawn
 from tokenops import apply_patch, remove_patch, trace
 from tokenops.patching import blocks
@@ -34,35 +34,11 @@ DEEP = {
 }
 
 
-def applied(model, method, options=METHODS):
+def deep(method, model=None):
+    """With a method in a model of six blocks."""
+    model = model_of("plain", depth=6) if model is None else model
     torch.manual_seed(3)  # token slimmings are drawn
-    chosen = options[method]
-    return apply_patch(model, method, **(chosen if isinstance(chosen, dict) else chosen[1]))
-
-
-def patched(method, **kwargs):
-    return applied(model_of("plain", **kwargs), method)
-
-
-def deep(method):
-    return applied(model_of("plain", depth=6), method, DEEP).train()
-
-
-def gradients(model, x):
-    """The gradients by name, and how many bytes were kept for the backward pass."""
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    model.zero_grad()
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = model(x)
-    y.square().sum().backward()
-    found = {name.replace("_checkpoint_wrapped_module.", ""): p.grad for name, p in model.named_parameters()}
-    return found, sum(size for place, size in kept.items() if place not in weights)
+    return apply_patch(model, method, **DEEP[method]).train()
 
 
 def snapshot(model):
@@ -202,7 +178,7 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less(method, how):
     if how == "wrapped before":
         model = model_of("plain", depth=6).train()
         apply_activation_checkpointing(model, **wrapping(CheckpointImpl.NO_REENTRANT))
-        applied(model, method, DEEP)
+        deep(method, model)
     else:
         model = deep(method)
     if how == "each":
@@ -231,7 +207,7 @@ def test_a_wrapped_model_is_patched_and_set_like_another(method):
     model, x = model_of("plain", depth=6), images()
     dense = model(x)
     apply_activation_checkpointing(model, **wrapping(CheckpointImpl.NO_REENTRANT))
-    applied(model, method, DEEP)
+    deep(method, model).eval()
     twin = deep(method).eval()
     if method == "tome":
         model.r = twin.r = (2, -0.5)
@@ -266,7 +242,7 @@ def test_checkpointing_that_loses_a_state_is_refused(method, which):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs")
 def test_reentrant_checkpointing_of_attention_is_refused_where_scores_learn():
-    model = applied(model_of("plain"), "evit").train()
+    model = patched("evit").train()
     for block in model.blocks:
         block.attn = checkpoint_wrapper(block.attn, checkpoint_impl=CheckpointImpl.REENTRANT)
     with pytest.raises(
@@ -345,7 +321,7 @@ def test_another_grid_of_as_many_patches(method):
 
 @pytest.mark.parametrize("method", ["tome", "evit", "evo_vit"])
 def test_the_grid_of_a_trace_is_that_of_the_images(method):
-    model = apply_patch(model_of("dynamic"), method, **METHODS[method][1])
+    model = patched(method, "dynamic")
     assert trace(model, torch.randn(1, 3, 128, 72)).grid == (16, 9)
     assert trace(model, torch.randn(1, 3, 96, 96)).grid == (12, 12)
 

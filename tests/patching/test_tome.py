@@ -4,22 +4,9 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from support.patched_models import SIZES, embedded, images, model_of, softmax_attention, tokens_behind
+from support.patched_models import SIZES, embedded, images, merged_image, model_of, softmax_attention, tokens_behind
 from tokenops import apply_patch, remove_patch, trace
 from tokenops.methods.tome import merged_per_block
-
-
-def merged_image(x, keys, sizes, r, prefix):
-    """One image (N, C): pairs by a loop over tokens; also which tokens went into which."""
-    rows = range(prefix, len(x))
-    A, B = [i for i in rows if i % 2 == 0], [i for i in rows if i % 2]
-    unit = keys / keys.norm(dim=-1, keepdim=True)
-    likeness = {i: max((float(unit[i] @ unit[j]), -j) for j in B) for i in A}
-    gone = sorted(A, key=lambda i: (-likeness[i][0], i))[:r]
-    groups = [[i] for i in range(prefix)] + [[i] for i in A if i not in gone]
-    groups += [[j, *(i for i in gone if -likeness[i][1] == j)] for j in B]
-    tokens = torch.stack([sum(sizes[i] * x[i] for i in group) / sum(sizes[i] for i in group) for group in groups])
-    return tokens, torch.stack([sum(sizes[i] for i in group) for group in groups]), groups
 
 
 def plain_tome(model, x, rates, prop_attn=True):
@@ -115,18 +102,6 @@ def test_schedules_keep_their_sum():
     assert merged_per_block((8, 1), 5) == (0, 4, 8, 12, 16) and merged_per_block((8, -0.5), 5) == (12, 10, 8, 6, 4)
     assert merged_per_block((5, 0), 3) == (5, 5, 5) == merged_per_block(5.5, 3) and merged_per_block((4, 1), 1) == (4,)
     assert merged_per_block((7, 0.3), 4) == (4, 6, 8, 10)  # r (1 - inflect) is cut to a whole number
-
-
-def test_layer_scale_is_not_lost():
-    """With LayerScale near zero the blocks do nothing, so merged tokens are means of the embedded ones."""
-    model, x = model_of("layer_scale"), images()
-    with torch.no_grad():
-        for block in model.blocks:
-            block.ls1.gamma.zero_()
-            block.ls2.gamma.zero_()
-        expected = model(x)
-        apply_patch(model, "tome", r=4)
-        torch.testing.assert_close(model(x), expected)  # of the class token, which never merged
 
 
 def test_a_prefix_token_never_merges():

@@ -11,9 +11,8 @@ from tokenops import apply_patch, remove_patch, trace
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = dict(
-    hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
-)
+from support.hf_models import SIZES  # noqa: E402
+
 WORDS = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, vocab_size=20)
 SPEAKER = dict(WORDS, num_key_value_heads=1, head_dim=32, bos_token_id=None, eos_token_id=None, pad_token_id=0)
 IMAGE = 19

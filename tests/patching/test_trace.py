@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.models._features import FeatureGetterNet
 
-from support.patched_models import METHODS, ROTARY, images, model_of, tokens_of
+from support.patched_models import METHODS, ROTARY, images, model_of, patched, tokens_of
 from tokenops import apply_patch, remove_patch, trace
 
 HARD = [method for method in METHODS if method != "sit"]
@@ -81,7 +81,7 @@ def test_stages_of_evo_vit():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_trace_leaves_the_model_as_it_is(method):
-    model, x = apply_patch(model_of("plain"), method, **METHODS[method][1]).train(), images()
+    model, x = patched(method).train(), images()
     model.blocks[1].eval()
     found = trace(model, x)
     assert found.method == method and found.grid == (4, 4) and found.steps
@@ -90,11 +90,6 @@ def test_trace_leaves_the_model_as_it_is(method):
         assert (step.sources is None) != (step.weights is None)
         assert step.sources is None or (step.sources.shape == (2, 16) and step.sources.dtype == torch.int64)
     assert trace(apply_patch(remove_patch(model), method, **METHODS[method][0]), x).steps == []
-
-
-def test_the_grid_is_that_of_the_images():
-    wide = apply_patch(model_of("dynamic"), "tome", r=4)
-    assert trace(wide, torch.randn(1, 3, 32, 64)).grid == (4, 8)
 
 
 @pytest.mark.parametrize("method", ["tome", "cait"])
@@ -139,7 +134,7 @@ def test_maps_in_timms_other_forms():
 
 @pytest.mark.parametrize("method", ["evit", "patch_slimming", "sit"])
 def test_maps_of_chosen_tokens_are_refused(method):
-    model, x = apply_patch(model_of("plain"), method, **METHODS[method][1]), images()
+    model, x = patched(method), images()
     with pytest.raises(ValueError, match=f"not the grid's 4 x 4 patches \\({method}\\): use output_fmt='NLC'"):
         model.forward_intermediates(x)
     assert len(model.forward_intermediates(x, output_fmt="NLC")[1]) == 3
@@ -159,7 +154,7 @@ def test_maps_of_a_rotary_model():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pruned_model_ends_earlier(method):
     """timm's prune_intermediate_layers drops blocks, the last with them."""
-    model, x = apply_patch(model_of("plain"), method, **METHODS[method][1]), images()
+    model, x = patched(method), images()
     expected = model.forward_intermediates(x, indices=[1], output_fmt="NLC", stop_early=True)[1][0]
     model.prune_intermediate_layers([1], prune_head=False)
     assert len(model.blocks) == 2

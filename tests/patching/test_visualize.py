@@ -8,6 +8,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 
 import tokenops
+from support.patched_models import METHODS, images, patched
 from tokenops.patching import Step, Trace
 from tokenops.patching.visualize import BORDER, CAPTION, COLUMNS, GAP, SHADE, TINT, hatched, palette
 
@@ -205,22 +206,10 @@ def test_errors_in_words(image, given, steps, which, error, words):
         tokenops.visualize(image if given is None else given, Trace("tome", GRID, steps), which)
 
 
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [
-        ("tome", {"r": 3}),
-        ("evit", {}),
-        ("evo_vit", {}),
-        ("patch_slimming", {"schedule": [17, 9, 1]}),
-        ("sit", {}),
-        ("cait", {}),
-    ],
-)
-def test_traces_of_patched_models_can_be_drawn(method, options):
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=3, embed_dim=48, num_heads=3)
-    found = tokenops.trace(tokenops.apply_patch(model, method, **options), torch.rand(2, 3, 64, 64))
+@pytest.mark.parametrize("method", METHODS)
+def test_traces_of_patched_models_can_be_drawn(method):
+    model = patched(method)
+    found = tokenops.trace(model, images())
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     sheet = tokenops.visualize(picture, found, which=1)
     assert found.steps and sheet.size[0] == GAP + (1 + len(found.steps)) * (64 + GAP)

@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tokenops
 from support.compiled import needs_compiled
 from support.patched_models import images, model_of
-from support.weights import redrawn
 from tokenops import apply_patch
 from tokenops.nn import convert_attention
 from tokenops.ops import native
@@ -58,13 +57,10 @@ def evit(family="plain", dtype=BF16, **sizes):
 
 
 def of_transformers(kind, implementation="sdpa"):
-    transformers = pytest.importorskip("transformers")
-    sizes = dict(num_hidden_layers=3, num_attention_heads=2, hidden_size=32, intermediate_size=64)
-    config = getattr(transformers, f"{kind}Config")(
-        image_size=32, patch_size=8, attn_implementation=implementation, **sizes
-    )
-    torch.manual_seed(0)
-    model = redrawn(getattr(transformers, f"{kind}Model")(config)).to(BF16)
+    pytest.importorskip("transformers")
+    from support import hf_models
+
+    model = hf_models.model_of(kind, attn_implementation=implementation).to(BF16)
     return apply_patch(model, "evit", keep_rate=0.5, reduction_loc=(1,))
 
 
@@ -97,7 +93,7 @@ def test_idle_blocks_where_ours_is_much_faster(monkeypatch):
 
 
 @pytest.mark.usefixtures("swift")
-@pytest.mark.parametrize("kind", ["ViT", "CLIPVision", "SiglipVision"])
+@pytest.mark.parametrize("kind", ["vit", "clip", "siglip"])
 def test_idle_blocks_of_transformers(kind):
     """The first three: SigLIP's head that pools is an attention too."""
     x = images().to(BF16)

@@ -14,18 +14,24 @@ SMALL = dict(qk=4, v=2, hidden=16)
 MERGES = {0: "horizontal", 1: "vertical"}
 
 
-def model_of(kind="deit", merged=True, **kwargs):
+def dense(kind="deit", **kwargs):
     sizes = {**SIZES, **kwargs}
     if kind == "lvvit":
-        model = lv_vit(skip_lam=2.0, **sizes)
-    else:
-        model = timm.create_model("deit_tiny_patch16_224", **sizes)
-    model = spread(prunable(model))
+        return lv_vit(skip_lam=2.0, **sizes)
+    if kind == "scaled":
+        return timm.models.VisionTransformer(**sizes, init_values=0.3, qkv_bias=False)
+    name = "deit_tiny_distilled_patch16_224" if kind == "distilled" else "deit_tiny_patch16_224"
+    return timm.create_model(name, **sizes)
+
+
+def model_of(kind="deit", merges="average", **kwargs):
+    model = spread(prunable(dense(kind, **kwargs)))
     with torch.no_grad():
         for block in model.blocks:
             block.attn.qkv.weight.mul_(8)  # attention that differs between tokens
-            block.attn.qkv.bias.normal_()
-    return apply_patch(model, "cait", points=MERGES) if merged else model
+            if kind != "scaled":
+                block.attn.qkv.bias.normal_()
+    return model if merges is None else apply_patch(model, "cait", points=MERGES, kind=merges)
 
 
 def batch(seed=0, size=4):

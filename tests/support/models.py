@@ -6,9 +6,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenops
+import tokenops.methods  # noqa: F401  (its models have names)
+from support.weights import spread
 
 #: a DeiT that is quick
 SMALL = dict(embed_dim=48, num_heads=3, img_size=64, num_classes=5)
+
+
+def small(name, **kwargs):
+    return spread(timm.create_model(name, **{**SMALL, **kwargs})).eval()
 
 
 def images(model, batch=2):
@@ -46,6 +52,14 @@ def close(a, b):
     first = a if isinstance(a, torch.Tensor) else a[0]
     tolerance = 1e-5 if first.device.type == "cpu" else 1e-4  # a GPU takes three products of TF32 for one of fp32
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def train_still(module):
+    """In training, but for batch norms, which depend on no other image."""
+    for part in module.train().modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.eval()
+    return module
 
 
 def flops(model, x):

@@ -8,6 +8,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from support.weights import redrawn
+from tokenops import apply_patch
 from tokenops.patching.engine import tokens_of
 from tokenops.patching.site import Site
 
@@ -43,6 +44,15 @@ METHODS = {
     "sit": (dict(keeping_ratio=1), dict(keeping_ratio=0.5, locations=(1, 2))),
     "cait": (dict(points={}), dict(points={0: "horizontal", 1: "vertical"})),
 }
+#: tokens behind each block, of 16 patches and no prefix, where the second options reduce
+BEHIND = {
+    "tome": [13, 10, 7],
+    "evit": [9, 9, 6],
+    "evo_vit": [16, 16, 16],  # hooks see the end of a stage
+    "patch_slimming": [12, 8, 3],
+    "sit": [16, 8, 4],
+    "cait": [8, 4, 4],
+}
 #: those that are defined with rotary positions
 CHOOSING = {
     "evit": (dict(keep_rate=1, fuse_token=False), dict(keep_rate=0.5, reduction_loc=(0, 2), fuse_token=False)),
@@ -54,6 +64,15 @@ CHOOSING = {
 def model_of(family, **kwargs):
     torch.manual_seed(0)
     return redrawn({**FAMILIES, **ROTARY}[family](**kwargs))
+
+
+def applied(model, method):
+    torch.manual_seed(3)  # token slimmings are drawn
+    return apply_patch(model, method, **METHODS[method][1])
+
+
+def patched(method, family="plain", **kwargs):
+    return applied(model_of(family, **kwargs), method)
 
 
 def images(size=2, side=32, seed=2):
@@ -72,6 +91,24 @@ def tokens_behind(model, x, **kwargs):
     for hook in hooks:
         hook.remove()
     return counts
+
+
+def gradients(model, x, run=lambda model, x: model(x)):
+    """The gradients by name, and how many bytes were kept for the backward pass."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model.zero_grad()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = run(model, x)
+    y.square().sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in found.items()}
+    return found, sum(size for place, size in kept.items() if place not in weights)
 
 
 def blocks_of(model):
@@ -98,3 +135,16 @@ def softmax_attention(attention, x, log_sizes=None):
 
 def embedded(model, x):
     return model.norm_pre(model._pos_embed(model.patch_embed(x)))
+
+
+def merged_image(x, keys, sizes, r, prefix):
+    """ToMe of one image (N, C): pairs by a loop over tokens; also which tokens went into which."""
+    rows = range(prefix, len(x))
+    A, B = [i for i in rows if i % 2 == 0], [i for i in rows if i % 2]
+    unit = keys / keys.norm(dim=-1, keepdim=True)
+    likeness = {i: max((float(unit[i] @ unit[j]), -j) for j in B) for i in A}
+    gone = sorted(A, key=lambda i: (-likeness[i][0], i))[:r]
+    groups = [[i] for i in range(prefix)] + [[i] for i in A if i not in gone]
+    groups += [[j, *(i for i in gone if -likeness[i][1] == j)] for j in B]
+    tokens = torch.stack([sum(sizes[i] * x[i] for i in group) / sum(sizes[i] for i in group) for group in groups])
+    return tokens, torch.stack([sum(sizes[i] for i in group) for group in groups]), groups
