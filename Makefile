@@ -1,4 +1,4 @@
-# Every target sets up what it needs: `make demo`, `make test` (minutes), `make test-all` (all there is, an hour or more),
+# Every target sets up what it needs: `make demo`, `make test` (minutes), `make test-all` (all there is, an hour),
 # `make docs`, `make bench`, `make accuracy`, `make gpu` on a GPU machine, and `make gpu-rehearsal` before.
 
 PYTHON ?= python3

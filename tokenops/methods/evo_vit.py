@@ -121,7 +121,7 @@ class EvoViT(Method):
             number a block. Block 0 has no scores to mix with.
         stages: the blocks at which a pruned stage begins, from 0, not 0 itself; blocks 4 and 8 of 12 (a third and two
             thirds of the depth) if not given. ``()`` prunes nothing.
-        stage_wise: the mode.
+        stage_wise: whether chosen tokens pass through a whole stage, as in inference; else every block chooses anew.
 
     Source: Xu et al., Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer (AAAI 2022), section 3, in the
     form published for DeiT: without a representative token.
