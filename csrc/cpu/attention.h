@@ -17,8 +17,8 @@ struct Rows {
   int64_t stride_b, stride_h, stride_n;
 };
 
-// One call. Masks, bias, lengths, lse and scores may be null. Scores are the probabilities of query 0 or, `received`, the
-// mean over the queries. The queries of a head are worked on in `splits` parts.
+// One call. Masks, bias, lengths, lse and scores may be null. Scores are the probabilities of query 0 or, `received`,
+// the mean over the queries. The queries of a head are worked on in `splits` parts.
 struct Problem {
   Type type;
   int64_t H, M, N, DK, DV, splits;

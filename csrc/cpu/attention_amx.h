@@ -1,6 +1,6 @@
-// Tiles of AMX for the CPU attention in bfloat16. Included once, between pragmas that set the target. A tile is 16 rows of
-// 64 bytes: 16 x 16 floats, or 16 rows of 32 bfloat16. A product C += A B of tiles takes A by rows, and B as words of two
-// rows, one above the other: packed so by `pack_transposed` and `pack_pairs`.
+// Tiles of AMX for the CPU attention in bfloat16. Included once, between pragmas that set the target. A tile is 16 rows
+// of 64 bytes: 16 x 16 floats, or 16 rows of 32 bfloat16. A product C += A B of tiles takes A by rows, and B as words
+// of two rows, one above the other: packed so by `pack_transposed` and `pack_pairs`.
 namespace tokenops::attention::amx {
 
 using tokenops::amx::Tiles;

@@ -272,7 +272,8 @@ static void attend_backward(const Problem& p, const Gradients& g, int32_t* base,
       }
       for (int64_t n = 0; n < N; n += DEEP) {
         const TileGrid weights{s.weights + n * DEEP, rows * DEEP, TILE, 64}, ds{s.ds + n * DEEP, rows * DEEP, TILE, 64};
-        const TileGrid douts{s.dout_pairs, s.wide_v * TILE, TILE, 64}, queries{s.query_pairs, s.wide_k * TILE, TILE, 64};
+        const TileGrid douts{s.dout_pairs, s.wide_v * TILE, TILE, 64};
+        const TileGrid queries{s.query_pairs, s.wide_k * TILE, TILE, 64};
         float *dv = s.dv + n * width_v, *dk = s.dk + n * width_k;
         const auto call = N - n > SIDE ? &add_products<2> : &add_products<1>;
         call(weights, douts, blocks, p.DV, !first, dv, width_v);

@@ -1,10 +1,10 @@
 // The forward pass on tiles; a part of attention_amx.h, inside its namespace.
 //
-// Queries go in blocks of 32, their keys in chunks. While vectors make the weights of a chunk from its logits, the tiles
-// work on the products of its neighbours, a step at a time: the result of the chunk before, then the logits of the chunk
-// after. Weights are powers of the logits themselves, not of what they are above the highest; a block where these
-// are too large or too small is done again, carefully. A result is divided by the sum of the rounded weights that it is
-// made of, so that they add up to one; scores and lse take the sum of the weights as floats.
+// Queries go in blocks of 32, their keys in chunks. While vectors make the weights of a chunk from its logits, the
+// tiles work on the products of its neighbours, a step at a time: the result of the chunk before, then the logits of
+// the chunk after. Weights are powers of the logits themselves, not of what they are above the highest; a block where
+// these are too large or too small is done again, carefully. A result is divided by the sum of the rounded weights that
+// it is made of, so that they add up to one; scores and lse take the sum of the weights as floats.
 
 constexpr int64_t CHUNK = 224;  // keys, a multiple of 32
 

@@ -1,11 +1,13 @@
 // The backward pass; a part of attention_variant.h, inside its namespace.
 //
-// A block of queries keeps P and dP transposed, a row a key, so D = sum of P * dP is a sum down the rows, and exact. dq is
-// a product along the keys, as out was; dk and dv are products along the queries, added to sums that last for a head.
+// A block of queries keeps P and dP transposed, a row a key, so D = sum of P * dP is a sum down the rows, and exact. dq
+// is a product along the keys, as out was; dk and dv are products along the queries, added to sums that last for a
+// head.
 
 struct BackwardScratch {
   int64_t words_k, words_v, words_n, rows_n, rows_k, wide_k, wide_v;
-  int32_t *keys, *values, *key_channels, *queries, *douts, *query_channels, *dout_channels, *row, *weights, *halves, *left;
+  int32_t *keys, *values, *key_channels, *queries, *douts, *query_channels, *dout_channels;
+  int32_t *row, *weights, *halves, *left;
   float *p, *ds, *result, *dk, *dv, *dbias;
 
   static int64_t layout(const Problem& p, int32_t* base, BackwardScratch* s) {
@@ -152,10 +154,11 @@ INLINE void attend_backward_block(const Problem& p, const Gradients& g, const Ba
   add_products<V>(s, s.ds, s.query_channels, N, p.DK, s.dk);
 }
 
-// Sums over a head as the rows of a result; `mask`, the values they were masked from, and the mask's gradient may be null.
+// Sums over a head as the rows of a result; `mask`, the values they were masked from, and the mask's gradient may be
+// null.
 INLINE void store_sums(const Problem& p, const BackwardScratch& s, const float* sums, int64_t channels, int64_t N,
-                       float factor, const float* mask, const char* values, int64_t value_stride, float* dmask, char* to,
-                       int64_t stride) {
+                       float factor, const float* mask, const char* values, int64_t value_stride, float* dmask,
+                       char* to, int64_t stride) {
   float* row = reinterpret_cast<float*>(s.row);
   float* value = s.result;
   for (int64_t n = 0; n < p.N; ++n) {

@@ -145,7 +145,9 @@ static void attend(const Problem& p, int32_t* base, int64_t begin, int64_t end) 
       call(p, s, bias, N, count, h, block == 0, p.lse ? p.lse + bh * p.M + m : nullptr, scores);
       transpose(s.result, s.rows_d, wide, WIDTH, s.row, s.rows_d);
       const float* rows = reinterpret_cast<const float*>(s.row);
-      for (int64_t i = 0; i < count; ++i) store_row(p.type, rows + i * s.rows_d, p.DV, out + (m + i) * p.out.stride_n * size);
+      for (int64_t i = 0; i < count; ++i) {
+        store_row(p.type, rows + i * s.rows_d, p.DV, out + (m + i) * p.out.stride_n * size);
+      }
     }
     if (!scores) continue;
     for (int64_t n = 0; p.received && n < N; ++n) {

@@ -33,7 +33,8 @@ Tensor as(const Tensor& x, ScalarType type) {
 }
 
 Rows rows_of(const char* name, const Tensor& x, const Tensor& q, int64_t rows, int64_t channels) {
-  STD_TORCH_CHECK(!x.is_cuda() && x.dim() == 4 && x.scalar_type() == q.scalar_type(), name, " must be (B, H, N, D) like q");
+  STD_TORCH_CHECK(!x.is_cuda() && x.dim() == 4 && x.scalar_type() == q.scalar_type(), name,
+                  " must be (B, H, N, D) like q");
   STD_TORCH_CHECK(x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == rows && x.size(3) == channels, name,
                   " has the wrong shape");
   return {static_cast<char*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
@@ -162,7 +163,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Maybe k, Maybe v, M
   Tensor keys = key_mean ? new_tensor(q, {B, p.N, p.DK}) : new_tensor(q, {0});
   if (key_mean) {
     char* to = static_cast<char*>(keys.data_ptr());
-    torch::stable::parallel_for(0, B * p.N, 64, [&](int64_t begin, int64_t end) { chosen.mean_keys(p, to, begin, end); });
+    const auto part = [&](int64_t begin, int64_t end) { chosen.mean_keys(p, to, begin, end); };
+    torch::stable::parallel_for(0, B * p.N, 64, part);
   }
   return {out, found, lse, keys};
 }
@@ -170,7 +172,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Maybe k, Maybe v, M
 // What a gradient of scores (or of their mean over the heads) gives each query's probabilities, (B,H,Nk).
 std::vector<float> of_each_query(const Tensor& dscores, const Problem& p, int64_t B, bool mean) {
   const Tensor given = as(dscores, ScalarType::Float);
-  STD_TORCH_CHECK(given.dim() == (mean ? 2 : 3) && given.numel() == B * p.N * (mean ? 1 : p.H), "dscores has the wrong shape");
+  STD_TORCH_CHECK(given.dim() == (mean ? 2 : 3) && given.numel() == B * p.N * (mean ? 1 : p.H),
+                  "dscores has the wrong shape");
   const float share = 1.0f / static_cast<float>((p.received ? p.M : 1) * (mean ? p.H : 1));
   std::vector<float> each(B * p.H * p.N);
   for (int64_t bh = 0; bh < B * p.H; ++bh) {
@@ -215,7 +218,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   const auto nothing = [&] { return new_tensor(q, {0}); };
   Tensor dq = k ? heads_inside(q, B, p.H, p.M, p.DK) : new_tensor(q, {B, p.N, q.size(2)});
-  Tensor dk = k ? heads_inside(q, B, p.H, p.N, p.DK) : nothing(), dv = k ? heads_inside(q, B, p.H, p.N, p.DV) : nothing();
+  Tensor dk = k ? heads_inside(q, B, p.H, p.N, p.DK) : nothing();
+  Tensor dv = k ? heads_inside(q, B, p.H, p.N, p.DV) : nothing();
   if (k) {
     g.dq = rows_of("dq", dq, dq, p.M, p.DK), g.dk = rows_of("dk", dk, dk, p.N, p.DK);
     g.dv = rows_of("dv", dv, dv, p.N, p.DV);

@@ -197,8 +197,8 @@ void add_sizes(const Weights<Wide>& weights, const Tensor& sizes, const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_neighbours_fwd(
     Tensor x, std::optional<Tensor> first, std::optional<Tensor> second, std::optional<Tensor> logits,
-    std::optional<Tensor> sizes, std::optional<Tensor> weight, std::optional<Tensor> bias, int64_t height, int64_t width,
-    bool vertical, int64_t prefix, double alpha, double beta, bool norm, double eps) {
+    std::optional<Tensor> sizes, std::optional<Tensor> weight, std::optional<Tensor> bias, int64_t height,
+    int64_t width, bool vertical, int64_t prefix, double alpha, double beta, bool norm, double eps) {
   const Grid grid{height, width, vertical};
   check_merge(x, grid, height * width, prefix, first, second, logits, sizes);
   const Merged out(x, sizes, grid, prefix, norm);

@@ -1,5 +1,5 @@
-// soft_aggregate on a CPU: what a call takes is checked and laid out, then it runs on tiles, or as torch's products, the
-// weights made on AVX-512, or by torch's softmax, to which logits of -inf, masks and scales are brought.
+// soft_aggregate on a CPU: what a call takes is checked and laid out, then it runs on tiles, or as torch's products,
+// the weights made on AVX-512, or by torch's softmax, to which logits of -inf, masks and scales are brought.
 #include "soft_aggregate.h"
 #include "isa.h"
 #include "vector_rows.h"

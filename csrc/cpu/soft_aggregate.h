@@ -15,8 +15,8 @@ struct Tokens {
       : data(static_cast<char*>(t.data_ptr())), stride_b(t.stride(0)), stride_n(t.stride(1)) {}
 };
 
-// (B, N, M) logits, weights and their gradients; strides in elements, of the tokens or of the slots it is 1 (where there
-// is one alone, whatever torch says)
+// (B, N, M) logits, weights and their gradients; strides in elements, of the tokens or of the slots it is 1 (where
+// there is one alone, whatever torch says)
 struct Logits {
   char* data = nullptr;
   ScalarType type = ScalarType::Float;

@@ -72,8 +72,8 @@ inline void restore(const char (&before)[64]) {
 
 namespace tokenops::amx {
 
-// All eight tiles are whole, and denormal floats are zeros (they are slow), for as long as it lives; then all is as it was
-// (oneDNN keeps a configuration of its own).
+// All eight tiles are whole, and denormal floats are zeros (they are slow), for as long as it lives; then all is as it
+// was (oneDNN keeps a configuration of its own).
 struct Tiles {
   alignas(64) char before[64];
   const unsigned control = __builtin_ia32_stmxcsr();

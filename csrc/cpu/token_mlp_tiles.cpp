@@ -183,8 +183,10 @@ struct Backward {
       for (__m512& sum : sums) sum = _mm512_setzero_ps();
       for (int64_t c = 0; c < s.C; c += 32) {
         const int64_t columns = std::min<int64_t>(32, s.C - c);
-        multiply_block(left1 + r / 16 * steps_m * TILE_BYTES, rows, tokens + c / 16 * steps_m * TILE_BYTES, columns, steps_m, pre);
-        multiply_block(left2t + r / 16 * steps_n * TILE_BYTES, rows, dout + c / 16 * steps_n * TILE_BYTES, columns, steps_n, grad);
+        multiply_block(left1 + r / 16 * steps_m * TILE_BYTES, rows, tokens + c / 16 * steps_m * TILE_BYTES, columns,
+                       steps_m, pre);
+        multiply_block(left2t + r / 16 * steps_n * TILE_BYTES, rows, dout + c / 16 * steps_n * TILE_BYTES, columns,
+                       steps_n, grad);
         char* words = gradients + (c / 16 * steps + block - first) * TILE_BYTES;
         for (int64_t k = 0; k < 32; k += 2, words += 64) {
           __m512i gradient[2];
@@ -211,8 +213,8 @@ struct Backward {
     }
     for (int64_t m = 0; m < s.M; m += 32) {
       for (int64_t c = 0; c < s.C; c += 32) {
-        multiply_block(left1t + (m / 16 * steps_r + first) * TILE_BYTES, s.M - m, gradients + c / 16 * steps * TILE_BYTES, s.C - c,
-                       steps, pre, steps_r);
+        multiply_block(left1t + (m / 16 * steps_r + first) * TILE_BYTES, s.M - m,
+                       gradients + c / 16 * steps * TILE_BYTES, s.C - c, steps, pre, steps_r);
         store(pre, m, std::min<int64_t>(32, s.M - m), c, s.C - c);
       }
     }

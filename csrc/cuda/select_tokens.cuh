@@ -1,5 +1,5 @@
-// select_tokens on a GPU: every block makes its image's choice for itself, by radix select, and then copies its slice of
-// the rows: a range of channels (so that one block sums the rest over all tokens) or, with a norm, a range of rows.
+// select_tokens on a GPU: every block makes its image's choice for itself, by radix select, and then copies its slice
+// of the rows: a range of channels (so that one block sums the rest over all tokens) or, with a norm, a range of rows.
 #pragma once
 
 #include "choose.cuh"
