@@ -220,6 +220,7 @@ def table(rows: Sequence[Row]) -> list[tuple[str, ...]]:
         "ms an image": lambda row: quartiles(row.ms),
         "speed-up": lambda row: quartiles(row.speedup, 2),
         "FLOP ratio": lambda row: f"{rows[0].macs / row.macs:.2f}",
+        "realised": lambda row: f"{row.speedup.median * row.macs / rows[0].macs:.2f}",
     }
     return [(name, *(shown(row) for row in rows)) for name, shown in lines.items()]
 

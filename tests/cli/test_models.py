@@ -123,6 +123,14 @@ def test_16_bits_are_scaled(tmp_path):
         assert found[..., 0].tolist() == [[0, 10], [200, 255]] and (found == found[..., :1]).all()
     found = np.asarray(open_rgb(saved(grey.astype(np.int32), tmp_path / "whole.tif")))
     assert found[..., 1].tolist() == [[0, 10], [200, 255]]
+    dark = np.asarray(open_rgb(saved(np.full((2, 2), 255, dtype=np.uint16), tmp_path / "dark.png")))
+    assert (dark == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_what_goes_to_255_counts_as_8_bits(tmp_path, dtype):
+    pixels = np.array([[0, 2], [200, 255]], dtype=dtype)
+    assert np.asarray(open_rgb(saved(pixels, tmp_path / "a.tif")))[..., 0].tolist() == [[0, 2], [200, 255]]
 
 
 def test_floats_from_0_to_1_are_scaled_and_others_refused(tmp_path):
@@ -131,7 +139,7 @@ def test_floats_from_0_to_1_are_scaled_and_others_refused(tmp_path):
     assert np.asarray(open_rgb(saved(pixels, tmp_path / "a.tif")))[..., 2].tolist() == [[0, 51], [153, 255]]
     for wrong in (300 * pixels, -pixels, pixels * np.float32("nan")):
         path = saved(wrong.astype(np.float32), tmp_path / "b.tif")
-        with pytest.raises(ValueError, match="its pixels are floats from .* but must be from 0 to 1"):
+        with pytest.raises(ValueError, match="its pixels are floats from .* but must be from 0 to 255"):
             open_rgb(path)
         with pytest.raises(CommandError, match=r"cannot read .*b\.tif: its pixels are floats"):
             models.open_image(path)
@@ -156,8 +164,8 @@ def test_training_reads_them_the_same_way(tmp_path):
     saved(np.full((4, 4), 257 * 77, dtype=np.uint16), tmp_path / "a" / "0.png")
     images = FolderImages(tmp_path, train=True, transform=np.asarray)
     assert (images[0][0] == 77).all()
-    saved(np.full((4, 4), 7.5, dtype=np.float32), tmp_path / "a" / "0.tif")
+    saved(np.full((4, 4), -7.5, dtype=np.float32), tmp_path / "a" / "0.tif")
     (tmp_path / "a" / "0.png").unlink()
     images = FolderImages(tmp_path, train=True, transform=np.asarray)
-    with pytest.raises(OSError, match="none of 1 images can be read, as a/0.tif: its pixels are floats from 7.5"):
+    with pytest.raises(OSError, match="none of 1 images can be read, as a/0.tif: its pixels are floats from -7.5"):
         images[0]

@@ -202,7 +202,7 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_done(folder, tmp
     assert (tmp_path / "file").read_text() == "what is there stays"
 
 
-@pytest.mark.parametrize("package", ("accelerate", "timm"))
+@pytest.mark.parametrize("package", ("accelerate", "rich", "timm"))
 def test_says_what_to_install(monkeypatch, package):
     for name in [name for name in sys.modules if name.startswith("tokenops.training")]:
         monkeypatch.delitem(sys.modules, name)

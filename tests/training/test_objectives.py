@@ -453,3 +453,8 @@ def test_recalibration_of_hugging_face():
     teacher = copy.deepcopy(model)
     loss, parts = FeatureRecalibration(model, teacher, smoothing=0)(images, torch.tensor([0, 1]))
     close(loss, F.cross_entropy(output.logits, torch.tensor([0, 1])))
+
+
+def test_a_teacher_whose_blocks_are_not_known_is_refused_by_name():
+    with pytest.raises(TypeError, match="FeatureRecalibration: the teacher must be a model that apply_patch takes"):
+        FeatureRecalibration(sit(), torch.nn.Linear(2, 2))

@@ -236,3 +236,37 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(Exception, match="pickle"):
         checkpoint.write(path, {"x": lambda: 0})
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_that_ended_within_an_epoch_is_not_prolonged(tmp_path):
+    """Its last epoch was cut: what would be the next one leaves out the rest of it."""
+    batches = [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])) for _ in range(3)]
+
+    def run(steps):
+        return fit(Plain(Small()), batches, steps=steps, lr=1e-3, output=tmp_path, resume="auto", **QUIET)
+
+    run(5)
+    assert len(run(5).rows) == 2
+    with pytest.raises(ValueError, match="resume: the run ended within an epoch, behind 5 batches: it cannot go on"):
+        run(9)
+
+
+def test_a_run_of_whole_epochs_is_prolonged(tmp_path):
+    batches, updates = [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1])) for _ in range(3)], []
+    for steps in (6, 8):
+        options = dict(steps=steps, output=tmp_path, resume="auto", **QUIET)
+        fit(Plain(Small()), batches, lr=1e-3, **options | dict(progress=lambda number, _: updates.append(number)))
+    assert updates == list(range(8))
+
+
+@pytest.mark.parametrize("kind", [ChannelPruner, CompactorPruner])
+def test_a_choice_made_final_by_hand_is_compacted_behind_a_whole_update(kind):
+    model, updates = model_of(), []
+    pruner = kind(model, 0.8, steps=(0, 2), every=1, multiples=SMALL)
+    pruner.freeze()
+    objective, weight = Pruned(model, pruner), model.patch_embed.proj.weight.clone()
+    size = model.patch_embed.img_size
+    batches = [(torch.randn(2, 3, *size), torch.tensor([0, 1]))]
+    rows = fit(objective, batches, steps=1, lr=1e-3, **QUIET | dict(progress=lambda u, _: updates.append(u))).rows
+    assert updates == [0] and objective.compacted_at == 0 and rows[0]["lr"] < 1e-3
+    assert not torch.equal(objective.model.patch_embed.proj.weight, weight)

@@ -45,10 +45,16 @@ def driver() -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the source tree this package runs from, "-dirty" behind it where files differ; None outside git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
-    try:
+    """The commit of the source tree this package runs from, "-dirty" behind it where files differ; None of others."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if git("rev-parse", "--show-prefix") != "tokenops/measuring/":  # installed within another project
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--match=")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -31,4 +31,4 @@ class Bar:
 
     def line(self, text: str) -> None:
         """A line of text above the bar, as it is."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -72,7 +72,7 @@ class Site:
         if self.timm:
             self.prefix, self.dim = owner.num_prefix_tokens, owner.embed_dim
             self.has_class = owner.cls_token is not None
-            self.img_size = owner.patch_embed.img_size
+            self.img_size = getattr(owner.patch_embed, "img_size", None)
             if not getattr(owner, "dynamic_img_size", False) and owner.patch_embed.grid_size is not None:
                 self.grid = tuple(owner.patch_embed.grid_size)
         else:

@@ -11,6 +11,7 @@
 
 try:
     import accelerate  # noqa: F401
+    import rich  # noqa: F401
     import timm  # noqa: F401
 except ImportError as missing:
     raise ImportError(f"tokenops.training needs more packages ({missing}): pip install 'tokenops[train]'") from missing

@@ -64,7 +64,7 @@ class FeatureRecalibration(Objective):
         self.weights = (token_weight, logits_weight, hard_weight)
         if cnn_teacher is not None and hasattr(model, "set_distilled_training"):
             model.set_distilled_training(True)  # type: ignore[operator]
-        self._sites = Site(model), Site(teacher)
+        self._sites = _site("model", model), _site("teacher", teacher)
         size = self._sites[0].img_size if img_size is None else img_size
         if size is None:
             raise ValueError(f"img_size must be given: {type(model).__name__} does not say what images it takes")
@@ -159,3 +159,10 @@ class PatchRanking(Objective):
 def _channels_of(model: nn.Module) -> int:
     """Channels of a model's images: those that its first convolution takes."""
     return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+
+
+def _site(role: str, model: nn.Module) -> Site:
+    try:
+        return Site(model)
+    except TypeError as error:
+        raise TypeError(f"FeatureRecalibration: the {role} must be a model that apply_patch takes: {error}") from None

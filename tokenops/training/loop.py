@@ -149,7 +149,7 @@ def fit(
     run.rates = (lr, weight_decay, betas)
     run.plan = (total / batches.steps, warmup_epochs, min_lr, accumulation, clip)
     run.ema_decay, run.mixup, run.eval_loader, run.output, run.seed = ema, mixup, eval_loader, folder, seed
-    run.every = checkpoint_every
+    run.every, run.total = checkpoint_every, total
     state = None if source is None else checkpoint.read(source)
     if state is not None:
         run.check(state)
@@ -174,6 +174,7 @@ class _Run:
     mixup: Any
     eval_loader: Any
     seed: int
+    total: int  # batches
 
     def __init__(self, objective: Objective, accelerator: Any, batches: TrainBatches, amp: str) -> None:
         self.objective, self.accelerator, self.batches, self.amp = objective, accelerator, batches, amp
@@ -272,6 +273,7 @@ class _Run:
     def end_epoch(self) -> dict[str, float]:
         """The epoch's row: means over all processes, and the evaluation."""
         history = self.history
+        self.set_learning_rates(self.step)  # of optimizers that are new behind a compaction, too
         row = {"epoch": self.epoch, "lr": self.optimizers[0].param_groups[0]["lr"]}
         row |= self.checked(self.totals.means(self.accelerator))
         if self.eval_loader is not None:
@@ -329,6 +331,7 @@ class _Run:
         state = {
             "tokenops": 1,
             "settings": self.settings(),
+            "total": self.total,
             "epoch": self.epoch,
             "step": self.step,
             "objective": self.objective.state_dict(),
@@ -360,6 +363,9 @@ class _Run:
         for name, value in self.settings().items():
             if state["settings"][name] != value:
                 raise ValueError(f"resume: {name} was {state['settings'][name]}, but is now {value}")
+        before = state.get("total", 0)
+        if before < min(self.total, state["epoch"] * self.batches.steps):
+            raise ValueError(f"resume: the run ended within an epoch, behind {before} batches: it cannot go on")
         self.objective.load_extra_state(state["extra"])
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -73,8 +73,9 @@ class Pruned(Plain):
         """The pruner's step; one that has just ended has changed what the gradients are of."""
         if self.pruner is None:
             return True
+        before = self.pruner.frozen
         self.pruner.step()
-        return not self.pruner.frozen
+        return before or not self.pruner.frozen
 
     def after_step(self) -> bool:
         if self.pruner is None or not self.pruner.frozen:

@@ -128,11 +128,11 @@ class CompactorPruner(BudgetPruner):
 
     def optimizers(self) -> list[Optimizer]:
         """ResRep's SGD for them."""
-        return [SGD(list(self.parameters()), 0.01, momentum=0.99)]
+        return [] if self.frozen else [SGD(list(self.parameters()), 0.01, momentum=0.99)]
 
     @property
     def left(self) -> int:
-        return super().left + self.settle
+        return 0 if self.frozen else super().left + self.settle
 
     def _rows(self, tensor, kind):
         """A compactor (or its gradient) as rows (1 or 2, H, D, numbers of a row): q's and k's go together."""

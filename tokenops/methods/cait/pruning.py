@@ -121,7 +121,7 @@ class BudgetPruner(ABC):
     @property
     def left(self) -> int:
         """Steps until the choice is final."""
-        return self.steps[1] - self.steps_done
+        return 0 if self.frozen else self.steps[1] - self.steps_done
 
     @staticmethod
     def _costs(model, costs):
