@@ -14,6 +14,7 @@ import torch
 from tokenops.__main__ import main
 from tokenops.cli import columns, info
 from tokenops.measuring import machine
+from tokenops.measuring.progress import Bar
 from tokenops.measuring.timing import Spread, interleaved, ratio, recorded_kernels
 from tokenops.ops import backends, native
 
@@ -33,6 +34,12 @@ def test_without_a_command_it_says_how_it_is_used(capsys):
     assert "usage: python -m tokenops" in out and "info" in out and "demo" in out
 
 
+def test_a_line_above_the_bar_is_printed_as_it_is(capsys):
+    line = "a/[b]f:cat:.tif " + "x" * 100
+    Bar().line(line)
+    assert capsys.readouterr().err == line + "\n"
+
+
 # ---- info
 
 
@@ -47,6 +54,20 @@ def notes(text):
     below = text.split("operators (")[1].split("\n\n")[1]
     found = re.findall(r"^  (\w)  (.*(?:\n     .*)*)", below, re.MULTILINE)
     return {mark: " ".join(words.split()) for mark, words in found}
+
+
+def test_the_commit_is_that_of_the_sources_alone(tmp_path, monkeypatch):
+    """Not of another project, within which the package is installed."""
+    place = tmp_path / "tokenops" / "measuring"
+    place.mkdir(parents=True)
+    monkeypatch.setattr(machine, "__file__", str(place / "machine.py"))
+    assert machine.commit() is None
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C")
+    for root, known in ((tmp_path, True), (tmp_path.parent, False)):
+        subprocess.run([*git, root, "init", "-q"], check=True)
+        subprocess.run([*git, root, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+        assert (machine.commit() is not None) == known
+        shutil.rmtree(root / ".git")
 
 
 def test_info_names_versions_devices_and_every_operator():

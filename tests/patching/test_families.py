@@ -208,3 +208,11 @@ def test_images_of_any_size():
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
     model.r = 5
     assert tokens_behind(model, x) == [32, 27, 22] and tokens_behind(model, images()) == [12, 7, 4]
+
+
+def test_a_stem_that_does_not_say_what_images_it_takes():
+    model, x = model_of("plain"), images()
+    expected = apply_patch(copy.deepcopy(model), "tome", r=2)(x)
+    del model.patch_embed.img_size
+    model.patch_embed.forward = lambda x: model.patch_embed.proj(x).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(apply_patch(model, "tome", r=2)(x), expected)
