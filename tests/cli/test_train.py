@@ -51,7 +51,7 @@ def test_learns(folder, tmp_path, capsys):
     told = capsys.readouterr()
     out = " ".join(told.out.split())
     assert out.startswith("best top-1 ") and float(out.split()[2]) >= 90
-    assert f"saved in {tmp_path / 'model.pt'}" in out and "1 images unreadable" in out
+    assert f"saved in {tmp_path / 'model.pt'}" in out and "unreadable images: 1" in out
     assert "lying/7.png" in told.err
     with open(tmp_path / "log.csv") as file:
         rows = list(csv.DictReader(file))
@@ -180,6 +180,10 @@ def test_a_compacted_model_takes_no_other_method(tmp_path):
         ("--batch-size 1000", "batch_size=1000, but there are only 48 images"),
         ("--resume gone.pt", "gone.pt"),
         ("--epochs 0", "--epochs=0"),
+        ("--seed -1", "--seed=-1"),
+        ("--drop-path 3", "--drop-path=3.0, but it must be at least 0 and below 1"),
+        ("--reprob -0.1", "--reprob=-0.1, but it must be at least 0 and below 1"),
+        ("--aa foo", "--aa foo is no policy of timm's"),
         ("--initial-checkpoint gone.pt", "gone.pt"),
         ("--model-kwargs depth", "NAME=VALUE"),
         ("--train-split other", "no folder other"),
@@ -189,7 +193,36 @@ def test_a_compacted_model_takes_no_other_method(tmp_path):
 def test_says_what_it_cannot_do(folder, tmp_path, text, what):
     text = text.replace("BROKEN", str(folder / "train" / "lying" / "7.png"))
     with pytest.raises(CommandError, match=what):
-        train.run(command(folder, tmp_path, f"--model deit_tiny_patch16_224 {SMALL} {FEW} {text}"))
+        few = FEW.replace("--no-aug", "") if "--aa" in text else FEW
+        train.run(command(folder, tmp_path, f"--model deit_tiny_patch16_224 {SMALL} {few} {text}"))
+
+
+def test_a_folder_with_a_run_is_not_written_over_nor_mixed_with_another_run(folder, tmp_path, capsys):
+    text = f"--model deit_tiny_patch16_224 {SMALL} {FEW} --lr 1e-3"
+    train.run(command(folder, tmp_path, f"{text} --epochs 1 --method tome --r 2"))
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(CommandError, match="has a run already: --resume auto goes on, or take another folder"):
+        train.run(command(folder, tmp_path, f"{text} --epochs 1"))
+    with pytest.raises(CommandError, match="resume: method was tome, but is now evit"):
+        train.run(command(folder, tmp_path, f"{text} --epochs 2 --method evit --resume auto"))
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_ctrl_c_while_a_file_is_written_is_ctrl_c(folder, tmp_path, monkeypatch):
+    """torch.save makes a RuntimeError of it; any other RuntimeError is a line."""
+
+    def fit(*_, **__):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos")
+
+    monkeypatch.setattr(train, "fit", fit)
+    with pytest.raises(KeyboardInterrupt, match="there is no checkpoint yet"):
+        train.run(command(folder, tmp_path, f"--model deit_tiny_patch16_224 {SMALL} {FEW}"))
+    monkeypatch.setattr(train, "fit", lambda *_, **__: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(CommandError, match="inconsistent tensor size"):
+        train.run(command(folder, tmp_path, f"--model deit_tiny_patch16_224 {SMALL} {FEW}"))
 
 
 @pytest.mark.parametrize("within", [False, True], ids=["a file", "under a file"])

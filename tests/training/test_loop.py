@@ -1,7 +1,6 @@
 """The training loop: large batches, learning rates, averages and checkpoints are what their formulas say."""
 
 import contextlib
-import doctest
 import math
 import random
 
@@ -15,8 +14,6 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorD
 
 pytest.importorskip("accelerate")
 
-import tokenops.training  # noqa: E402
-import tokenops.training.pruning  # noqa: E402
 from support.small_training import QUIET, Noisy, Small, images, state  # noqa: E402
 from tokenops.training import (  # noqa: E402
     FeatureRecalibration,
@@ -266,15 +263,8 @@ def test_averaged_weights_are_evaluated_as_the_model_runs(kind, monkeypatch):
 
 
 def test_tensorboard(tmp_path):
-    pytest.importorskip("tensorboard")
     fit(Plain(Small()), DataLoader(images(), 8), epochs=1, lr=1e-2, output=tmp_path, tensorboard=True, **QUIET)
     assert list(tmp_path.glob("events.out.tfevents*"))
-
-
-@pytest.mark.parametrize("module", (tokenops.training, tokenops.training.pruning, loop))
-def test_examples_run(module):
-    found = doctest.testmod(module)
-    assert found.attempted >= 1 and not found.failed
 
 
 @pytest.mark.parametrize(

@@ -144,9 +144,11 @@ def test_resume_says_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="last.pt is of another model"):
         fit(Plain(other), DataLoader(data, 8), resume=tmp_path / "last.pt", **options)
     pruned = model_of()
+    objective = Pruned(pruned, ChannelPruner(pruned, 0.8, steps=(0, 3), every=1, multiples=SMALL))
+    with pytest.raises(ValueError, match="objective was Plain, but is now Pruned"):
+        fit(objective, DataLoader(data, 8), resume=tmp_path / "last.pt", **options)
     with pytest.raises(ValueError, match="no state of a pruner"):
-        pruner = ChannelPruner(pruned, 0.8, steps=(0, 3), every=1, multiples=SMALL)
-        fit(Pruned(pruned, pruner), DataLoader(data, 8), resume=tmp_path / "last.pt", **options)
+        objective.load_extra_state({})
     whole = (tmp_path / "last.pt").read_bytes()
     for broken in (b"", b"text", whole[: len(whole) // 2]):
         (tmp_path / "last.pt").write_bytes(broken)

@@ -63,13 +63,14 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--train-split", default="train", metavar="NAME", help="default: %(default)s")
     add("--val-split", default="val", metavar="NAME", help="also found as validation or test; '' for no evaluation")
     add("-b", "--batch-size", type=int, default=128, metavar="N", help="of one process (default: %(default)s)")
-    add("-j", "--workers", type=int, default=4, metavar="N", help="that read images (default: %(default)s)")
+    workers = min(4, os.cpu_count() or 1)
+    add("-j", "--workers", type=int, default=workers, metavar="N", help="processes that read images (%(default)s)")
     add("--no-aug", action="store_true", help="train on images as they are evaluated")
     add("--aa", metavar="POLICY", help="auto augment, rand-m9-mstd0.5-inc1 for DeiT's")
     add("--reprob", type=float, default=0.0, metavar="P", help="random erasing (default: %(default)s)")
     add("--mixup", type=float, default=0.0, metavar="ALPHA", help="0.8 for DeiT's (default: %(default)s)")
     add("--cutmix", type=float, default=0.0, metavar="ALPHA", help="1.0 for DeiT's (default: %(default)s)")
-    add("--smoothing", type=float, default=0.1, metavar="S", help="of labels (default: %(default)s)")
+    add("--smoothing", type=float, default=0.1, metavar="S", help="label smoothing (default: %(default)s)")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -110,12 +111,17 @@ def trained(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda was asked for, but torch sees no GPU")
     models.at_least(1, batch_size=args.batch_size, epochs=args.epochs, grad_accum_steps=args.grad_accum_steps)
-    models.at_least(0, workers=args.workers)
+    models.at_least(0, workers=args.workers, seed=args.seed, mixup=args.mixup, cutmix=args.cutmix)
+    for flag, rate in (("--drop-path", args.drop_path or 0), ("--reprob", args.reprob)):
+        if not 0 <= rate < 1:
+            raise CommandError(f"{flag}={rate}, but it must be at least 0 and below 1")
     method_options(args)  # what is wrong with them is said before a model is made
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"--output: {args.output} cannot be a folder: {error}") from None
+    if args.resume is None and (args.output / LAST).is_file():
+        raise CommandError(f"--output: {args.output} has a run already: --resume auto goes on, or take another folder")
     torch.manual_seed(args.seed)
     try:
         train, val = data(args)
@@ -149,13 +155,20 @@ def trained(args: argparse.Namespace) -> None:
             seed=args.seed,
             device="cpu" if args.device == "cpu" else None,
         )
-    except (ValueError, TypeError, ImportError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, ImportError, OSError, FloatingPointError, RuntimeError) as error:
+        if interrupted(error):
+            raise KeyboardInterrupt from None
         raise CommandError(str(error)) from error
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     best = "" if history.best is None else f"best top-1 {history.best:.2f} % (epoch {(history.best_epoch or 0) + 1}), "
     unread = len({name for names in history.skipped.values() for name in names})
-    print(paragraph(f"{best}{history.seconds:.0f} s, {unread} images unreadable, saved in {history.saved}"))
+    print(paragraph(f"{best}{history.seconds:.0f} s, unreadable images: {unread}, saved in {history.saved}"))
+
+
+def interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is what an error comes from: torch.save makes another one of it."""
+    return error is not None and (isinstance(error, KeyboardInterrupt) or interrupted(error.__context__))
 
 
 def data(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -170,7 +183,10 @@ def transformed(args: argparse.Namespace, model: nn.Module, train: Any, val: Any
     """Images are read as the model wants them."""
     plain = transform_for(model, False, args.img_size)
     augmented = partial(transform_for, model, True, args.img_size, auto_augment=args.aa, re_prob=args.reprob)
-    train.transform = plain if args.no_aug else augmented()
+    try:
+        train.transform = plain if args.no_aug else augmented()
+    except AssertionError as error:
+        raise CommandError(f"--aa {args.aa} is no policy of timm's: {error}") from None
     if val is not None:
         val.transform = plain
 

@@ -186,6 +186,8 @@ class _Run:
         self.wrapped: Any = None  # the objective, in several processes with gradients that are averaged
         self.random: Any = None  # generators to be set, of a checkpoint
         self.started = time.perf_counter()
+        patch = getattr(objective.model, "tokenops_patch", None)
+        self.made = {"objective": type(objective).__name__, "method": None if patch is None else patch.method.name}
 
     def prepare(self) -> None:
         """Everything that is made of the objective's parameters."""
@@ -350,6 +352,7 @@ class _Run:
     def settings(self) -> dict[str, Any]:
         """What cannot change between an interruption and its resumption."""
         return {
+            **self.made,
             "seed": self.seed,
             "processes": self.accelerator.num_processes,
             "batches an epoch": self.batches.steps,
@@ -361,11 +364,12 @@ class _Run:
     def check(self, state: dict[str, Any]) -> None:
         """That a checkpoint fits; the objective becomes what it was, but for its weights."""
         for name, value in self.settings().items():
-            if state["settings"][name] != value:
-                raise ValueError(f"resume: {name} was {state['settings'][name]}, but is now {value}")
-        before = state.get("total", 0)
-        if before < min(self.total, state["epoch"] * self.batches.steps):
-            raise ValueError(f"resume: the run ended within an epoch, behind {before} batches: it cannot go on")
+            before = state["settings"].get(name, value)
+            if before != value:
+                raise ValueError(f"resume: {name} was {before}, but is now {value}")
+        planned = state.get("total", self.total)
+        if planned < min(self.total, state["epoch"] * self.batches.steps):
+            raise ValueError(f"resume: the run ended within an epoch, behind {planned} batches: it cannot go on")
         self.objective.load_extra_state(state["extra"])
 
     def restore(self, state: dict[str, Any]) -> None:
