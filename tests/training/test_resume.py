@@ -2,6 +2,7 @@
 
 import csv
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -261,7 +262,7 @@ def test_a_run_of_whole_epochs_is_prolonged(tmp_path):
     assert updates == list(range(8))
 
 
-@pytest.mark.parametrize("kind", [ChannelPruner, CompactorPruner])
+@pytest.mark.parametrize("kind", [ChannelPruner, partial(CompactorPruner, settle=3)], ids=["gates", "compactors"])
 def test_a_choice_made_final_by_hand_is_compacted_behind_a_whole_update(kind):
     model, updates = model_of(), []
     pruner = kind(model, 0.8, steps=(0, 2), every=1, multiples=SMALL)
