@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 from . import __version__
 from .cli import CommandError
+from .ops import backends
 
 
 class Command(NamedTuple):
@@ -58,8 +60,23 @@ def module_of(name: str) -> Any:
         raise CommandError(f"it needs more packages ({missing}): pip install 'tokenops[{extra}]'") from missing
 
 
+def check_environment() -> None:
+    try:
+        backends.check_environment()
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+
+
+def silence() -> None:
+    """What is left to be written to stdout is thrown away, so that Python does not try once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 when what was asked for cannot be done, 130 when interrupted."""
+    """Runs a command; returns the exit code.
+
+    0, 2 when what was asked for cannot be done, 130 when interrupted, 141 when nobody reads on.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     name = arguments[0] if arguments else ""
     try:
@@ -67,7 +84,18 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command is None:
             parser().print_help()
         else:
+            check_environment()
             module_of(args.command).run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        silence()
+        return 141
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        silence()
+        print(f"tokenops {name}: cannot write: {error}", file=sys.stderr)
+        return 2
     except CommandError as error:
         print(f"tokenops {name}: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ from PIL import Image
 
 import tokenops
 from support.commands import DEPTH, DIM, MODEL, QUICK, SMALL, evaluate, parsed, run, timm
-from tokenops.cli import CommandError, bench, models, running, slim
+from tokenops.cli import CommandError, bench, count_of, make_folder, models, paragraph, running, slim
 from tokenops.measuring.timing import ratio
 from tokenops.methods.patch_slimming import Schedule
 
@@ -151,6 +151,38 @@ def test_slim_prints_draws_and_saves(photographs, tmp_path, capsys):
     timm.create_model(MODEL, img_size=64).load_state_dict(torch.load(weights, weights_only=True))
 
 
+def test_slim_says_what_it_measured_before_it_draws(photographs, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise CommandError("the disk is full")
+
+    monkeypatch.setattr(slim.picture, "draw_tokens", full)
+    with pytest.raises(CommandError, match="the disk is full"):
+        run(slim, photographs[0], *SMALL, *QUICK, "-b", 1, "--output", tmp_path / "slim.png")
+    out = capsys.readouterr().out
+    assert "ms an image" in out and "Picture: " not in out
+
+
+def test_files_that_cannot_be_written_are_found_before(tmp_path):
+    kept = tmp_path / "kept.csv"
+    kept.write_text("a")
+    for path in (kept, tmp_path / "new" / "a.csv"):
+        make_folder(path)
+    assert kept.read_text() == "a" and list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(CommandError, match="--save: cannot write .*: File name too long"):
+        make_folder(tmp_path / ("a" * 300), "--save")
+    with pytest.raises(CommandError, match="cannot write .*: Is a directory"):
+        make_folder(tmp_path)
+
+
+def test_numbers_of_things_and_lines_read_well(monkeypatch):
+    assert [count_of(n, "image") for n in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert running.running(parsed(bench, *SMALL)).where().endswith(", 1 thread")
+    for room in range(40):
+        text = paragraph("a" * (80 - room) + " " + running.stages([197, 197, 99, 99]))
+        assert "197 x 2" in text and "99 x 2" in text and max(map(len, text.splitlines())) <= 80
+
+
 def test_slim_lists_tokens_that_all_differ():
     assert running.stages([197, 181, 165]) == "197, 181, 165"
     assert running.stages([197, 99, 99]) == "197 x 1, 99 x 2"
@@ -168,7 +200,7 @@ def test_slim_searches_a_schedule(photographs, tmp_path, capsys):
     arguments += ["--tolerance", 0.5, "-b", 1, *QUICK, "--output", tmp_path / "slim.png", "--save", weights]
     run(slim, photographs[0], *SMALL, *arguments)
     out = capsys.readouterr().out
-    assert "1 images were left out" in out and "bad.png" in out
+    assert "1 image left out: " in out and "bad.png" in out
     schedule = Schedule.load(tmp_path / "slim.json")
     counts = list(schedule.counts)
     assert schedule.grid == (4, 4) and counts[-1] == 1 and counts[0] == max(counts)
@@ -292,6 +324,12 @@ def test_eval_sweeps(data, checkpoint, tmp_path, quick, capsys):
     assert float(rows[1]["gmacs"]) < float(rows[0]["gmacs"]) and math.isclose(float(rows[0]["images"]), 11)
 
 
+def test_eval_checks_every_setting_before_the_first_is_evaluated(data, checkpoint, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args, **kwargs: pytest.fail("one was evaluated"))
+    with pytest.raises(CommandError, match="--method evit: keep_rate=2"):
+        evaluation(data, checkpoint, "--method", "evit", "--sweep", 0.5, 2)
+
+
 def test_eval_of_what_datasets_saved(data, checkpoint, tmp_path, quick, capsys):
     datasets = pytest.importorskip("datasets")
     paths = [data / "val" / f"class {label}" / "0.png" for label in (2, 0)]
@@ -312,6 +350,10 @@ def test_eval_says_what_is_wrong_with_the_data(data, checkpoint, tmp_path):
         run(evaluate, *SMALL, "--data-dir", data)
     with pytest.raises(CommandError, match="does not hold weights of small_vit_for_commands"):
         run(evaluate, *SMALL, "--num-classes", 6, "--data-dir", data, "--checkpoint", checkpoint)
+    sizes = dict(img_size=64, depth=3, num_classes=5)
+    timm.models.save_for_hf(timm.create_model("vit_tiny_patch16_224", **sizes), tmp_path / "five", model_args=sizes)
+    with pytest.raises(CommandError, match="five, its head random, so that its answers say nothing"):
+        run(evaluate, "--model", tmp_path / "five", "--num-classes", 7, "--data-dir", data)
     with pytest.raises(CommandError, match="--split nothing: .* has no folder nothing"):
         evaluation(data, checkpoint, "--split", "nothing")
     (tmp_path / "val" / "only").mkdir(parents=True)

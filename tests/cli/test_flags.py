@@ -1,6 +1,7 @@
 """Flags of the commands: what they become, models they make, and errors in words."""
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -153,6 +154,12 @@ def test_a_name_like_no_other():
         (bench, ["--method", "patch_slimming", "--counts", "9"], "--method patch_slimming: "),
         (bench, ["--method", "patch_slimming", "--schedule", "no.json"], "--schedule: cannot read no.json: No such"),
         (bench, ["--method", "patch_slimming", "--schedule", __file__], "must be JSON"),
+        (
+            bench,
+            ["--method", "patch_slimming", "--schedule", sys.executable],
+            f"--schedule {sys.executable} is no JSON",
+        ),
+        (bench, ["--method", "cait", "--layout", "foo"], "--method cait: layout='foo', but it must be"),
         (bench, ["--method", "cait", "-b", "0"], "--batch-size=0, but it must be at least 1"),
         (bench, ["--method", "cait", "--repeats", "0"], "--repeats=0, but it must be at least 1"),
         (bench, ["--method", "cait", "--output", "a.txt"], "--output a.txt: the name must end in .csv or .json"),
@@ -186,6 +193,9 @@ def test_a_name_like_no_other():
         ),
         (slim, ["--method", "patch_slimming", "--granularity", "0"], "--granularity=0, but it must be at least 1"),
         (slim, ["--save", f"{__file__}/a.pth"], "--save: cannot write"),
+        (slim, ["--save", "a.json"], "--save a.json: .json is for the schedule beside the weights"),
+        (slim, ["--seed", str(2**64)], f"--seed={2**64}, but it must be at most {2**64 - 1}"),
+        (bench, ["--model", "vit_tinny"], "--model: timm knows no model 'vit_tinny'; near it are: vit_tiny"),
         (slim, ["nowhere.jpg"], "there is no file nowhere.jpg"),
         (evaluate, [], "--data-dir nowhere, --split val: there is no folder nowhere"),
         (evaluate, ["--sweep", "1"], "--sweep goes with --method evit, evo_vit, sit, random, tome, not with none"),

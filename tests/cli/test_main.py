@@ -108,6 +108,35 @@ def test_info_reports_a_backend_that_cannot_run():
     assert "runs" not in cells.values() and notes(done.stdout)[cells["triton"]].startswith("asked for but cannot run: ")
 
 
+@pytest.mark.parametrize(("name", "best"), [("TOKENOPS_BACKEND", "auto"), ("TOKENOPS_CPU_ISA", "amx")])
+def test_a_variable_that_names_nothing_is_one_line(name, best):
+    done = run("info", **{name: "tritn"})
+    words = f"{name}='tritn', but it must be one of {best}, "
+    assert done.returncode == 2 and done.stderr.startswith(f"tokenops info: {words}")
+    assert len(done.stderr.splitlines()) == 1
+    script = "import torch, tokenops; tokenops.soft_aggregate(torch.zeros(1, 2, 8), torch.zeros(1, 2, 1))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {name: "tritn"}
+    )
+    assert f"ValueError: {words}" in done.stderr, "not left aside where no command is run"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes are those of POSIX")
+def test_what_cannot_be_written_is_no_traceback():
+    for options in ([], ["-u"]):
+        command = [sys.executable, *options, "-m", "tokenops", "info"]
+        ends = os.pipe()
+        os.close(ends[0])
+        done = subprocess.run(command, stdout=ends[1], stderr=subprocess.PIPE, text=True)
+        os.close(ends[1])
+        assert (done.returncode, done.stderr) == (141, "")
+        if os.path.exists("/dev/full"):
+            with open("/dev/full", "w") as full:
+                done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+            assert done.returncode == 2 and done.stderr.startswith("tokenops info: cannot write: ")
+            assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     found = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, total_memory=139 * 2**30)

@@ -37,6 +37,32 @@ def of_timm(folder):
     timm.models.save_for_hf(timm.create_model("deit_tiny_patch16_224", **sizes), folder, model_args=sizes)
 
 
+def vit_without_a_head(folder):
+    transformers = pytest.importorskip("transformers")
+    transformers.ViTModel(transformers.ViTConfig(**VISION), add_pooling_layer=False).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("save", "classes", "random"),
+    [(vit, 3, True), (vit, 7, False), (of_timm, 3, True), (of_timm, 7, False), (vit_without_a_head, 2, True)],
+)
+def test_a_head_without_weights_is_called_random(save, classes, random, tmp_path):
+    save(tmp_path)
+    _, weights = models.make(parsed(bench, "--model", tmp_path, "--num-classes", classes))
+    assert weights == f"{tmp_path}{', its head random' if random else ''}"
+    assert models.trained(weights) is not random
+
+
+def test_a_head_without_published_weights_is_called_random(monkeypatch):
+    import timm
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **kwargs: create(name, **kwargs))
+    for flags, random in (([], False), (["--num-classes", 3], True)):
+        made = models.make(parsed(bench, "--model", "vit_tiny_patch16_224", "--pretrained", *flags))
+        assert made.weights == f"published weights{', its head random' if random else ''}"
+
+
 @pytest.mark.parametrize("save", [vit, clip, of_timm])
 def test_a_folder_brings_its_weights_and_takes_every_method_of_its_kind(save, tmp_path):
     save(tmp_path)
@@ -62,9 +88,11 @@ def test_a_folder_says_how_images_are_prepared(tmp_path):
     torch.testing.assert_close(found[0, :, 5, 5], torch.tensor([(1 - 0.1) / 0.4, -0.2 / 0.5, (0.2 - 0.3) / 0.6]))
 
 
-def test_a_folder_for_other_classes(tmp_path):
+def test_a_folder_for_other_classes(tmp_path, capfd):
     vit(tmp_path)
+    capfd.readouterr()
     model, _ = models.make(parsed(bench, "--model", tmp_path, "--num-classes", 3))
+    assert capfd.readouterr().err == "", "what transformers tells is said by the command"
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3) and model.num_classes == 3
 
 
@@ -83,6 +111,7 @@ def test_slim_of_a_folder(tmp_path, capsys):
         ('{"architecture": "vit_tinny"}', "cannot make local-dir:"),
         ('{"model_type": "vit"}', "no file named model.safetensors"),
         ("no json", "a folder of a model needs its config.json"),
+        ("[1, 2]", "it must be an object, but is [1, 2]"),
         (None, "a folder of a model needs its config.json"),
     ],
 )
@@ -94,6 +123,12 @@ def test_a_folder_that_cannot_be_taken_is_refused_in_one_line(config, words, tmp
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_checkpoint_to_resume_from_is_not_taken_for_weights(tmp_path):
+    torch.save({"tokenops": 1, "objective": {}, "optimizers": []}, tmp_path / "last.pt")
+    with pytest.raises(CommandError, match=r"last\.pt is a checkpoint to resume from: take model\.pt beside it"):
+        models.make(parsed(bench, "--checkpoint", tmp_path / "last.pt"))
+
+
 @pytest.mark.parametrize(
     ("model", "flags"), [("hf-hub:nobody/nothing", []), ("vit_tiny_patch16_224", ["--pretrained"])]
 )
@@ -102,8 +137,9 @@ def test_without_the_net_it_says_so_in_one_line(model, flags, monkeypatch, tmp_p
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CommandError, match=f"--model: the weights of {model} cannot be downloaded") as error:
+    with pytest.raises(CommandError, match=f"{(flags or ['--model'])[0]}: the weights of {model} cannot be") as error:
         models.make(parsed(bench, "--model", model, *flags))
+    assert "(no connection to the hub, and not in its cache)" in str(error.value)
     assert "\n" not in str(error.value) and "give a folder, or a --checkpoint" in str(error.value)
 
 

@@ -24,10 +24,16 @@ def columns(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
 def wrapped(start: str, text: str, indent: str = "") -> list[str]:
     """Text behind a start, in lines of the width; words are never divided, and no line is left without one."""
     room = max(WIDTH - len(indent), 20)
+    whole = text.replace(" x ", "\xa0x\xa0")  # 9 x 1 stays on a line
     return [
-        (start if i == 0 else indent) + line
-        for i, line in enumerate(textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""])
+        (start if i == 0 else indent) + line.replace("\xa0", " ")
+        for i, line in enumerate(textwrap.wrap(whole, room, break_long_words=False, break_on_hyphens=False) or [""])
     ]
+
+
+def count_of(n: int, word: str) -> str:
+    """1 image, 2 images."""
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"
 
 
 def paragraph(text: str) -> str:
@@ -39,7 +45,10 @@ def make_folder(path: Path, flag: str = "--output") -> None:
     """The folder of a file that is to be written. Raises CommandError where it cannot be, before anything is done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
+        with path.open("ab"):  # nothing else says for certain whether it can be written
+            pass
+        if not there:
+            path.unlink()
     except OSError as error:
-        raise CommandError(f"{flag}: cannot write {path}: {error}") from None
-    if path.is_dir():
-        raise CommandError(f"{flag}: cannot write {path}: it is a folder")
+        raise CommandError(f"{flag}: cannot write {path}: {error.strerror}") from None

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"\n{columns(rows)}\n\n{running.remarks(times, [gain.speedup for gain in gains])}")
     for line in left_out:
         print(paragraph(line))
-    if weights:
+    if models.trained(weights):
         every = {"dense": dense, **{name: each.model for name, each in found.items()}}
         guesses = [
             (name, *(best[0] for best in models.guesses(model, x[:PICTURED], 1))) for name, model in every.items()

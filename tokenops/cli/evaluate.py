@@ -15,7 +15,7 @@ from ..measuring.timing import Spread
 from ..methods import for_inference
 from ..training import evaluate, loader_of, open_images, transform_for
 from ..training.data import SPLITS, class_folders
-from . import CommandError, columns, models, paragraph, running
+from . import CommandError, columns, count_of, models, paragraph, running
 from .methods import METHODS, add_method_arguments, given, method_label, number, swept
 from .running import quartiles
 
@@ -71,18 +71,24 @@ def run(args: argparse.Namespace) -> None:
     rows: list[Row] = []
     made: dict[str, Any] = {}
     with Bar() as advance:
-        for i, setting in enumerate(settings):
-            name, start = method_label(setting), i / len(settings)
-            advance(f"{name}: making the model", 0.9 * start)
+        for setting in settings:  # all of them, before the first is evaluated: what is wrong with one is said at once
+            advance(f"{method_label(setting)}: making the model", 0.0)
             torch.manual_seed(0)
             model, weights = models.make(setting)
-            model = for_inference(model)
+            if weights and not models.trained(weights):
+                raise CommandError(
+                    f"weights: {weights}, so that its answers say nothing: leave out --num-classes, or give a"
+                    " --checkpoint of the whole model, as train makes it"
+                )
+            made[method_label(setting)] = for_inference(model)
+        for i, (name, model) in enumerate(made.items()):
+            start = i / len(made)
             macs = models.counted(model, torch.zeros(1, *models.input_size(model))).macs
             images = opened(args, model)
             made[name] = model = how.placed(model)
 
             def step(part: float, name: str = name, start: float = start) -> None:
-                advance(name, 0.9 * (start + part / len(settings)))
+                advance(name, 0.9 * (start + part / len(made)))
 
             loader = Watched(loader_of(images, args.batch_size, args.workers), step)
             try:
@@ -169,11 +175,11 @@ def report(
     batch: int,
 ) -> None:
     missing = images.skipped()
-    count, scores = len(images) - len(missing), rows[0].scores
+    count, scores = count_of(len(images) - len(missing), "image"), rows[0].scores
     print(
-        f"{models.named(args)}: top-1 {scores['top1']:.2f} % of {count} images"
+        f"{models.named(args)}: top-1 {scores['top1']:.2f} % of {count}"
         if len(rows) == 1
-        else f"{args.model} with {args.method}: top-1 of {count} images at {len(rows)} settings"
+        else f"{args.model} with {args.method}: top-1 of {count} at {len(rows)} settings"
     )
     source = f"weights: {weights or 'random'}; {unreadable(missing)}"
     print(f"{paragraph(how.where())}\n{paragraph(source)}\n")

@@ -15,7 +15,7 @@ import tokenops
 from ..measuring import machine
 from ..ops import backends, native
 from ..ops.masked_channel_attention import FASTER
-from . import columns
+from . import columns, count_of
 
 PACKAGES = ("numpy", "triton", "timm", "torchvision", "transformers")
 VARIABLES = ("TOKENOPS_BACKEND", "TOKENOPS_CPU_ISA", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
@@ -67,7 +67,7 @@ def _versions() -> list[tuple[str, str]]:
 
 def _devices() -> list[tuple[str, str]]:
     simd = torch.backends.cpu.get_cpu_capability()
-    rows = [("cpu", f"{machine.device_name('cpu')}, {torch.get_num_threads()} threads, {simd}")]
+    rows = [("cpu", f"{machine.device_name('cpu')}, {count_of(torch.get_num_threads(), 'thread')}, {simd}")]
     if not torch.cuda.is_available():
         none = "none: torch sees no GPU" if torch.version.cuda else "none: this torch was built without CUDA"
         return [*rows, ("cuda", none)]

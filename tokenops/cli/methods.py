@@ -182,6 +182,8 @@ def read(flag: Flag, value: Any) -> Any:
             return flag.loads(value[0])
         except OSError as error:
             raise CommandError(f"{flag.option}: cannot read {value[0]}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise CommandError(f"{flag.option} {value[0]} is no JSON") from None
         except (TypeError, ValueError) as error:
             raise CommandError(f"{flag.option} {value[0]}: {error}") from None
     return value[0] if flag.lone and len(value) == 1 else value
@@ -219,4 +221,4 @@ def apply(model: Any, args: argparse.Namespace, **more: Any) -> Any:
     try:
         return tokenops.apply_patch(model, args.method, **options)
     except (TypeError, ValueError) as error:
-        raise CommandError(f"--method {args.method}: {error}") from None
+        raise CommandError(f"--method {args.method}: {str(error).removeprefix(f'{args.method}: ')}") from None

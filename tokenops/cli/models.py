@@ -13,6 +13,7 @@ import numpy as np
 import timm
 import torch
 from huggingface_hub import logging as hub_logging
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from timm.models import load_state_dict
@@ -35,11 +36,20 @@ HUB = ("hf-hub:", "hf_hub:", "local-dir:", "local_dir:")
 HUGGING_FACE = ("vit", "clip", "siglip")
 
 
+#: behind where weights come from, if they have none for the classifier
+HEADLESS = ", its head random"
+
+
 class Made(NamedTuple):
     """A model in eval mode, and where its weights come from ("" for random ones)."""
 
     model: Any
     weights: str
+
+
+def trained(weights: str) -> bool:
+    """Whether a model of these weights (`Made`) can tell classes."""
+    return bool(weights) and not weights.endswith(HEADLESS)
 
 
 class Classifier(nn.Module):
@@ -84,11 +94,8 @@ def create(flag: str, name: str, pretrained: bool = False, **kwargs: Any) -> Mad
     """
     remote = name.startswith(HUB)
     if not remote and Path(name).is_dir():
-        return Made(from_folder(flag, Path(name), kwargs).eval(), name)
-    if not remote and not timm.models.is_model(name):
-        near = nearest(name)
-        rest = f"; near it are: {', '.join(near)}" if near else ": timm.list_models() tells all"
-        raise CommandError(f"{flag}: timm knows no model {name!r}{rest}")
+        return from_folder(flag, Path(name), kwargs)
+    check_name(flag, name)
     if pretrained and not remote and not timm.models.is_model_pretrained(name):
         raise CommandError(f"--pretrained, but no weights of {name} can be downloaded: use --checkpoint")
     download = pretrained or remote
@@ -96,14 +103,26 @@ def create(flag: str, name: str, pretrained: bool = False, **kwargs: Any) -> Mad
     try:
         model: Any = timm.create_model(name, pretrained=download, **kwargs)
     except OSError as error:
-        said = f"the weights of {name} cannot be downloaded ({type(error).__name__}: {one_line(error, 160)})"
-        raise CommandError(f"{flag}: {said}: give a folder, or a --checkpoint without --pretrained") from None
+        asked = flag if remote else "--pretrained" if flag == "--model" else f"{flag}-pretrained"
+        offline = isinstance(error, LocalEntryNotFoundError)
+        why = "no connection to the hub, and not in its cache" if offline else f"{type(error).__name__}: {error}"
+        said = f"the weights of {name} cannot be downloaded ({' '.join(why.split())})"
+        raise CommandError(f"{asked}: {said}: give a folder, or a --checkpoint without --pretrained") from None
     except Exception as error:  # whatever a model makes of its arguments
         raise CommandError(f"{flag}: cannot make {name} with {kwargs}: {one_line(error)}") from None
     if "img_size" in kwargs:  # what transforms go by
         size = kwargs["img_size"]
         model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, size, size)}
-    return Made(model.eval(), "published weights" if download else "")
+    headless = download and model.num_classes != model.pretrained_cfg.get("num_classes")
+    return Made(model.eval(), ("published weights" if download else "") + HEADLESS * headless)
+
+
+def check_name(flag: str, name: str) -> None:
+    """Raises CommandError, with what is near, where a name is of no model."""
+    if not (name.startswith(HUB) or Path(name).is_dir() or timm.models.is_model(name)):
+        near = nearest(name)
+        rest = f"; near it are: {', '.join(near)}" if near else ": timm.list_models() tells all"
+        raise CommandError(f"{flag}: timm knows no model {name!r}{rest}")
 
 
 def nearest(name: str) -> list[str]:
@@ -120,14 +139,17 @@ def one_line(error: BaseException, most: int = 300) -> str:
     return text if len(text) <= most else text[:most] + " ..."
 
 
-def from_folder(flag: str, folder: Path, kwargs: dict[str, Any]) -> Any:
+def from_folder(flag: str, folder: Path, kwargs: dict[str, Any]) -> Made:
     """A model in a folder as the hub has them: timm's, or one of transformers' that can be patched."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it must be an object, but is {one_line(ValueError(config), 60)}")
     except (OSError, ValueError) as error:
         raise CommandError(f"{flag} {folder}: a folder of a model needs its config.json: {error}") from None
     if "architecture" in config:
-        return create(flag, f"local-dir:{folder}", **kwargs).model
+        made = create(flag, f"local-dir:{folder}", **kwargs)
+        return Made(made.model, str(folder) + HEADLESS * (not trained(made.weights)))
     if config.get("model_type") not in HUGGING_FACE:
         kinds = ", ".join(HUGGING_FACE)
         raise CommandError(
@@ -138,11 +160,17 @@ def from_folder(flag: str, folder: Path, kwargs: dict[str, Any]) -> Any:
         raise CommandError(f"{flag} {folder}: a model of transformers takes no {', '.join(kwargs)}")
     try:
         from transformers import AutoModelForImageClassification
+        from transformers.utils import logging as transformers_logging
 
+        transformers_logging.set_verbosity_error()  # it would tell of a head without weights, as `Made` does
+        transformers_logging.disable_progress_bar()
         other = {} if classes is None else {"num_labels": classes, "ignore_mismatched_sizes": True}
-        model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True, **other)
+        how = {"local_files_only": True, "output_loading_info": True}
+        model, loading = AutoModelForImageClassification.from_pretrained(folder, **how, **other)
         preprocessor = folder / "preprocessor_config.json"
-        return Classifier(model, json.loads(preprocessor.read_text()) if preprocessor.is_file() else {})
+        classifier = Classifier(model, json.loads(preprocessor.read_text()) if preprocessor.is_file() else {})
+        headless = bool(loading["missing_keys"] or loading["mismatched_keys"])
+        return Made(classifier.eval(), str(folder) + HEADLESS * headless)
     except ImportError as missing:
         raise CommandError(f"{flag} {folder} needs transformers: pip install 'tokenops[hf]' ({missing})") from None
     except Exception as error:  # whatever a strange folder provokes
@@ -192,9 +220,13 @@ def read_checkpoint(path: Path) -> tuple[Any, str | None]:
         state = load_state_dict(str(path), weights_only=True)
         if path.suffix == ".safetensors":
             return state, None
-        return state, torch.load(path, map_location="cpu", weights_only=True).get("structure")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        structure = content.get("structure")
     except Exception as error:  # torch.load raises whatever a strange file provokes
         raise CommandError(f"--checkpoint: {path} holds no weights: {one_line(error)}") from None
+    if "optimizers" in content:
+        raise CommandError(f"--checkpoint: {path} is a checkpoint to resume from: take model.pt beside it")
+    return state, structure
 
 
 def load(model: Any, state: Any, args: argparse.Namespace) -> None:
@@ -217,7 +249,8 @@ def dense_form(name: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def check_reduced(args: argparse.Namespace) -> None:
-    """Raises CommandError where neither --method nor the model reduces anything."""
+    """Raises CommandError where there is no such model, and where neither --method nor the model reduces anything."""
+    check_name("--model", args.model)
     if args.method == "none" and dense_form(args.model) is None:
         known = ", ".join(METHODS)
         raise CommandError(f"--method none, and {args.model} reduces nothing: choose a --method, {known}")

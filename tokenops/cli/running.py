@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..measuring import machine
 from ..measuring.timing import Spread, clock, interleaved, recorded_kernels
-from . import CommandError, make_folder, paragraph
+from . import CommandError, count_of, make_folder, paragraph
 
 LEAST, MOST = 5, 50  # rounds of timing
 UNSTEADY = 0.25  # quartiles that lie further apart than this part of the median call for a warning
@@ -57,7 +57,7 @@ class Running(NamedTuple):
 
     def where(self, *more: str) -> str:
         """The line of a report that says what the numbers are of."""
-        threads = [f"{torch.get_num_threads()} threads"] if self.device.type == "cpu" else []
+        threads = [count_of(torch.get_num_threads(), "thread")] if self.device.type == "cpu" else []
         return ", ".join((machine.device_name(self.device.type), str(self), *more, *threads))
 
     def __str__(self) -> str:

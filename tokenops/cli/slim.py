@@ -12,7 +12,7 @@ import torch
 from ..measuring.progress import Bar
 from ..measuring.timing import ratio
 from ..methods import patch_slimming
-from . import CommandError, columns, make_folder, models, paragraph, picture, running
+from . import CommandError, columns, count_of, make_folder, models, paragraph, picture, running
 from .methods import METHODS, add_method_arguments, apply, given, method_options
 from .running import quartiles, stages
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SECONDS = 15  # of timing, when the number of repeats is not given
 PICTURED = 3  # photographs in the picture, at most
+SEEDS = 2**64 - 1  # the greatest that torch takes
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -66,15 +67,16 @@ def run(args: argparse.Namespace) -> None:
         before, after = (models.counted(model, x[:1]) for model in sides.values())
         advance("where the patches go", 0.2)
         trace = models.traced(slim, x[:PICTURED])
-        named = {name: models.guesses(model, x[:PICTURED]) for name, model in sides.items()} if weights else {}
+        named = (
+            {name: models.guesses(model, x[:PICTURED]) for name, model in sides.items()}
+            if models.trained(weights)
+            else {}
+        )
         batch = how.placed(x[torch.arange(args.batch_size) % len(x)])
         copies = {name: how.copied(model) for name, model in sides.items()}
         times = running.timed(
             copies, batch, how, args.repeats, SECONDS, lambda part: advance("timing", 0.3 + 0.6 * part)
         )
-        advance("drawing", 0.95)
-        picture.draw_tokens(args.output, [models.displayed(slim, image) for image in x[:PICTURED]], trace)
-        files = saved(args.save, slim, schedule)
     speedup, flops = ratio(times.seconds["dense"], times.seconds["slim"]), before.macs / after.macs
     ms = [times.ms(name, args.batch_size) for name in sides]
     first = (
@@ -101,8 +103,9 @@ def run(args: argparse.Namespace) -> None:
     for name, guesses in named.items():
         head = [f"photograph {i + 1}" for i in range(len(guesses))]
         print(f"\ntop 5 of the {name} model\n{columns([head, *zip_longest(*guesses, fillvalue='')])}")
+    picture.draw_tokens(args.output, [models.displayed(slim, image) for image in x[:PICTURED]], trace)
     print(f"\nPicture: {args.output}")
-    for what, path in files:
+    for what, path in saved(args.save, slim, schedule):
         print(f"{what}: {path}")
 
 
@@ -114,12 +117,16 @@ def checked(args: argparse.Namespace) -> running.Running:
     models.at_least(1, batch_size=args.batch_size, repeats=args.repeats, num_images=args.num_images)
     models.at_least(1, granularity=args.granularity)
     models.at_least(0, tolerance=args.tolerance, epochs=args.epochs, seed=args.seed)
+    if args.seed > SEEDS:
+        raise CommandError(f"--seed={args.seed}, but it must be at most {SEEDS}")
     picture.check(args.output)
     if args.data_dir and not searching(args):
         raise CommandError("--data-dir goes with --method patch_slimming that searches its schedule")
     if not searching(args):
         method_options(args)
     if args.save:
+        if args.save.suffix.lower() == ".json":
+            raise CommandError(f"--save {args.save}: .json is for the schedule beside the weights: name these .pt, say")
         make_folder(args.save, "--save")
     return how
 
@@ -162,7 +169,7 @@ def sample(folder: Path, count: int, seed: int) -> list["Image.Image"]:
     if not found:
         raise CommandError(f"--data-dir {folder} has no image that can be read, in {len(paths)} files")
     if unreadable:
-        print(f"{len(unreadable)} images were left out: {'; '.join(unreadable[:3])}")
+        print(f"{count_of(len(unreadable), 'image')} left out: {'; '.join(unreadable[:3])}")
     return found
 
 

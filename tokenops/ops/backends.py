@@ -42,7 +42,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-_forced: str | None = None
+_asked = os.environ.get("TOKENOPS_BACKEND") or "auto"
+_forced: str | None = None if _asked == "auto" else _asked
 
 
 class use_backend:
@@ -106,7 +107,11 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
 
 
 def choose(op: str, device: str, dtype: torch.dtype) -> str:
-    """The backend that will run `op`: the forced one (RuntimeError where it cannot), else the first that can."""
+    """The backend that will run `op`: the forced one (RuntimeError where it cannot), else the first that can.
+
+    ValueError where the environment names something unknown, which is said here and not when tokenops is imported.
+    """
+    check_environment()
     if _forced is not None:
         reason = why_not(op, _forced, device, dtype)
         if reason is not None:
@@ -118,4 +123,18 @@ def choose(op: str, device: str, dtype: torch.dtype) -> str:
     return "reference"
 
 
-_forced = _checked(os.environ.get("TOKENOPS_BACKEND", "auto"))
+def check_environment() -> None:
+    """Raises ValueError where TOKENOPS_BACKEND or TOKENOPS_CPU_ISA names something unknown."""
+    if _wrong is not None:
+        raise ValueError(_wrong)
+
+
+def _wrong_variable() -> str | None:
+    for name, known in (("TOKENOPS_BACKEND", ("auto", *BACKENDS)), ("TOKENOPS_CPU_ISA", native.CPU_ISAS)):
+        value = os.environ.get(name) or known[0]
+        if value not in known:
+            return f"{name}={value!r}, but it must be one of {', '.join(known)}"
+    return None
+
+
+_wrong = _wrong_variable()

@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -87,9 +86,6 @@ def _isas() -> dict[torch.dtype, str]:
         return {}
     library = ctypes.CDLL(str(LIBRARY))
     library.tokenops_attention_isa.restype = ctypes.c_char_p
-    asked = os.environ.get("TOKENOPS_CPU_ISA", "")
-    if asked and asked not in CPU_ISAS:
-        raise ValueError(f"TOKENOPS_CPU_ISA={asked!r}, but it must be one of {', '.join(CPU_ISAS)}")
     return {dtype: library.tokenops_attention_isa(i).decode() for i, dtype in enumerate(_TYPES)}
 
 
