@@ -163,9 +163,9 @@ def missing() -> Iterator[tuple[str, str]]:
         yield "no compiled operators, which are the fast ones on a CPU:", build
     if (gpu or torch.cuda.is_available()) and built["cuda"] is not None:
         if shutil.which("nvcc") is None:
-            toolkit = f"={torch.version.cuda}" if torch.version.cuda else ""
-            yield "no nvcc, so no CUDA operators:", f"conda install -c nvidia cuda-toolkit{toolkit}"
-        yield "no CUDA operators, which are faster than Triton's at small sizes:", build
+            release = f"=={torch.version.cuda}.*" if torch.version.cuda else ""
+            yield "no nvcc, so no CUDA operators:", f"pip install 'cuda-toolkit[nvcc,cccl,cudart]{release}'"
+        yield "no CUDA operators, so Triton's serve the GPU alone:", build
     if not backends.HAS_TRITON and (gpu or torch.cuda.is_available()):
         yield "no triton, so no kernels for the GPU but the compiled ones:", "pip install triton"
     wanted: dict[str, list[str]] = {}
