@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -331,7 +332,11 @@ def test_an_interruption_is_one_line(command, demo_packages, tmp_path):
         f"sys.exit(main({arguments!r}))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", script],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # what runs behind a shell ignores it
     )
     for line in process.stderr:
         if line.startswith("epoch 2/"):
