@@ -103,6 +103,9 @@ def pytest_ignore_collect(collection_path, config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--device") == "cpu":
+        of_a_gpu = [item for item in items if item.get_closest_marker("gpu_only")]
+        config.hook.pytest_deselected(items=of_a_gpu)
+        items[:] = [item for item in items if item not in of_a_gpu]
         mark_slow_ones(items)
         return
     kept = sorted(filter(takes_the_device, items), key=turn_on_a_gpu)

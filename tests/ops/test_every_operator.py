@@ -101,9 +101,9 @@ def test_forward_mode_says_that_it_cannot(call, backend, device):
     tensors = tuple(t.detach() for t in inputs(call, device))
     tangents = tuple(torch.ones_like(t) for t in tensors)
     words = "jvp|forward mode|forward AD"
-    with pytest.raises((RuntimeError, NotImplementedError), match=words):
+    with pytest.raises(RuntimeError, match=words):
         torch.func.jvp(call.function, tensors, tangents)
-    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError), match=words):
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=words):
         call.function(*map(forward_ad.make_dual, tensors, tangents))
 
 
