@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from scenes import CLASSES, Scenes
 from tokenops import apply_patch
 from tokenops.cli import CommandError, columns, paragraph, picture
-from tokenops.cli.models import at_least, counted
+from tokenops.cli.models import at_least, check_seed, counted
 from tokenops.cli.running import Running, quartiles, remarks, running, stages, timed
 from tokenops.measuring.progress import Bar
 from tokenops.measuring.timing import Spread, ratio
@@ -111,7 +111,7 @@ def checked(args: argparse.Namespace) -> Running:
     """Where it runs; the options are in range."""
     at_least(20, steps=args.steps)
     at_least(1, scenes=args.scenes)
-    at_least(0, seed=args.seed)
+    check_seed(args.seed)
     if not 0 < args.keep <= 1:
         raise CommandError(f"--keep={args.keep}, but it must be above 0 and at most 1")
     how = running(argparse.Namespace(device=args.device, amp=False, amp_dtype="bfloat16", channels_last=False))

@@ -181,6 +181,7 @@ def test_a_compacted_model_takes_no_other_method(tmp_path):
         ("--resume gone.pt", "gone.pt"),
         ("--epochs 0", "--epochs=0"),
         ("--seed -1", "--seed=-1"),
+        (f"--seed {2**64}", "--seed=18446744073709551616, but it must be at most"),
         ("--drop-path 3", "--drop-path=3.0, but it must be at least 0 and below 1"),
         ("--reprob -0.1", "--reprob=-0.1, but it must be at least 0 and below 1"),
         ("--aa foo", "--aa foo is no policy of timm's"),

@@ -30,6 +30,7 @@ from . import CommandError
 from .methods import METHODS, apply, method_label, method_options
 
 MODEL = "deit_small_patch16_224"
+SEEDS = 2**64 - 1  # the greatest that torch takes
 #: what names a model of the Hugging Face hub, or a folder of timm's
 HUB = ("hf-hub:", "hf_hub:", "local-dir:", "local_dir:")
 #: the classifiers of transformers whose blocks can be patched
@@ -272,6 +273,13 @@ def at_least(least: float, **values: float | Sequence[float] | None) -> None:
         for one in value if isinstance(value, Sequence) else (value,):
             if one is not None and one < least:
                 raise CommandError(f"--{name.replace('_', '-')}={one}, but it must be at least {least}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises CommandError for a seed that torch does not take."""
+    at_least(0, seed=seed)
+    if seed > SEEDS:
+        raise CommandError(f"--seed={seed}, but it must be at most {SEEDS}")
 
 
 def named(args: argparse.Namespace) -> str:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 SECONDS = 15  # of timing, when the number of repeats is not given
 PICTURED = 3  # photographs in the picture, at most
-SEEDS = 2**64 - 1  # the greatest that torch takes
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -116,9 +115,8 @@ def checked(args: argparse.Namespace) -> running.Running:
         raise CommandError("--method none slims nothing: choose one of " + ", ".join(METHODS))
     models.at_least(1, batch_size=args.batch_size, repeats=args.repeats, num_images=args.num_images)
     models.at_least(1, granularity=args.granularity)
-    models.at_least(0, tolerance=args.tolerance, epochs=args.epochs, seed=args.seed)
-    if args.seed > SEEDS:
-        raise CommandError(f"--seed={args.seed}, but it must be at most {SEEDS}")
+    models.at_least(0, tolerance=args.tolerance, epochs=args.epochs)
+    models.check_seed(args.seed)
     picture.check(args.output)
     if args.data_dir and not searching(args):
         raise CommandError("--data-dir goes with --method patch_slimming that searches its schedule")

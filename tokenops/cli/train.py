@@ -111,7 +111,8 @@ def trained(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda was asked for, but torch sees no GPU")
     models.at_least(1, batch_size=args.batch_size, epochs=args.epochs, grad_accum_steps=args.grad_accum_steps)
-    models.at_least(0, workers=args.workers, seed=args.seed, mixup=args.mixup, cutmix=args.cutmix)
+    models.at_least(0, workers=args.workers, mixup=args.mixup, cutmix=args.cutmix)
+    models.check_seed(args.seed)
     for flag, rate in (("--drop-path", args.drop_path or 0), ("--reprob", args.reprob)):
         if not 0 <= rate < 1:
             raise CommandError(f"{flag}={rate}, but it must be at least 0 and below 1")
