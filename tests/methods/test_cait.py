@@ -20,7 +20,8 @@ from tokenops import nn as ours
 from tokenops.methods.cait import Mlp, Structure, compact, merging, prunable, restructure, unmerge_tokens
 from tokenops.methods.cait.merging import commutes, merges_of
 from tokenops.patching.blocks import Ask
-from tokenops.patching.engine import PatchedAttention, plain_of
+from tokenops.patching.engine import PatchedAttention
+from tokenops.patching.modules import plain_of
 
 
 def literal(model, x):

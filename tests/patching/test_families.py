@@ -24,6 +24,7 @@ from support.weights import redrawn
 from tokenops import apply_patch, nn, remove_patch
 from tokenops.nn import convert_attention
 from tokenops.patching import blocks, engine
+from tokenops.patching.positions import Positions
 
 CASES = [
     *((family, method) for family in FAMILIES for method in METHODS),
@@ -85,16 +86,16 @@ def test_attention_by_the_operator_is_the_blocks_own(family):
     x = model._pos_embed(model.patch_embed(images()))
     x, rope = x if isinstance(x, tuple) else (x, None)
     rope = rope[1] if getattr(model, "rope_mixed", False) else rope
-    block = model.blocks[1]
+    block, positions = model.blocks[1], None if rope is None else Positions((rope,))
     with torch.no_grad():
-        own, scores, keys = blocks.attend(block, x, rope=rope)
+        own, scores, keys = blocks.attend(block, x, positions=positions)
         assert scores is None and keys is None
         bias = torch.zeros(x.shape[:2])
-        y, scores, keys = blocks.attend(block, x, rope=rope, key_bias=bias, scores="received", key_mean=True)
+        y, scores, keys = blocks.attend(block, x, positions=positions, key_bias=bias, scores="received", key_mean=True)
         torch.testing.assert_close(y, own, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(scores.sum(dim=1), torch.ones(2))
         assert keys.shape == (*x.shape[:2], 16)
-        few = blocks.attend(block, x, rope=rope, rows=7)[0]
+        few = blocks.attend(block, x, positions=positions, rows=7)[0]
         torch.testing.assert_close(few, own[:, :7], rtol=1e-4, atol=1e-4)
         whole = block(x) if rope is None else block(x, rope=rope)
         torch.testing.assert_close(blocks.feed(block, y), whole, rtol=1e-4, atol=1e-4)

@@ -123,8 +123,8 @@ def test_a_method_of_ones_own():
         def idle(self):
             return not self.halves
 
-        def run(self, block, flow, rope, record):
-            x = blocks.whole(block, flow.tokens, rope)
+        def run(self, block, flow, positions, record):
+            x = blocks.whole(block, flow.tokens, positions)
             x = torch.cat((x[:, : self.prefix], x[:, self.prefix :: 2]), dim=1)
             if record is not None:
                 sources = torch.arange(16) // 2

@@ -27,7 +27,7 @@ def refused(model, error, words, method="tome", **options):
 @pytest.mark.parametrize(
     "kwargs, words",
     [
-        (dict(block_fn=vision_transformer.ResPostBlock), "it has blocks of .*ResPostBlock; blocks must be timm"),
+        (dict(block_fn=vision_transformer.ResPostBlock), "it has blocks of .*ResPostBlock; blocks must be of a kind"),
         (dict(block_fn=vision_transformer.ParallelScalingBlock), "ParallelScalingBlock"),
         (dict(block_fn=vision_transformer.ParallelThingsBlock), "ParallelThingsBlock"),
         (dict(attn_layer="diff"), "its attention is .*DiffAttention"),
@@ -155,7 +155,7 @@ def test_scripting():
 
 @pytest.mark.parametrize("method", ["tome", "sit", "cait", "evit"])
 def test_rotary_positions(method):
-    refused(model_of("rope"), ValueError, f"{method}: the model has rotary positions", method)
+    refused(model_of("rope"), ValueError, f"{method}: the model has rotary or relative positions", method)
 
 
 def test_no_patch_left_to_pool():

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.select_tokens import select_tokens
-from ..patching.blocks import attend, feed, rope_rows, whole
+from ..patching.blocks import attend, feed, whole
 from ..patching.engine import Flow, Method, Record, Role, sources_of
 from ..patching.modules import fusable
+from ..patching.positions import Positions, at
 from .options import PartRole, block_indices, per_block, quarters
 
 
@@ -42,18 +43,18 @@ class Choosing(PartRole):
     def idle(self) -> bool:
         return self.part >= 1
 
-    def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
+    def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         x, state = flow
         places = None if state is None else state.places
         N = x.shape[1] - self.prefix
         k = math.ceil(self.part * N)
         if k >= N:
-            return Flow(whole(block, x, rope, places), state)
+            return Flow(whole(block, x, positions, places), state)
         kind = None if self.scores == "random" else self.scores
-        x, looked_at, _ = attend(block, x, scores=kind, rope=rope_rows(rope, places))
+        x, looked_at, _ = attend(block, x, scores=kind, positions=at(positions, places))
         if looked_at is None:
             looked_at = torch.rand(x.shape[:2], device=x.device)
-        if places is None and (record is not None or rope is not None):
+        if places is None and (record is not None or positions is not None):
             places = torch.arange(N, device=x.device).repeat(x.shape[0], 1)
         chosen = select_tokens(
             x,
@@ -107,7 +108,7 @@ class EViT(Method):
 
     def roles(self, site: Any) -> list[Role]:
         if self.fuse_token:
-            site.refuse_rope(self.name, "a fused token has no position: pass fuse_token=False")
+            site.refuse_placed(self.name, "a fused token has no position: pass fuse_token=False")
         site.needs_no_map(self.name)
         where = block_indices("reduction_loc", quarters(site.depth, self.reduction_loc), 0, site.depth)
         rates = per_block("keep_rate", self.value, where, site.depth)

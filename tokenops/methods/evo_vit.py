@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..ops.restore_tokens import restore_tokens
 from ..ops.select_tokens import select_tokens
-from ..patching.blocks import attend, feed, rope_rows
+from ..patching.blocks import attend, feed
 from ..patching.engine import Flow, Method, Record, Role, sources_of
 from ..patching.modules import fusable
+from ..patching.positions import Positions, at
 from .options import PartRole, block_indices, per_block
 
 
@@ -56,7 +57,7 @@ class Evolving(PartRole):
     def idle(self) -> bool:
         return not (self.begins or self.needed)
 
-    def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
+    def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         state: Any = flow.state or Waiting()
         x, (scores, base, base_scores, index) = flow.tokens, state
         normed = None
@@ -81,7 +82,7 @@ class Evolving(PartRole):
             if record is not None:
                 record.note(x, sources_of(index, record.patches))
         kind = self.scores if self.needed else None
-        x, looked_at, _ = attend(block, x, normed, scores=kind, rope=rope_rows(rope, index))
+        x, looked_at, _ = attend(block, x, normed, scores=kind, positions=at(positions, index))
         if looked_at is not None:
             new = looked_at[:, self.prefix :].detach()  # scores are only sorted
             scores = new if self.alpha == 1 or scores is None else torch.lerp(scores, new, self.alpha)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..nn import TokenSlimming
 from ..patching.blocks import whole
 from ..patching.engine import Flow, Method, Record, Role
+from ..patching.positions import Positions
 from .options import block_indices, quarters
 
 
@@ -36,7 +37,7 @@ class Slimming(Role):
     def idle(self) -> bool:
         return not self.slims
 
-    def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
+    def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         x, state = flow
         if self.slims:
             slimming = block.slimming
@@ -46,7 +47,7 @@ class Slimming(Role):
             x = slimming(x, prefix=self.prefix)
             if record is not None:
                 record.note(x, None, state.weights)
-        return Flow(whole(block, x, rope), state)
+        return Flow(whole(block, x, positions), state)
 
 
 class SiT(Method):
@@ -77,7 +78,7 @@ class SiT(Method):
 
     def _left(self, site: Any) -> dict[int, int]:
         """Tokens that are left by each slimming, by its block."""
-        site.refuse_rope("sit", "a mixture of tokens has no position")
+        site.refuse_placed("sit", "a mixture of tokens has no position")
         site.needs_no_map("sit")
         patches = site.needs_grid("sit")[0]
         where = block_indices("locations", quarters(site.depth, self.locations), 0, site.depth)

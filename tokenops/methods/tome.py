@@ -13,6 +13,7 @@ from ..ops.reference import accumulation_dtype
 from ..patching.blocks import attend, feed
 from ..patching.engine import Flow, Method, Record, Role
 from ..patching.modules import fusable
+from ..patching.positions import Positions
 from .options import is_number
 
 
@@ -53,7 +54,7 @@ class Merging(Role):
     def idle(self) -> bool:
         return self.r == 0
 
-    def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
+    def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         x, state = flow
         most = (x.shape[1] - self.prefix) // 2
         r = min(self.r, int(most) if isinstance(most, Tensor) else most)  # torch.jit.trace gives sizes as tensors
@@ -110,7 +111,7 @@ class ToMe(Method):
         self.value, self.prop_attn, self.unmerge = r, prop_attn, unmerge
 
     def roles(self, site: Any) -> list[Role]:
-        site.refuse_rope("tome", "a merged token has no position")
+        site.refuse_placed("tome", "a merged token has no position")
         if site.maps is not None and self.unmerge is False:
             raise ValueError(f"tome: unmerge=False, but {site.maps} expects every patch token in its place")
         if self.value is None:

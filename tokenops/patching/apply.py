@@ -1,6 +1,7 @@
 """apply_patch and remove_patch: token reduction in a model people have, and out of it again."""
 
 import copy
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +15,13 @@ from .engine import (
     PatchedAttention,
     PatchedBlock,
     PatchedGrid,
-    PatchedViT,
+    PatchedMaskless,
     dress,
     place_of,
     refuse_wrapped,
     undress,
 )
-from .families import HfViT, head_width
+from .families import head_width
 from .modules import is_sharded, unwrapped
 from .site import Site, is_patched
 from .views import PatchedTransformer
@@ -167,8 +168,9 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
         site.embedding.tokenops_grid = site.grid
         dress(site.embedding, (PatchedGrid,))
     mixins: tuple[type, ...] = (PatchedTransformer,) if site.timm else ()
-    if site.families[0] is HfViT:
-        mixins = (PatchedViT,)
+    named = list(inspect.signature(type(site.owner).forward).parameters)[1:]
+    if not site.timm and "attention_mask" in named:
+        site.owner.tokenops_mask, mixins = named.index("attention_mask"), (PatchedMaskless,)
     if site.owner is not model:
         site.owner.tokenops_patch, site.owner.tokenops_within = patch, type(model).__name__
         dress(site.owner, mixins, None, how.setting)
@@ -197,7 +199,7 @@ def remove_patch(model: Any) -> Any:
             getattr(getattr(module, "_hf_hook", None), "original_devices", {}).pop("tokenops_constant", None)
             for name in patch.added.values():
                 module._modules.pop(name, None)
-        for name in ("tokenops_role", "tokenops_grid", "tokenops_patch", "tokenops_within"):
+        for name in ("tokenops_role", "tokenops_grid", "tokenops_mask", "tokenops_patch", "tokenops_within"):
             vars(module).pop(name, None)
     return model
 

@@ -10,8 +10,9 @@ from ..nn import Attention
 from ..nn.attention import attend_with
 from ..ops import reference
 from ..ops.masked_channel_attention import WIDEST_HEAD
-from .families import PATCH_ANEW, Family, family_of, widest_of
+from .families import PATCH_ANEW, Family, family_of
 from .modules import name_of, unwrapped
+from .positions import Positions, at
 
 
 class Ask:
@@ -46,7 +47,7 @@ class Ask:
 
 
 def attend(
-    block: Any, x: Tensor, normed: Tensor | None = None, *, rope: Tensor | None = None, **asked: Any
+    block: Any, x: Tensor, normed: Tensor | None = None, *, positions: Positions | None = None, **asked: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x plus a block's attention: of its first rows only, if so asked, from keys and values of all.
 
@@ -54,7 +55,7 @@ def attend(
         block: the block, patched or not.
         x: tokens ``(B, N, C)``.
         normed: what the block's first norm makes of x, where that is known.
-        rope: rotary positions of the patch tokens.
+        positions: those of the patch tokens.
         **asked: those of `Ask`.
 
     Returns:
@@ -65,37 +66,42 @@ def attend(
     normed = getattr(block, family.norm1)(x) if normed is None else normed
     ask = Ask(**asked)
     if ask.rows is None and not ask.more:
-        y = family.call(attention, normed, rope)
+        y = family.call(attention, normed, positions)
     elif hasattr(type(attention), "tokenops_made") or hasattr(type(unwrapped(attention)), "tokenops_made"):
-        y = family.call(attention, normed, rope, ask=ask)
+        y = family.asked(attention, normed, positions, ask)
     else:
         if name_of(unwrapped(attention)) not in family.attentions:
             raise ValueError(f"a {name_of(attention)} took the place of a block's attention: {PATCH_ANEW}")
-        y = attended(family, attention, ask, normed, rope)
+        y = attended(family, attention, ask, normed, positions)
     return x[:, : ask.rows] + family.after_attention(block, y), ask.looked_at, ask.keys
 
 
-def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, rope: Tensor | None) -> Tensor:
+def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, positions: Positions | None) -> Tensor:
     """The attention's result, of the rows that are asked for."""
     if ask.learns and not torch.is_grad_enabled():
         raise ValueError(
             "the scores that are asked of attention would lose their gradients: checkpoint it with use_reentrant=False"
         )
-    dropped = dropped_by(family, attention)
-    scale = getattr(attention, family.scale)
+    dropped, core = dropped_by(family, attention), family.core(attention)
+    scale = getattr(core, family.scale)
     ours = isinstance(attention, Attention)
     masks: Any = {name: getattr(attention, name) if ours else None for name in ("qk_mask", "v_mask")}
     bias = None if ask.key_bias is None else ask.key_bias[:, None, None]
-    if dropped or (not ask.more and widest_of(attention) > WIDEST_HEAD):
-        q, k, v = family.heads(attention, x, ask.rows, rope)
+    of_pairs = None if positions is None or positions.bias is None else positions.bias[:, :, : ask.rows]
+    if dropped or of_pairs is not None or (not ask.more and family.width(attention) > WIDEST_HEAD):
+        q, k, v = family.heads(attention, x, ask.rows, positions)
+        if of_pairs is not None:
+            bias = of_pairs.to(q.dtype) if bias is None else of_pairs + bias
         if ask.more or any(mask is not None for mask in masks.values()):
             out, ask.looked_at, ask.keys = _dropping(q, k, v, dropped, bias, scale, ask.scores, **masks)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, scale=scale)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=scale)
     else:
         qkv = family.packed(attention, x) if ask.rows is None and getattr(attention, "fused_attn", True) else None
         options = dict(key_bias=bias, scale=scale, scores=ask.scores, heads="mean", return_key_mean=ask.key_mean)
-        found: Any = attend_with(attention, qkv, lambda: family.heads(attention, x, ask.rows, rope), **masks, **options)
+        found: Any = attend_with(
+            attention, qkv, lambda: family.heads(attention, x, ask.rows, positions), **masks, **options
+        )
         out = found[0] if isinstance(found, tuple) else found
         ask.looked_at = found[1] if ask.scores is not None else None
         ask.keys = found[-1] if ask.key_mean else None
@@ -104,7 +110,7 @@ def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, rope: Te
 
 def dropped_by(family: type[Family], attention: Any) -> float:
     """The share of its weights that an attention drops, as it is now."""
-    dropout: Any = getattr(attention, family.dropout)  # a module, or a number
+    dropout: Any = getattr(family.core(attention), family.dropout)  # a module, or a number
     return getattr(dropout, "p", dropout) if attention.training else 0.0
 
 
@@ -119,7 +125,9 @@ def _dropping(
     qk_mask: Tensor | None,
     v_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Attention whose weights are dropped, as in training: the whole matrix is written. Scores are of before that."""
+    """Attention whose weights are dropped, as in training, or have a bias of pairs: the whole matrix is written.
+    Scores are of before the dropout.
+    """
     q = q if qk_mask is None else q * qk_mask.unsqueeze(1).to(q.dtype)
     logits = scale * (q @ k.transpose(-2, -1)).to(reference.accumulation_dtype(q.dtype))
     weights = (logits if bias is None else logits + bias).softmax(dim=-1)
@@ -134,27 +142,11 @@ def feed(block: Any, x: Tensor, normed: Tensor | None = None) -> Tensor:
     """x plus the MLP of a block; ``normed`` is what its second norm makes of x, where that is known."""
     family = family_of(block)
     normed = getattr(block, family.norm2)(x) if normed is None else normed
-    return x + family.after_mlp(block, block.mlp(normed))
+    return family.feed(block, x, normed)
 
 
 def whole(
-    block: Any, x: Tensor, rope: Tensor | None, places: Tensor | None = None, normed: Tensor | None = None
+    block: Any, x: Tensor, positions: Positions | None, places: Tensor | None = None, normed: Tensor | None = None
 ) -> Tensor:
     """What a block gives by itself, of patches at some places."""
-    return feed(block, attend(block, x, normed, rope=rope_rows(rope, places))[0])
-
-
-def rope_rows(rope: Tensor | None, places: Tensor | None) -> Tensor | None:
-    """The rotary positions of some patches, in their order: ``(N,)`` for all images, or ``(B, N)``.
-
-    Positions are ``(N, D)``, ``(H, N, D)`` where heads have their own, or either with the images before them
-    ``(B, H or 1, N, D)``.
-    """
-    if rope is None or places is None:
-        return rope
-    if places.dim() == 1:
-        return rope.index_select(-2, places)
-    B = places.shape[0]
-    full = rope.expand(B, *rope.shape[-3:]) if rope.dim() > 2 else rope.expand(B, 1, *rope.shape)
-    index = places[:, None, :, None].expand(-1, full.shape[1], -1, full.shape[3])
-    return full.gather(2, index)
+    return feed(block, attend(block, x, normed, positions=at(positions, places))[0])

@@ -16,6 +16,9 @@ from torch import Tensor, fx
 from ..ops.masked_channel_attention import WIDEST_HEAD, faster
 from . import families
 from .blocks import Ask, attended, dropped_by
+from .modules import plain_of
+from .positions import Positions
+from .trunks import grid_of
 
 
 class Flow(NamedTuple):
@@ -102,7 +105,7 @@ class Role:
         """Whether the block does nothing of its own to tokens without a state."""
         return False
 
-    def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
+    def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         """The block with the method in it."""
         raise NotImplementedError
 
@@ -250,12 +253,6 @@ def refuse_wrapped(module: Any) -> None:
         )
 
 
-def plain_of(module: Any) -> type:
-    """The class of a module without what `dressed` put before it."""
-    cls = type(module)
-    return cls.tokenops_made[0] if "tokenops_made" in vars(cls) else cls
-
-
 def _rebind(module: Any, before: Any) -> None:
     """Accelerate's hooks call the forward they found, a method of the class that was, and leave it where they were."""
     for name in ("_old_forward", "forward"):
@@ -308,7 +305,7 @@ class PatchedBlock:
                 gradients.
         """
         role, record = self.tokenops_role, kwargs.pop("record", None)
-        args = type(self).tokenops_family.unmasked(args)  # type: ignore[attr-defined]
+        args, kwargs = type(self).tokenops_family.unmasked(args, kwargs)  # type: ignore[attr-defined]
         if not isinstance(x, Flow):
             if not isinstance(x, Tensor):
                 raise ValueError(_lost(x))
@@ -317,11 +314,12 @@ class PatchedBlock:
             x = Flow(x, None)
         elif x.tokens.requires_grad and not torch.is_grad_enabled():
             raise ValueError(_lost(x))
-        rope = families.positions(self, args, kwargs)
-        flow = role.run(self, x, rope, record)
+        positions = families.positions(self, args, kwargs, role.prefix)
+        flow = role.run(self, x, positions, record)
         if record is not None:
             record.flow = flow
-        return flow.tokens if flow.state is None or role.last else flow
+        family = type(self).tokenops_family  # type: ignore[attr-defined]
+        return family.handed(flow.tokens if flow.state is None or role.last else flow)
 
 
 def _lost(x: Any) -> str:
@@ -347,20 +345,22 @@ class PatchedAttention:
         not worth other bits than the model's own.
         """
         family = type(self).tokenops_family  # type: ignore[attr-defined]
+        positions = kwargs.pop("positions", None)
         if ask is None:
-            x, *others = *args, *(value for name, value in kwargs.items() if name != "rope"), None
-            if not _swift(family, self, x) or any(other is not None and other is not False for other in others):
+            named = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+            others = [*args[1:], *(value for name, value in named.items() if name not in family.tables)]
+            if not _swift(family, self, args[0] if args else None) or any(other is not None for other in others):
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
-            args, ask = (x,), Ask()
-        return family.returned(attended(family, self, ask, args[0], kwargs.get("rope")))
+            ask, positions = Ask(), family.positions(None, named, 0)
+        return family.returned(attended(family, self, ask, args[0], positions))
 
 
 def _swift(family: Any, attention: Any, x: Any) -> bool:
     """Whether our operator is much the faster on these tokens, and does all that the attention does."""
-    if not isinstance(x, Tensor) or faster(x) < 1.5 or torch.is_autocast_enabled("cpu"):
+    if not family.swift or not isinstance(x, Tensor) or faster(x) < 1.5 or torch.is_autocast_enabled("cpu"):
         return False
     plain = family.fused(attention) and not dropped_by(family, attention)
-    return plain and families.widest_of(attention) <= WIDEST_HEAD
+    return plain and family.width(attention) <= WIDEST_HEAD
 
 
 class PatchedGrid:
@@ -372,44 +372,35 @@ class PatchedGrid:
 
     tokenops_grid: tuple[int, int]
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, fx.Proxy)))
         if isinstance(x, fx.Proxy):
             raise ValueError(_lost(x))
-        grid = grid_of(self, x.shape[-2], x.shape[-1])
+        grid = grid_of(self, x.shape)
         if grid != self.tokenops_grid:
             rows, columns = self.tokenops_grid
             raise ValueError(
                 f"the images give {grid[0]} x {grid[1]} patches, but the method was fitted to a grid of {rows} x"
                 f" {columns}: remove_patch, and apply_patch for the new size"
             )
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-class PatchedViT:
-    """transformers' ViTModel, which makes a mask of ones where it is traced; one without any entry stands for none."""
+class PatchedMaskless:
+    """A model of transformers that makes a mask of ones where it is traced; one without any entry stands for none.
 
-    def forward(
-        self,
-        pixel_values: Any = None,
-        bool_masked_pos: Any = None,
-        interpolate_pos_encoding: Any = None,
-        attention_mask: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        if attention_mask is None and torch.compiler.is_compiling():
-            attention_mask = pixel_values.new_empty((0, 0, 0, 0))
-        return super().forward(  # type: ignore[misc]
-            pixel_values, bool_masked_pos, interpolate_pos_encoding, attention_mask, **kwargs
-        )
+    Attributes:
+        tokenops_mask: the place of ``attention_mask`` among its arguments.
+    """
 
+    tokenops_mask: int
 
-def grid_of(embedding: Any, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of the patches that timm's patch embedding or transformers' embeddings make of an image."""
-    if hasattr(embedding, "dynamic_feat_size"):
-        return tuple(embedding.dynamic_feat_size((height, width)))
-    size = getattr(embedding, "patch_embeddings", embedding).patch_size
-    rows, columns = (size, size) if isinstance(size, int) else size
-    return height // rows, width // columns
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = len(args) > self.tokenops_mask or kwargs.get("attention_mask") is not None
+        if torch.compiler.is_compiling() and not given:
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            kwargs["attention_mask"] = x.new_empty((0, 0, 0, 0))
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 def sources_of(places: Tensor, patches: int) -> Tensor:

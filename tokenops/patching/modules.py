@@ -33,3 +33,9 @@ def name_of(thing: Any) -> str:
 def is_sharded(kind: type) -> bool:
     """Whether a class is of modules that fully_shard has taken the parameters of."""
     return any(base.__name__ == "FSDPModule" for base in kind.__mro__)
+
+
+def plain_of(module: Any) -> type:
+    """The class of a module without what `dressed` put before it."""
+    cls = type(module)
+    return cls.tokenops_made[0] if "tokenops_made" in vars(cls) else cls

@@ -4,12 +4,11 @@ from typing import Any
 
 from torch import nn
 
-from .engine import Patched, grid_of, plain_of
-from .families import FAMILIES, PATCH_ANEW, Eva
+from .engine import Patched
+from .families import FAMILIES, PATCH_ANEW
 from .modules import name_of, unwrapped
+from .trunks import is_trunk, trunk_of
 
-#: the timm models whose loops run blocks one after another; transformers' are told by their blocks
-_TIMM = ("timm.models.vision_transformer.VisionTransformer", "timm.models.eva.Eva")
 #: transformers' models that take nothing but the class token of the vision transformer in them
 _CLASS = ("ViTForImageClassification", "CLIPVisionModelWithProjection", "CLIPModel", "VisionTextDualEncoderModel")
 #: those with a language model that takes as many patch tokens as the prompt has places for, in no grid
@@ -29,7 +28,7 @@ class Site:
         prefix: how many tokens before the patches' are never touched.
         has_class: whether the first of them is a class token.
         dim: C.
-        rope: whether it has rotary positions.
+        placed: whether its attention is told where tokens are: rotary positions, or biases of relative ones.
         grid: rows and columns of patches, None where images may have others; ``patches`` are as many.
         img_size: height and width of the images, None where the model does not say.
         embedding: the module that makes the patch tokens.
@@ -58,30 +57,15 @@ class Site:
             family = getattr(type(block), "tokenops_family", None) or FAMILIES.get(name_of(block))
             try:
                 if family is None:
-                    raise TypeError(f"it is {name_of(block)}, but it must be {' or '.join(FAMILIES)}")
+                    raise TypeError(f"it is {name_of(block)}, which is not of a kind that can be patched")
                 family.check(block)
             except TypeError as error:
                 raise TypeError(f"apply_patch: block {i} of {where}: {error}") from None
             self.families.append(family)
         owner = self.owner
         self.timm = hasattr(owner, "patch_embed")
-        self.embedding: Any = owner.patch_embed if self.timm else owner.embeddings
-        self.rope = self.families[0] is Eva and getattr(owner, "rope", None) is not None
-        self.grid: tuple[int, int] | None = None
-        self.img_size: tuple[int, int] | None
-        if self.timm:
-            self.prefix, self.dim = owner.num_prefix_tokens, owner.embed_dim
-            self.has_class = owner.cls_token is not None
-            self.img_size = getattr(owner.patch_embed, "img_size", None)
-            if not getattr(owner, "dynamic_img_size", False) and owner.patch_embed.grid_size is not None:
-                self.grid = tuple(owner.patch_embed.grid_size)
-        else:
-            embeddings = self.embedding
-            self.has_class = hasattr(embeddings, "cls_token") or hasattr(embeddings, "class_embedding")
-            self.prefix, self.dim = int(self.has_class), owner.config.hidden_size
-            size = getattr(embeddings, "patch_embeddings", embeddings).image_size
-            self.img_size = (size, size) if isinstance(size, int) else size
-            self.grid = grid_of(embeddings, *self.img_size)
+        self.embedding, self.prefix, self.has_class, self.dim, self.img_size, self.grid = trunk_of(owner)
+        self.placed = getattr(owner, "rope", None) is not None or any(family.placed for family in self.families)
         self.patches = None if self.grid is None else self.grid[0] * self.grid[1]
         #: the modules around the vision transformer, and the innermost of them with a prompt that has places for images
         self._around = _around(model, self.path)
@@ -128,10 +112,10 @@ class Site:
                 " use one of these"
             )
 
-    def refuse_rope(self, method: str, why: str) -> None:
-        """ValueError where tokens have rotary positions."""
-        if self.rope:
-            raise ValueError(f"{method}: the model has rotary positions, but {why}")
+    def refuse_placed(self, method: str, why: str) -> None:
+        """ValueError where attention is told where tokens are."""
+        if self.placed:
+            raise ValueError(f"{method}: the model has rotary or relative positions, but {why}")
 
 
 def _around(model: Any, path: str) -> list[Any]:
@@ -173,8 +157,8 @@ def _find(model: nn.Module) -> tuple[str, str, str]:
     if not found:
         seen = f": it has {', '.join(others)}" if others else ""
         raise TypeError(
-            f"apply_patch: {name_of(model)} is no vision transformer that can be patched{seen}; blocks must be"
-            f" {' or '.join(FAMILIES)}"
+            f"apply_patch: {name_of(model)} is no vision transformer that can be patched{seen}; blocks must be of a"
+            " kind that tokenops.supported() lists"
         )
     if len(found) > 1:
         raise ValueError(
@@ -189,14 +173,9 @@ def _owner(model: nn.Module, path: str) -> str | None:
     names = path.split(".") if path else []
     for length in range(len(names), -1, -1):
         here = ".".join(names[:length])
-        module: Any = model.get_submodule(here)
-        if hasattr(module, "patch_embed"):
-            plain = plain_of(module)
-            known = any(f"{kind.__module__}.{kind.__name__}" in _TIMM for kind in plain.__mro__)
-            return here if known and not plain.__module__.startswith("tokenops.") else None
-        embeddings = getattr(module, "embeddings", None)
-        if hasattr(embeddings, "patch_embeddings") or hasattr(embeddings, "patch_embedding"):
-            return here
+        found = is_trunk(model.get_submodule(here))
+        if found is not False:
+            return here if found else None
     return None
 
 

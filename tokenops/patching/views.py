@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .engine import Flow, Record, Step, grid_of, plain_of, tokens_of
+from .engine import Flow, Record, Step, tokens_of
+from .modules import plain_of
 from .site import Site
+from .trunks import grid_of
 
 
 class Trace(NamedTuple):
@@ -54,7 +56,7 @@ def trace(model: Any, images: Tensor) -> Trace:
     with evaluating(model):
         view.eval()
         (view if site.timm else view.get_submodule(site.path))(images)  # CLIP's model would take words
-    grid = grid_of(site.embedding, images.shape[-2], images.shape[-1])
+    grid = grid_of(site.embedding, images.shape)
     return Trace(patch.method.name, grid, [record.step for record in records if record.step is not None])
 
 
@@ -181,7 +183,7 @@ class PatchedTransformer:
         if output_fmt == "NLC":
             return out
         found = out["image_intermediates"] if isinstance(out, dict) else out if intermediates_only else out[1]
-        grid = grid_of(site.embedding, x.shape[-2], x.shape[-1])
+        grid = grid_of(site.embedding, x.shape)
         finish = site.owner.norm if norm else nn.Identity()
         for j, i in enumerate(sorted(feature_take_indices(len(site.blocks), indices)[0])):
             tokens, *others = found[j] if isinstance(found[j], tuple) else (found[j],)

@@ -14,6 +14,7 @@ from ...ops.merge_bipartite import unmerge_bipartite
 from ...ops.merge_neighbours import unmerge_neighbours
 from ...patching.blocks import attend, feed, whole
 from ...patching.engine import Flow, Method, Record, Role
+from ...patching.positions import Positions
 from .blocks import Mlp, check_model, hidden, project
 
 
@@ -47,7 +48,7 @@ class Merging(Role):
     def idle(self) -> bool:
         return not self.merges and self.constant is None
 
-    def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
+    def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         x, state = flow
         source = None if state is None else state.source
         if self.constant is not None:
@@ -57,7 +58,7 @@ class Merging(Role):
                 places = rows[self.prefix :] - self.prefix
                 source = places.argsort().expand(x.shape[0], -1)
         if not self.merges:
-            return Flow(whole(block, x, rope), None if source is None else Merged(source))
+            return Flow(whole(block, x, positions), None if source is None else Merged(source))
         merge = block.merge
         x = attend(block, x)[0]
         if commutes(block) and not (block.mlp.training and block.mlp.drop2.p):
@@ -133,7 +134,7 @@ class CAIT(Method):
         return parts
 
     def _fitted(self, site: Any) -> tuple[dict[int, str], tuple[int, int]]:
-        site.refuse_rope("cait", "a merged token has no position")
+        site.refuse_placed("cait", "a merged token has no position")
         site.needs_no_map("cait")
         grid = site.needs_grid("cait")[1]
         points = merge_points(self.points, site.depth)

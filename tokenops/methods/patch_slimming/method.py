@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ...patching.blocks import attend, feed, rope_rows, whole
+from ...patching.blocks import attend, feed, whole
 from ...patching.engine import Flow, Method, Record, Role, sources_of
+from ...patching.positions import Positions, at
 from .schedule import Schedule
 
 
@@ -38,17 +39,17 @@ class Slim(Role):
     def idle(self) -> bool:
         return self.rows is None
 
-    def run(self, block: Any, flow: Flow, rope: Tensor | None, record: Record | None) -> Flow:
+    def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         x, state = flow
         places = None if state is None else state.places
-        follows = rope is not None or record is not None
+        follows = positions is not None or record is not None
         x, order = self.ordered(block, x, follows)
         if order is not None and follows:
             places, state = order, Alive(order)
         if self.rows is None:
-            return Flow(whole(block, x, rope, places), state)
+            return Flow(whole(block, x, positions, places), state)
         kept = None if places is None else places[..., : self.rows]
-        x = feed(block, attend(block, x, rows=self.prefix + self.rows, rope=rope_rows(rope, places))[0])
+        x = feed(block, attend(block, x, rows=self.prefix + self.rows, positions=at(positions, places))[0])
         if kept is None:
             return Flow(x, None)
         if record is not None:

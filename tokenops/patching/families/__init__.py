@@ -1,0 +1,47 @@
+"""The kinds of blocks by the names of their classes."""
+
+from typing import Any
+
+from ..modules import name_of, unwrapped
+from ..positions import Positions
+from . import hf, timm
+from .base import PATCH_ANEW, Family
+
+#: the blocks that can be patched: exactly these, as a class derived from one may compute something else
+FAMILIES: dict[str, type[Family]] = {**timm.ROWS, **hf.ROWS}
+
+#: what a patched model has none of
+_REFUSED = ("attn_mask", "attention_mask", "is_causal", "output_attentions")
+
+
+def family_of(block: Any) -> type[Family]:
+    """The kind of a block, patched or not."""
+    return getattr(type(block), "tokenops_family", None) or FAMILIES[name_of(block)]
+
+
+def positions(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], prefix: int) -> Positions | None:
+    """Where the patches are, of what a block is given behind the tokens.
+
+    Raises:
+        ValueError: there is a mask, or attention weights are asked for.
+    """
+    family = family_of(block)
+    if not args and not kwargs and not family.tables:  # timm's loop
+        return family.positions(block, {}, prefix)
+    given = {**dict(zip(family.arguments, args)), **kwargs}
+    config = getattr(getattr(block, family.attention), "config", None)
+    if getattr(config, "output_attentions", False):
+        raise ValueError("config.output_attentions is on, but a patched model has no attention weights of all tokens")
+    for name in _REFUSED:
+        if given.get(name) is not None and given[name] is not False and name not in family.tables:
+            raise ValueError(f"{name} was given to a patched model, whose tokens change between blocks: leave it out")
+    return family.positions(block, given, prefix)
+
+
+def head_width(block: Any) -> int:
+    """Channels of the widest head of a block."""
+    family = family_of(block)
+    return family.width(unwrapped(getattr(block, family.attention)))
+
+
+__all__ = ["FAMILIES", "PATCH_ANEW", "Family", "family_of", "head_width", "positions"]

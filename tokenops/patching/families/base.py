@@ -1,0 +1,130 @@
+"""The kinds of blocks that the engine knows: where each keeps its parts, and how its heads are made."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ...nn.attention import heads_of, packed, project
+from ...nn.watched import keeps_forward
+from ..modules import name_of, unwrapped
+from ..positions import Positions
+
+#: what to do where a patched model was changed since
+PATCH_ANEW = "remove_patch, and apply_patch to the model as it is now"
+
+
+def apart(attention: Any, x: Tensor) -> None:
+    """In the place of `packed` where q, k and v do not come from one projection as they are."""
+
+
+class Family:
+    """A kind of pre-norm block, timm's own. Classes stand for kinds, without instances, so blocks copy and pickle."""
+
+    norm1: str = "norm1"
+    attention: str = "attn"
+    norm2: str = "norm2"
+    #: what a model may pass to a block behind the tokens, by position
+    arguments: tuple[str, ...] = ("attn_mask", "is_causal")
+    #: those of them that say where tokens are
+    tables: tuple[str, ...] = ()
+    #: dropout of attention weights and the factor of the logits, attributes of the attention
+    dropout: str = "attn_drop"
+    scale: str = "scale"
+    #: the classes of its attention
+    attentions: tuple[str, ...] = (
+        "timm.layers.attention.Attention",
+        "timm.models.vision_transformer.Attention",
+        "tokenops.nn.attention.Attention",
+    )
+    parts: tuple[str, ...] = ("ls1", "drop_path1", "mlp", "ls2", "drop_path2")
+    projections: tuple[str, ...] = ("qkv", "proj")
+    #: whether its attention is told where tokens are; timm's own says so by the model around it
+    placed: bool = False
+    #: whether attention on all tokens may be by our operator where that is the faster, other roundings and all
+    swift: bool = True
+
+    @classmethod
+    def check(cls, block: Any) -> None:
+        """TypeError in words where a block is not laid out as this kind's are."""
+        attention = unwrapped(getattr(block, cls.attention, None))
+        if name_of(attention) not in cls.attentions:
+            raise TypeError(f"its attention is {name_of(attention)}, but it must be {' or '.join(cls.attentions)}")
+        core = cls.core(attention)
+        of_attention = [name for name in (*cls.projections, cls.dropout, cls.scale) if not hasattr(core, name)]
+        missing = [name for name in (cls.norm1, cls.norm2, *cls.parts) if not hasattr(block, name)] + of_attention
+        if missing:
+            raise TypeError(f"it has no {', '.join(missing)}: it is that of another version")
+        for module in (block, attention):
+            if not keeps_forward(module, "_old_forward" if hasattr(module, "_hf_hook") else "forward"):
+                raise TypeError("its forward was replaced, by one that a patch would undo")
+
+    @staticmethod
+    def core(attention: Any) -> Any:
+        """The module with the projections: the attention, or one within."""
+        return attention
+
+    @staticmethod
+    def unmasked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A block's arguments behind the tokens, without what stands for no mask."""
+        return args, kwargs
+
+    @classmethod
+    def positions(cls, block: Any, given: dict[str, Any], prefix: int) -> Positions | None:
+        """Where the patches are, of what a block or its attention is given by name."""
+        tables = [given[name] for name in cls.tables if given.get(name) is not None]
+        flat = [t for table in tables for t in (table if isinstance(table, tuple) else (table,))]
+        return Positions(tuple(flat), None, prefix) if flat else None
+
+    @classmethod
+    def call(cls, attention: Any, x: Tensor, positions: Positions | None) -> Tensor:
+        """The block's own attention, as it is."""
+        return attention(x)
+
+    @classmethod
+    def asked(cls, attention: Any, x: Tensor, positions: Positions | None, ask: Any) -> Tensor:
+        """The block's own attention, patched, which is asked for more."""
+        out = attention(x, ask=ask, positions=positions)
+        return out[0] if isinstance(out, tuple) else out
+
+    @staticmethod
+    def fused(attention: Any) -> bool:
+        """Whether the attention's own forward runs torch's, which writes no matrix."""
+        return attention.fused_attn
+
+    @staticmethod
+    def returned(out: Tensor) -> Any:
+        """The attention's result as its own forward returns it."""
+        return out
+
+    @staticmethod
+    def handed(out: Any) -> Any:
+        """What a block hands on as its own forward returns it."""
+        return out
+
+    packed: Any = staticmethod(packed)
+    project = staticmethod(project)
+
+    @staticmethod
+    def width(attention: Any) -> int:
+        """Channels of the widest head of an attention."""
+        return max(attention.head_dim, getattr(attention, "v_head_dim", 0))
+
+    @staticmethod
+    def heads(
+        attention: Any, x: Tensor, rows: int | None, positions: Positions | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q ``(B, H, rows, D)`` of the first rows (all for None), k and v ``(B, H, N, D)`` of all."""
+        return heads_of(attention, x, rows)
+
+    @staticmethod
+    def after_attention(block: Any, y: Tensor) -> Tensor:
+        return block.drop_path1(block.ls1(y))
+
+    @staticmethod
+    def after_mlp(block: Any, y: Tensor) -> Tensor:
+        return block.drop_path2(block.ls2(y))
+
+    @classmethod
+    def feed(cls, block: Any, x: Tensor, normed: Tensor) -> Tensor:
+        """x plus the MLP of what the second norm makes of x."""
+        return x + cls.after_mlp(block, block.mlp(normed))
