@@ -57,6 +57,10 @@ class Evolving(PartRole):
     def idle(self) -> bool:
         return not (self.begins or self.needed)
 
+    @property
+    def mapped(self) -> bool:
+        return True
+
     def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         state: Any = flow.state or Waiting()
         x, (scores, base, base_scores, index) = flow.tokens, state
@@ -87,7 +91,7 @@ class Evolving(PartRole):
             new = looked_at[:, self.prefix :].detach()  # scores are only sorted
             scores = new if self.alpha == 1 or scores is None else torch.lerp(scores, new, self.alpha)
         x = feed(block, x)
-        if (self.ends or self.taken) and base is not None:
+        if (self.ends or self.last) and base is not None:
             if base_scores is not None and scores is not None:
                 x, (scores,) = restore_tokens(base, x, index, prefix=self.prefix, companions=((base_scores, scores),))
             else:
@@ -95,10 +99,11 @@ class Evolving(PartRole):
             base = base_scores = index = None
         return Flow(x, None if scores is None and base is None else Waiting(scores, base, base_scores, index))
 
-    def spread(self, tokens: Tensor, state: Any, finish: Any) -> Tensor | None:
+    def spread(self, tokens: Tensor, state: Any, finish: Any, prefix: int = 0) -> Tensor | None:
         if state.base is None:
             return tokens
-        return restore_tokens(finish(state.base)[:, self.prefix :], tokens, state.index, prefix=0)
+        base = finish(state.base)[:, self.prefix - prefix :]
+        return restore_tokens(base, tokens, state.index, prefix=prefix)
 
 
 class EvoViT(Method):

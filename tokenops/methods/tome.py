@@ -54,6 +54,10 @@ class Merging(Role):
     def idle(self) -> bool:
         return self.r == 0
 
+    @property
+    def mapped(self) -> bool:
+        return self.unmerge
+
     def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         x, state = flow
         most = (x.shape[1] - self.prefix) // 2
@@ -64,8 +68,6 @@ class Merging(Role):
             x = feed(block, x)
         else:
             x, state = self._merged(block, x, keys, r, state, record)
-        if self.taken and self.unmerge and state is not None:
-            return Flow(unmerge_bipartite(x, state.source, prefix=self.prefix), None)
         return Flow(x, state)
 
     def _merged(
@@ -82,8 +84,8 @@ class Merging(Role):
         new = Merges(merged.sizes.to(torch.int32), merged.log_sizes, source)
         return feed(block, merged.tokens, merged.normed), new
 
-    def spread(self, tokens: Tensor, state: Any, finish: Any) -> Tensor | None:
-        return unmerge_bipartite(tokens, state.source, prefix=0)
+    def spread(self, tokens: Tensor, state: Any, finish: Any, prefix: int = 0) -> Tensor | None:
+        return unmerge_bipartite(tokens, state.source, prefix=prefix)
 
 
 class ToMe(Method):

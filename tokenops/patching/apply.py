@@ -16,6 +16,7 @@ from .engine import (
     PatchedBlock,
     PatchedGrid,
     PatchedMaskless,
+    PatchedTail,
     dress,
     place_of,
     refuse_wrapped,
@@ -24,6 +25,7 @@ from .engine import (
 from .families import head_width
 from .modules import is_sharded, unwrapped
 from .site import Site, is_patched
+from .trunks import tail_of
 from .views import PatchedTransformer
 
 
@@ -171,6 +173,9 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
     named = list(inspect.signature(type(site.owner).forward).parameters)[1:]
     if not site.timm and "attention_mask" in named:
         site.owner.tokenops_mask, mixins = named.index("attention_mask"), (PatchedMaskless,)
+    if tail := tail_of(site.owner):
+        site.owner.encoder.tokenops_tail = tail
+        dress(site.owner.encoder, (PatchedTail,))
     if site.owner is not model:
         site.owner.tokenops_patch, site.owner.tokenops_within = patch, type(model).__name__
         dress(site.owner, mixins, None, how.setting)
@@ -199,7 +204,14 @@ def remove_patch(model: Any) -> Any:
             getattr(getattr(module, "_hf_hook", None), "original_devices", {}).pop("tokenops_constant", None)
             for name in patch.added.values():
                 module._modules.pop(name, None)
-        for name in ("tokenops_role", "tokenops_grid", "tokenops_mask", "tokenops_patch", "tokenops_within"):
+        for name in (
+            "tokenops_role",
+            "tokenops_grid",
+            "tokenops_mask",
+            "tokenops_tail",
+            "tokenops_patch",
+            "tokenops_within",
+        ):
             vars(module).pop(name, None)
     return model
 

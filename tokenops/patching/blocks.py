@@ -65,7 +65,7 @@ def attend(
     attention = getattr(block, family.attention)
     normed = getattr(block, family.norm1)(x) if normed is None else normed
     ask = Ask(**asked)
-    if ask.rows is None and not ask.more:
+    if ask.rows is None and not ask.more and (family.told or positions is None):
         y = family.call(attention, normed, positions)
     elif hasattr(type(attention), "tokenops_made") or hasattr(type(unwrapped(attention)), "tokenops_made"):
         y = family.asked(attention, normed, positions, ask)
@@ -82,8 +82,7 @@ def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, position
         raise ValueError(
             "the scores that are asked of attention would lose their gradients: checkpoint it with use_reentrant=False"
         )
-    dropped, core = dropped_by(family, attention), family.core(attention)
-    scale = getattr(core, family.scale)
+    dropped, scale = dropped_by(family, attention), family.factor(attention)
     ours = isinstance(attention, Attention)
     masks: Any = {name: getattr(attention, name) if ours else None for name in ("qk_mask", "v_mask")}
     bias = None if ask.key_bias is None else ask.key_bias[:, None, None]

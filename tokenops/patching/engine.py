@@ -44,7 +44,19 @@ class Flow(NamedTuple):
 
 def tokens_of(given: Any) -> Tensor:
     """The tokens in what a block takes or gives: a tensor, a `Flow`, or a tuple that begins with them."""
-    return given if isinstance(given, Tensor) else given[0]
+    return given if isinstance(given, Tensor) else tokens_of(given[0])
+
+
+class Aside(NamedTuple):
+    """In the place of a state, where the model takes tokens that are not those that the next block is to have.
+
+    Attributes:
+        tokens: what the next block is to have.
+        state: the method's, of these.
+    """
+
+    tokens: Tensor
+    state: Any
 
 
 class Step(NamedTuple):
@@ -105,13 +117,30 @@ class Role:
         """Whether the block does nothing of its own to tokens without a state."""
         return False
 
+    @property
+    def mapped(self) -> bool:
+        """Whether every patch has a token again where the model takes them, by `spread`."""
+        return False
+
     def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         """The block with the method in it."""
         raise NotImplementedError
 
-    def spread(self, tokens: Tensor, state: Any, finish: Any) -> Tensor | None:
-        """Patch tokens ``(B, n, C)`` behind the block, which went through `finish`, as one for every patch; or None."""
+    def spread(self, tokens: Tensor, state: Any, finish: Any, prefix: int = 0) -> Tensor | None:
+        """Tokens ``(B, prefix+n, C)`` behind the block, which went through `finish`, as one for every patch; or None.
+
+        ``prefix`` of them, none or all that the model has, are not patches.
+        """
         return None
+
+    def shown(self, flow: Flow) -> Flow:
+        """What the model takes behind the block, and what the next one is given beside."""
+        if not (self.taken and self.mapped) or flow.state is None:
+            return flow
+        tokens = self.spread(flow.tokens, flow.state, lambda x: x, self.prefix)
+        if tokens is None or self.last or tokens is flow.tokens:
+            return Flow(flow.tokens if tokens is None else tokens, None if self.last else flow.state)
+        return Flow(tokens, Aside(*flow))
 
 
 class Method:
@@ -314,8 +343,10 @@ class PatchedBlock:
             x = Flow(x, None)
         elif x.tokens.requires_grad and not torch.is_grad_enabled():
             raise ValueError(_lost(x))
+        if isinstance(x.state, Aside):
+            x = Flow(*x.state)
         positions = families.positions(self, args, kwargs, role.prefix)
-        flow = role.run(self, x, positions, record)
+        flow = role.shown(role.run(self, x, positions, record))
         if record is not None:
             record.flow = flow
         family = type(self).tokenops_family  # type: ignore[attr-defined]
@@ -384,6 +415,24 @@ class PatchedGrid:
                 f" {columns}: remove_patch, and apply_patch for the new size"
             )
         return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class PatchedTail:
+    """An encoder of transformers whose tokens behind the patches go before them while it runs.
+
+    Attributes:
+        tokenops_tail: how many.
+    """
+
+    tokenops_tail: int
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        tail = self.tokenops_tail
+        first, patches, last = hidden_states.tensor_split((1, hidden_states.shape[1] - tail), dim=1)
+        out = super().forward(torch.cat((first, last, patches), dim=1), *args, **kwargs)  # type: ignore[misc]
+        first, last, patches = out.last_hidden_state.tensor_split((1, 1 + tail), dim=1)
+        out.last_hidden_state = torch.cat((first, patches, last), dim=1)
+        return out
 
 
 class PatchedMaskless:

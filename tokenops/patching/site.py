@@ -7,12 +7,8 @@ from torch import nn
 from .engine import Patched
 from .families import FAMILIES, PATCH_ANEW
 from .modules import name_of, unwrapped
+from .readers import pools_class, reader_of
 from .trunks import is_trunk, trunk_of
-
-#: transformers' models that take nothing but the class token of the vision transformer in them
-_CLASS = ("ViTForImageClassification", "CLIPVisionModelWithProjection", "CLIPModel", "VisionTextDualEncoderModel")
-#: those with a language model that takes as many patch tokens as the prompt has places for, in no grid
-_COUNTING = ("LlavaModel", "VipLlavaModel", "PaliGemmaModel", "DeepseekVLModel")
 
 
 class Site:
@@ -33,6 +29,8 @@ class Site:
         img_size: height and width of the images, None where the model does not say.
         embedding: the module that makes the patch tokens.
         taken: the blocks behind which the model takes its tokens, mostly the last; -1 is before the first.
+        maps: the class that expects every patch token in its place; None without.
+        speaker: the innermost model around with a prompt that has places for images; None without.
 
     Raises:
         TypeError: the model has no blocks that can be patched, or some that cannot.
@@ -64,13 +62,16 @@ class Site:
             self.families.append(family)
         owner = self.owner
         self.timm = hasattr(owner, "patch_embed")
+        if getattr(getattr(owner, "config", None), "use_mid_position_embeddings", False):
+            raise TypeError(
+                f"apply_patch: {name_of(owner)} adds positions to all tokens between blocks: it must be without"
+                " (use_mid_position_embeddings=False)"
+            )
         self.embedding, self.prefix, self.has_class, self.dim, self.img_size, self.grid = trunk_of(owner)
         self.placed = getattr(owner, "rope", None) is not None or any(family.placed for family in self.families)
         self.patches = None if self.grid is None else self.grid[0] * self.grid[1]
-        #: the modules around the vision transformer, and the innermost of them with a prompt that has places for images
         self._around = _around(model, self.path)
-        self._speaker: Any = next((m for m in reversed(self._around) if _has_places(m)), None)
-        self.taken = (self.depth - 1,) if self._speaker is None else _layers(self._speaker.config, self.depth)
+        self.taken, self.maps, self.speaker = reader_of(owner, self._around, self.depth)
 
     def refuse_others(self) -> None:
         """ValueError where a patched model has blocks that are not."""
@@ -80,26 +81,14 @@ class Site:
 
     def pools_class(self) -> bool:
         """Whether the model, as it is now, classifies by tokens of the prefix alone."""
-        owner = self.owner
-        if not self.has_class or self._speaker is not None:
-            return False
-        if hasattr(owner, "global_pool"):
-            return owner.global_pool == "token" and getattr(owner, "attn_pool", None) is None
-        return not self._around or type(self._around[-1]).__name__ in _CLASS
-
-    @property
-    def maps(self) -> str | None:
-        """The class that expects every patch token in its place, where the model has one."""
-        if self._speaker is not None:
-            kind = type(self._speaker).__name__
-            return None if kind in _COUNTING and len(self.taken) == 1 else kind
-        kinds = (type(module).__name__ for module in self._around)
-        return next((kind for kind in kinds if "MaskedImageModeling" in kind), None)
+        return self.maps is None and pools_class(self.owner, self._around, self.has_class, self.speaker)
 
     def needs_grid(self, method: str) -> tuple[int, tuple[int, int]]:
         """The number of patches and the grid; ValueError where images may have others."""
         if self.grid is None or self.patches is None:
-            raise ValueError(f"{method} needs a fixed grid, but the model has dynamic_img_size=True")
+            raise ValueError(
+                f"{method} needs a fixed grid, but the model takes images of any size, or shuffles their patches"
+            )
         if getattr(getattr(self.owner, "patch_drop", None), "prob", 0.0):
             raise ValueError(f"{method} needs every patch, but the model has a patch_drop_rate")
         return self.patches, self.grid
@@ -108,8 +97,8 @@ class Site:
         """ValueError where the model expects every patch token in its place."""
         if self.maps is not None:
             raise ValueError(
-                f"{method}: {self.maps} expects every patch token in its place, which 'tome' and 'evo_vit' alone give:"
-                " use one of these"
+                f"{method}: {self.maps} expects every patch token in its place, which 'tome', 'evo_vit' and 'cait'"
+                " alone give: use one of these"
             )
 
     def refuse_placed(self, method: str, why: str) -> None:
@@ -122,19 +111,6 @@ def _around(model: Any, path: str) -> list[Any]:
     """The modules on the way from the model, included, to one within it, not included."""
     names = path.split(".") if path else []
     return [model.get_submodule(".".join(names[:length])) for length in range(len(names))]
-
-
-def _has_places(module: Any) -> bool:
-    """Whether it is a model of transformers that puts image tokens into places of a prompt."""
-    config = getattr(module, "config", None)
-    return hasattr(config, "image_token_id") or hasattr(config, "image_token_index")
-
-
-def _layers(config: Any, depth: int) -> tuple[int, ...]:
-    """The blocks whose hidden states become image tokens; -1 for what comes into the first."""
-    layers = getattr(config, "vision_feature_layer", -1)
-    layers = [layers] if isinstance(layers, int) else layers
-    return tuple(sorted({(i + depth if i < 0 else i - 1) for i in layers}))
 
 
 def _find(model: nn.Module) -> tuple[str, str, str]:

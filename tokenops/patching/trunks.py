@@ -62,18 +62,25 @@ def _of_transformers(owner: Any) -> Trunk:
     embeddings, config = owner.embeddings, owner.config
     tokens = [getattr(embeddings, name, None) for name in _TOKENS]
     prefix = sum(token.shape[1] for token in tokens if token is not None) + hasattr(embeddings, "class_embedding")
+    prefix += tail_of(owner)
     has_class = tokens[0] is not None or hasattr(embeddings, "class_embedding")
     if hasattr(embeddings, "get_shape"):  # of a spectrogram, frequencies by time
         return Trunk(embeddings, prefix, has_class, config.hidden_size, None, tuple(embeddings.get_shape(config)))
-    sides = (getattr(module, "image_size", None) for module in (_patches_of(embeddings), embeddings, config))
-    size = next((side for side in sides if side is not None), None)
-    if size is None:  # patches come in as rows, of images of any shape
+    if hasattr(_patches_of(embeddings), "in_features"):  # patches come in as rows, of images of any shape
         return Trunk(embeddings, prefix, has_class, config.hidden_size, None, None)
+    sides = (getattr(module, "image_size", None) for module in (_patches_of(embeddings), embeddings, config))
+    size = next(side for side in sides if side is not None)
     size = (size, size) if isinstance(size, int) else tuple(size)
     frames = (config.num_frames,) if tubelet_of(embeddings) else ()
     shuffled = hasattr(embeddings, "random_masking")
     grid = None if shuffled else grid_of(embeddings, (*frames, 3, *size))
     return Trunk(embeddings, prefix, has_class, config.hidden_size, size, grid)
+
+
+def tail_of(owner: Any) -> int:
+    """How many tokens a vision transformer has behind its patches."""
+    tail = getattr(getattr(owner, "embeddings", None), "detection_tokens", None)
+    return 0 if tail is None else tail.shape[1]
 
 
 def _patches_of(embeddings: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .engine import Flow, Record, Step, tokens_of
+from .engine import Aside, Flow, Record, Step, tokens_of
 from .modules import plain_of
 from .site import Site
 from .trunks import grid_of
@@ -106,7 +106,7 @@ class Recorder(nn.Module):
         self.block: Any = block
         self.index, self.records = index, records
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         before = self.records[self.index - 1] if self.index else None
         prefix = self.block.tokenops_role.prefix
         record = Record(self.index, before.patches if before is not None else x.shape[1] - prefix)
@@ -115,7 +115,7 @@ class Recorder(nn.Module):
         flow = None if before is None or before.flow is None else before.flow
         taken = x if flow is None or flow.state is None else Flow(x, flow.state)
         y = self.block(taken, *args, record=record, **kwargs)
-        return y.tokens if isinstance(y, Flow) else y
+        return tokens_of(y) if isinstance(y, (Flow, Tensor)) else (tokens_of(y), *y[1:])
 
 
 def recorded(site: Site) -> tuple[Any, list[Record]]:
@@ -189,7 +189,7 @@ class PatchedTransformer:
             tokens, *others = found[j] if isinstance(found[j], tuple) else (found[j],)
             flow = records[i].flow
             spread = tokens
-            if flow is not None and flow.state is not None:
+            if flow is not None and flow.state is not None and not isinstance(flow.state, Aside):
                 spread = site.blocks[i].tokenops_role.spread(tokens, flow.state, finish)
             if spread is None:
                 raise ValueError(

@@ -40,9 +40,15 @@ class Merging(Role):
     Attributes:
         merges: whether there is a merge. `constant` has all tokens in the order of the block layout, where the block
             puts them in this order.
+        grid: whether every patch has a token again where the model takes them.
     """
 
     merges: bool = False
+    grid: bool = False
+
+    @property
+    def mapped(self) -> bool:
+        return self.grid
 
     @property
     def idle(self) -> bool:
@@ -51,10 +57,11 @@ class Merging(Role):
     def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         x, state = flow
         source = None if state is None else state.source
+        follows = record is not None or self.grid
         if self.constant is not None:
             rows = block.tokenops_rows(x)
             x = x.index_select(1, rows)
-            if record is not None:
+            if follows:
                 places = rows[self.prefix :] - self.prefix
                 source = places.argsort().expand(x.shape[0], -1)
         if not self.merges:
@@ -65,9 +72,10 @@ class Merging(Role):
             x = self._fed(block, x)
         else:
             x = merge(feed(block, x))
-        if record is not None:
+        if follows:
             into = merge.source.to(x.device)
             source = into.expand(x.shape[0], -1) if source is None else into[source]
+        if record is not None:
             record.note(x, source)
         return Flow(x, None if source is None else Merged(source))
 
@@ -80,8 +88,8 @@ class Merging(Role):
             y = y + (merge(torch.ones_like(x[:1, :, :1])) - 1) * bias
         return merge(x) + family.after_mlp(block, y)
 
-    def spread(self, tokens: Tensor, state: Merged, finish: Any) -> Tensor | None:
-        return unmerge_bipartite(tokens, state.source, prefix=0)
+    def spread(self, tokens: Tensor, state: Merged, finish: Any, prefix: int = 0) -> Tensor | None:
+        return unmerge_bipartite(tokens, state.source, prefix=prefix)
 
 
 class CAIT(Method):
@@ -114,13 +122,16 @@ class CAIT(Method):
         self.points, self.kind, self.layout = points, kind, layout
 
     def roles(self, site: Any) -> list[Role]:
-        points, grid = self._fitted(site)
+        points, sides = self._fitted(site)
         order = None
         if self.layout == "block":
             with torch.device("cpu"):  # numbers, also of a model on meta
-                places = grid_order(grid).tolist()
+                places = grid_order(sides).tolist()
             order = (*range(site.prefix), *(site.prefix + i for i in places))
-        return [Merging(site.prefix, False, i in points, constant=None if i else order) for i in range(site.depth)]
+        grid = site.maps is not None
+        return [
+            Merging(site.prefix, False, i in points, grid, constant=None if i else order) for i in range(site.depth)
+        ]
 
     def parts(self, site: Any) -> dict[int, tuple[str, Any]]:
         points, grid = self._fitted(site)
@@ -135,7 +146,6 @@ class CAIT(Method):
 
     def _fitted(self, site: Any) -> tuple[dict[int, str], tuple[int, int]]:
         site.refuse_placed("cait", "a merged token has no position")
-        site.needs_no_map("cait")
         grid = site.needs_grid("cait")[1]
         points = merge_points(self.points, site.depth)
         if not isinstance(self.kind, str) and len(self.kind) != len(points):
@@ -165,7 +175,7 @@ def merge_points(points: Mapping[int, str] | None, depth: int) -> dict[int, str]
 def commutes(block: Any) -> bool:
     """Whether tokens are merged before the second layer of a block's MLP already, unless dropout is behind it."""
     merge = getattr(block, "merge", None)
-    if merge is None or not merge.commutes or not exact(block.mlp, TimmMlp, Mlp):
+    if merge is None or not merge.commutes or not hasattr(block, "mlp") or not exact(block.mlp, TimmMlp, Mlp):
         return False
     last = block.mlp.fc2
     if not isinstance(last, nn.Linear):

@@ -38,6 +38,8 @@ class Family:
     )
     parts: tuple[str, ...] = ("ls1", "drop_path1", "mlp", "ls2", "drop_path2")
     projections: tuple[str, ...] = ("qkv", "proj")
+    #: whether the attention's own forward takes other positions than the block's own
+    told: bool = True
     #: whether its attention is told where tokens are; timm's own says so by the model around it
     placed: bool = False
     #: whether attention on all tokens may be by our operator where that is the faster, other roundings and all
@@ -50,7 +52,8 @@ class Family:
         if name_of(attention) not in cls.attentions:
             raise TypeError(f"its attention is {name_of(attention)}, but it must be {' or '.join(cls.attentions)}")
         core = cls.core(attention)
-        of_attention = [name for name in (*cls.projections, cls.dropout, cls.scale) if not hasattr(core, name)]
+        wanted = (*cls.projections, cls.dropout, *([cls.scale] if cls.scale else []))
+        of_attention = [name for name in wanted if not hasattr(core, name)]
         missing = [name for name in (cls.norm1, cls.norm2, *cls.parts) if not hasattr(block, name)] + of_attention
         if missing:
             raise TypeError(f"it has no {', '.join(missing)}: it is that of another version")
@@ -62,6 +65,11 @@ class Family:
     def core(attention: Any) -> Any:
         """The module with the projections: the attention, or one within."""
         return attention
+
+    @classmethod
+    def factor(cls, attention: Any) -> float:
+        """Of the logits."""
+        return getattr(cls.core(attention), cls.scale)
 
     @staticmethod
     def unmasked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

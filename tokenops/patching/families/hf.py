@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...nn.attention import merge_heads, split_heads
+from ..modules import unwrapped
 from ..positions import Positions
 from .base import Family, apart
 
@@ -199,6 +200,57 @@ class Nested(Layer):
         return block.output(block.intermediate(normed), x)
 
 
+class Flava(Nested):
+    """FLAVA's layer: results in tuples."""
+
+    dropout, scale, swift = "dropout", "", False
+    arguments = ("attention_mask", "output_attentions")
+
+    @classmethod
+    def factor(cls, attention: Any) -> float:
+        return cls.width(attention) ** -0.5
+
+    @classmethod
+    def call(cls, attention: Any, x: Tensor, positions: Positions | None) -> Tensor:
+        return attention(x)[0]
+
+    @staticmethod
+    def returned(out: Tensor) -> Any:
+        return (out,)
+
+    @staticmethod
+    def handed(out: Any) -> Any:
+        return (out,)
+
+
+class Data2Vec(Flava):
+    """data2vec's layer: as BEiT's in the older layout, with the bias of its own in the attention."""
+
+    arguments = ("output_attentions", "relative_position_bias", "interpolate_pos_encoding", "resolution")
+    tables = ("relative_position_bias",)
+    placed, told = True, False
+    parts = ("intermediate", "output", "drop_path", "lambda_1", "lambda_2")
+
+    @classmethod
+    def positions(cls, block: Any, given: dict[str, Any], prefix: int) -> Positions | None:
+        core, bias = unwrapped(block.attention).attention, given.get("relative_position_bias")
+        if core.has_relative_position_bias:
+            size = core.config.patch_size
+            rows, columns = (side // size for side in given["resolution"])
+            stretched = bool(given.get("interpolate_pos_encoding"))
+            own = core.relative_position_bias((rows, columns), stretched, dim_size=1 + rows * columns)
+            bias = own if bias is None else own + bias
+        return None if bias is None else Positions((), bias, prefix)
+
+    @classmethod
+    def after_attention(cls, block: Any, y: Tensor) -> Tensor:
+        return _scaled(block, y, "lambda_1")
+
+    @classmethod
+    def feed(cls, block: Any, x: Tensor, normed: Tensor) -> Tensor:
+        return x + _scaled(block, block.output(block.intermediate(normed)), "lambda_2")
+
+
 class Pose(Nested):
     """ViTPose's layer, with one MLP for all data sets."""
 
@@ -252,6 +304,44 @@ class Blip(Blip2):
         return False
 
 
+class Padded(Clip):
+    """A layer like CLIP's of images of many shapes, which are padded: a mask hides the padding."""
+
+    tables = ("attention_mask",)
+
+    @classmethod
+    def positions(cls, block: Any, given: dict[str, Any], prefix: int) -> Positions | None:
+        mask = given.get("attention_mask")
+        if mask is None:
+            return None
+        if mask.dtype == torch.bool:
+            like = next(block.parameters())
+            mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
+        return Positions((), mask, prefix)
+
+    @classmethod
+    def call(cls, attention: Any, x: Tensor, positions: Positions | None) -> Tensor:
+        return attention(x, attention_mask=None if positions is None else positions.bias)[0]
+
+
+class Janus(Clip):
+    """Janus' layer: q and k may be normalised, a head at a time."""
+
+    dropout = "attention_dropout"
+    projections = ("q_proj", "k_proj", "v_proj", "projection_layer", "projection_dropout", "q_norm", "k_norm")
+
+    @classmethod
+    def heads(
+        cls, attention: Any, x: Tensor, rows: int | None, positions: Positions | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().heads(attention, x, rows, positions)
+        return attention.q_norm(q), attention.k_norm(k), v
+
+    @classmethod
+    def project(cls, attention: Any, x: Tensor, out: Tensor) -> Tensor:
+        return attention.projection_dropout(attention.projection_layer(merge_heads(out)))
+
+
 class InternVL(ViT):
     """InternVL's layer: q and k may be normalised over all heads, and dropout is in the attention."""
 
@@ -299,9 +389,9 @@ class Aim(Clip):
         return x + block.ffn(normed)
 
 
-def _row(layout: type[Layer], model: str, layer: str, attention: str) -> tuple[str, type[Family]]:
+def _row(layout: type[Layer], model: str, layer: str, attention: str, part: str = "") -> tuple[str, type[Family]]:
     """A layer of a model, by the names of its class and its attention's: a layout with that attention."""
-    module = f"transformers.models.{model}.modeling_{model}"
+    module = f"transformers.models.{model}.modeling_{model}{part}"
     kind = type(layer, (layout,), {"attentions": (f"{module}.{attention}",), "__module__": __name__})
     globals()[layer] = kind  # by which it pickles
     return f"{module}.{layer}", kind
@@ -320,15 +410,18 @@ ROWS: dict[str, type[Family]] = dict(
         _row(Clip, "clip", "CLIPEncoderLayer", "CLIPAttention"),
         _row(Clip, "clipseg", "CLIPSegEncoderLayer", "CLIPSegAttention"),
         _row(Clip, "git", "GitVisionEncoderLayer", "GitVisionAttention"),
-        _row(Clip, "idefics2", "Idefics2EncoderLayer", "Idefics2VisionAttention"),
-        _row(Clip, "idefics3", "Idefics3EncoderLayer", "Idefics3VisionAttention"),
+        _row(Padded, "idefics2", "Idefics2EncoderLayer", "Idefics2VisionAttention"),
+        _row(Padded, "idefics3", "Idefics3EncoderLayer", "Idefics3VisionAttention"),
         _row(Clip, "kosmos2", "Kosmos2VisionEncoderLayer", "Kosmos2VisionAttention"),
         _row(Clip, "metaclip_2", "MetaClip2EncoderLayer", "MetaClip2Attention"),
         _row(Clip, "owlv2", "Owlv2EncoderLayer", "Owlv2Attention"),
         _row(Clip, "owlvit", "OwlViTEncoderLayer", "OwlViTAttention"),
         _row(Clip, "siglip", "SiglipEncoderLayer", "SiglipAttention"),
-        _row(Clip, "siglip2", "Siglip2EncoderLayer", "Siglip2Attention"),
-        _row(Clip, "smolvlm", "SmolVLMEncoderLayer", "SmolVLMVisionAttention"),
+        _row(Padded, "siglip2", "Siglip2EncoderLayer", "Siglip2Attention"),
+        _row(Padded, "smolvlm", "SmolVLMEncoderLayer", "SmolVLMVisionAttention"),
+        _row(Data2Vec, "data2vec", "Data2VecVisionLayer", "Data2VecVisionAttention", "_vision"),
+        _row(Flava, "flava", "FlavaLayer", "FlavaAttention"),
+        _row(Janus, "janus", "JanusVisionEncoderLayer", "JanusVisionAttention"),
         _row(Dino, "dinov2", "Dinov2Layer", "Dinov2Attention"),
         _row(Dino, "dinov2_with_registers", "Dinov2WithRegistersLayer", "Dinov2WithRegistersAttention"),
         _row(Dino3, "dinov3_vit", "DINOv3ViTLayer", "DINOv3ViTAttention"),
