@@ -7,6 +7,9 @@
 >>> x.shape, size.shape, unmerge(x).shape
 (torch.Size([2, 181, 64]), torch.Size([2, 181, 1]), torch.Size([2, 197, 64]))
 
+`kth_bipartite_soft_matching` and `random_bipartite_soft_matching` are the same with other sides, for comparisons: their
+likenesses are a matrix an image in plain PyTorch, the merges are the kernels all the same.
+
 Source: Bolya et al., Token Merging: Your ViT But Faster (ICLR 2023), section 3; written from the paper.
 """
 
@@ -16,11 +19,12 @@ import torch
 from torch import Tensor
 
 from .ops import checks
+from .ops.match_sides import match_kth, match_random
 from .ops.merge_bipartite import match_bipartite, merge_by_index, sum_by_index, unmerge_bipartite
 
 
 class Merge(NamedTuple):
-    """Merges tokens as a matching says; what `bipartite_soft_matching` gives first.
+    """Merges tokens as a matching says; what `bipartite_soft_matching` and its like give first.
 
     Attributes:
         index: ``(B, N - prefix)`` int64: which of the tokens behind the prefix each goes into.
@@ -71,20 +75,76 @@ def bipartite_soft_matching(
         ValueError: metric has another number of dimensions.
     """
     prefix = int(class_token) + int(distill_token)
-    checks.tensor("bipartite_soft_matching", "metric", metric, "B,N,D")
-    if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
-        raise TypeError(f"bipartite_soft_matching: r must be an int, but got {r!r}")
+    _check_matching("bipartite_soft_matching", metric, "r", r)
     N = max(0, metric.shape[1] - prefix)
     r = max(0, min(r, N // 2))
     index = match_bipartite(metric, r, prefix=prefix)
     return Merge(index, N - r, prefix), Unmerge(index, prefix)
 
 
+def kth_bipartite_soft_matching(metric: Tensor, k: int) -> tuple[Merge, Unmerge]:
+    """How to merge into every k-th token the others, each into the one it is most like: ``(merge, unmerge)``.
+
+    Of N tokens those numbered k - 1, 2k - 1, ... (from 0) are left, N // k in their order. The tokens behind the last
+    of them go into their most alike too: nothing is lost. Likeness, equals and what is no number are as in
+    :func:`tokenops.match_bipartite`: cosine, the first, the least.
+
+    Args:
+        metric: ``(B, N, D)``, by which tokens are compared, of any float dtype; not differentiated. All tokens may be
+            merged: leave a class token out.
+        k: at 1 or below nothing is merged, nor above N, where there is no k-th token.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: metric has another number of dimensions.
+
+    >>> keys = torch.tensor([[[1.0, 0], [0, 1], [1, 1], [0, 1], [2, 2], [1, -1], [3, 3]]])
+    >>> merge, unmerge = kth_bipartite_soft_matching(keys, 3)  # tokens 2 and 5 are left
+    >>> merge.index.tolist()
+    [[0, 0, 0, 0, 0, 1, 0]]
+    """
+    _check_matching("kth_bipartite_soft_matching", metric, "k", k)
+    index, tokens = match_kth(metric, k)
+    return Merge(index, tokens, 0), Unmerge(index, 0)
+
+
+def random_bipartite_soft_matching(
+    metric: Tensor, r: int, *, generator: torch.Generator | None = None
+) -> tuple[Merge, Unmerge]:
+    """How to merge r tokens drawn at random, each into the one of the others it is most like: ``(merge, unmerge)``.
+
+    Every image has a draw of its own; the N - r others are left, in their order. Likeness, equals and what is no number
+    are as in :func:`tokenops.match_bipartite`.
+
+    Args:
+        metric: ``(B, N, D)``, by which tokens are compared, of any float dtype; not differentiated. All tokens may be
+            merged: leave a class token out.
+        r: how many to merge; more than N - 1 is taken as N - 1, below 0 as none.
+        generator: what draws, on any device; None: torch's own, where the metric is.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: metric has another number of dimensions.
+
+    >>> merge, unmerge = random_bipartite_soft_matching(torch.randn(2, 16, 4), 6)
+    >>> merge(torch.randn(2, 16, 8)).shape
+    torch.Size([2, 10, 8])
+    """
+    op = "random_bipartite_soft_matching"
+    _check_matching(op, metric, "r", r)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{op}: generator must be a torch.Generator or None, but got {type(generator).__name__}")
+    N = metric.shape[1]
+    r = max(0, min(r, N - 1))
+    index = match_random(metric, r, generator)
+    return Merge(index, N - r, 0), Unmerge(index, 0)
+
+
 def merge_wavg(merge: Merge, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Merge by the mean weighted with sizes: ``(tokens (B, N-r, C), sizes (B, N-r, 1))``.
 
     Args:
-        merge: of `bipartite_soft_matching`.
+        merge: of `bipartite_soft_matching` or its like.
         x: ``(B, N, C)``.
         size: ``(B, N, 1)``, how many patches each token stands for; None: 1.
     """
@@ -101,7 +161,7 @@ def merge_source(merge: Merge, x: Tensor, source: Tensor | None = None) -> Tenso
     """Which of the first tokens each token is made of: ``(B, N-r, N0)``, 1 for yes.
 
     Args:
-        merge: of `bipartite_soft_matching`.
+        merge: of `bipartite_soft_matching` or its like.
         x: ``(B, N, C)``, the tokens before this merge.
         source: ``(B, N, N0)``, that of the merge before; None at the first.
     """
@@ -109,6 +169,12 @@ def merge_source(merge: Merge, x: Tensor, source: Tensor | None = None) -> Tenso
     if source is None:
         source = torch.eye(x.shape[1], device=x.device).expand(x.shape[0], -1, -1)
     return merge(source, mode="sum")
+
+
+def _check_matching(op: str, metric: Tensor, name: str, value: int) -> None:
+    checks.tensor(op, "metric", metric, "B,N,D")
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, but got {value!r}")
 
 
 def _check(op: str, merge: Merge, x: Tensor) -> None:

@@ -44,6 +44,7 @@ def test_a_checkpoint_of_the_patched_model(tmp_path):
             "cait --points 2:vertical 4:horizontal --kind scalar",
             {"points": {2: "vertical", 4: "horizontal"}, "kind": "scalar"},
         ),
+        ("random --r 13", {"r": 13}),
         ("none", {}),
     ],
 )
@@ -98,7 +99,7 @@ def test_a_new_method_has_its_flags_at_once(toy, capsys):
         text = " ".join(parser.format_help().split())
         assert "--strength X [X ...] toy: how much of nothing, 100 % of it if not given" in text
         assert "--places N [N ...] toy: where, x of y" in text and "--loud, --no-loud toy: whether to say so" in text
-        assert "random, tome, toy" in text
+        assert "tome, random, toy" in text
     flags = "--size 3 --strength 2 --places 1 2 --by heart --no-loud --seed 5 --axes 1:up --plan 9 5"
     made, _ = models.make(parsed(bench, *SMALL, "--method", "toy", *flags.split()))
     found = made.tokenops_patch.method
@@ -148,7 +149,7 @@ def test_a_name_like_no_other():
         (bench, ["--method", "patch_slimming"], "--method patch_slimming needs --schedule or --counts"),
         (bench, ["--method", "dps"], "--method dps needs --counts"),
         (bench, "--method patch_slimming --counts 9 --schedule 9".split(), "--schedule and --counts say the same"),
-        (bench, ["--method", "evit", "--r", "3"], "--r belongs to --method tome, not to evit"),
+        (bench, ["--method", "evit", "--r", "3"], "--r belongs to --method tome or random, not to evit"),
         (bench, ["--method", "tome", "--r", "3", "4", "--inflect", "1"], "--inflect goes with one number of --r"),
         (bench, ["--method", "evit", "--keep-rate", "2"], "--method evit: keep_rate=2, but it must be above 0"),
         (bench, ["--method", "patch_slimming", "--counts", "9"], "--method patch_slimming: "),
@@ -198,7 +199,7 @@ def test_a_name_like_no_other():
         (bench, ["--model", "vit_tinny"], "--model: timm knows no model 'vit_tinny'; near it are: vit_tiny"),
         (slim, ["nowhere.jpg"], "there is no file nowhere.jpg"),
         (evaluate, [], "--data-dir nowhere, --split val: there is no folder nowhere"),
-        (evaluate, ["--sweep", "1"], "--sweep goes with --method evit, evo_vit, sit, random, tome, not with none"),
+        (evaluate, ["--sweep", "1"], "--sweep goes with --method evit, evo_vit, sit, tome, random, not with none"),
         (evaluate, ["--method", "evit", "--keep-rate", "0.5", "--sweep", "1"], "--sweep sets --keep-rate: give one"),
         (evaluate, ["--workers", "-1"], "--workers=-1, but it must be at least 0"),
     ],

@@ -12,7 +12,14 @@ from support.threads import by_threads
 from tokenops import reference, tome
 from tokenops.ops.merge_bipartite import merge_by_index
 from tokenops.ops.schemas import kernel
-from tokenops.tome import Merge, bipartite_soft_matching, merge_source, merge_wavg
+from tokenops.tome import (
+    Merge,
+    bipartite_soft_matching,
+    kth_bipartite_soft_matching,
+    merge_source,
+    merge_wavg,
+    random_bipartite_soft_matching,
+)
 
 OPS = ("match_bipartite", "merge_bipartite", "unmerge_bipartite")
 match_bipartite, merge_bipartite, unmerge_bipartite = (getattr(tokenops, op) for op in OPS)
@@ -83,6 +90,63 @@ def test_tome_takes_what_there_is(backend, device):
     assert bipartite_soft_matching(x[:, :1], 5, True)[0](x[:, :1]).shape[1] == 1
 
 
+def test_every_kth_token_takes_the_others(backend, device):
+    """The likeness of 0 and 4 with 1 is equal to that with 3: the first. What is behind the last whole group stays."""
+    metric = torch.tensor([[1.0, 1], [1, 0], [3, 1], [0, 1], [2, 2], [0, 7], [9, 1]], device=device)[None]
+    merge, unmerge = kth_bipartite_soft_matching(metric, 2)  # 1, 3 and 5 are left; 5 is as 3, and later
+    assert merge.index.tolist() == [[0, 0, 0, 1, 0, 2, 0]] and merge.tokens == 3
+    x = torch.arange(1.0, 8, device=device).view(1, 7, 1).requires_grad_()
+    y, size = merge_wavg(merge, x)
+    assert size.flatten().tolist() == [5, 1, 1]
+    torch.testing.assert_close(y.flatten(), torch.tensor([18.0 / 5, 4, 6], device=device))  # 1, 2, 3, 5, 7; 4; 6
+    assert merge(x, mode="sum").flatten().tolist() == [18, 4, 6]
+    torch.testing.assert_close(unmerge(y), y[:, merge.index[0]])
+    y[:, 0].sum().backward()
+    expected = [0.2, 0.2, 0.2, 0, 0.2, 0, 0.2]
+    torch.testing.assert_close(x.grad.flatten(), torch.tensor(expected, device=device))
+    for k, left in ((-1, 7), (1, 7), (3, 2), (4, 1), (7, 1), (8, 7)):
+        merge, unmerge = kth_bipartite_soft_matching(metric, k)
+        assert merge(x).shape[1] == left and unmerge(merge(x)).shape[1] == 7
+        if left == 7:
+            assert torch.equal(merge(x), x)
+
+
+def test_drawn_tokens_go_into_the_others(device):
+    """Sources and destinations are read off the sizes; each source is where a loop over the destinations puts it."""
+    metric = torch.randn(8, 9, 4, device=device)
+    draw = torch.Generator().manual_seed(5)
+    merge, unmerge = random_bipartite_soft_matching(metric, 6, generator=draw)
+    again, _ = random_bipartite_soft_matching(metric.double(), 6, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(again.index, merge.index) and merge.tokens == 3
+    drawn = torch.rand(8, 9, generator=torch.Generator().manual_seed(5), device="cpu").argsort(dim=1)
+    for b in range(8):
+        kept = sorted(drawn[b, 6:].tolist())
+        likeness = torch.cosine_similarity(metric[b, :, None], metric[b, None, kept], dim=-1)
+        expected = [kept.index(i) if i in kept else int(likeness[i].argmax()) for i in range(9)]
+        assert merge.index[b].tolist() == expected
+    assert len({tuple(row) for row in drawn[:, :6].sort(dim=1).values.tolist()}) > 1, "every image has a draw"
+    x = torch.randn(8, 9, 5, device=device)
+    torch.testing.assert_close(merge(unmerge(merge(x))), merge(x))
+    assert not torch.equal(random_bipartite_soft_matching(metric, 6, generator=draw)[0].index, merge.index)
+    torch.manual_seed(3)
+    first = random_bipartite_soft_matching(metric, 4)[0].index
+    torch.manual_seed(3)
+    assert torch.equal(random_bipartite_soft_matching(metric, 4)[0].index, first)
+    lefts = [random_bipartite_soft_matching(metric, r)[0](x).shape[1] for r in (-1, 0, 8, 9, 100)]
+    assert lefts == [9, 9, 1, 1, 1] and random_bipartite_soft_matching(metric[:, :0], 2)[0].tokens == 0
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32, torch.float64))
+def test_likenesses_that_are_no_numbers(dtype, device):
+    """As in `match_bipartite`: the least; that of zeros is 0, and lengths do not count."""
+    nan, big, small = float("nan"), torch.finfo(dtype).max / 2, torch.finfo(dtype).tiny
+    rows = [[nan, 0], [nan, 1], [0, 0], [0, -1], [-small, 0], [big, -big], [big, big], [small, small]]
+    metric = torch.tensor(rows, dtype=dtype, device=device)[None]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        # of 1, 3, 5 and 7 are left: for 0 all are no numbers, the first; 2 is 0 to the rest, -inf to 1
+        assert kth_bipartite_soft_matching(metric, 2)[0].index.tolist() == [[0, 0, 1, 1, 1, 2, 3, 3]]
+
+
 # Bad input
 
 
@@ -92,6 +156,15 @@ BAD_TOME = [
         lambda: bipartite_soft_matching(torch.zeros(1, 3, 4), 1.5),
         TypeError,
         "bipartite_soft_matching: r must be an int",
+    ),
+    (lambda: kth_bipartite_soft_matching(torch.zeros(3, 4), 2), ValueError, "kth_bipartite_soft_matching: metric must"),
+    (lambda: kth_bipartite_soft_matching(torch.zeros(1, 3, 4), True), TypeError, "k must be an int, but got True"),
+    (lambda: random_bipartite_soft_matching(None, 2), TypeError, "random_bipartite_soft_matching: metric must be"),
+    (lambda: random_bipartite_soft_matching(torch.zeros(1, 3, 4), 0.5), TypeError, "r must be an int, but got 0.5"),
+    (
+        lambda: random_bipartite_soft_matching(torch.zeros(1, 3, 4), 1, generator=7),
+        TypeError,
+        "generator must be a torch.Generator or None, but got int",
     ),
     (lambda: merge_wavg(None, torch.zeros(1, 3, 4)), TypeError, "merge_wavg: merge must come from"),
     (lambda: merged()(torch.zeros(1, 5, 4)), ValueError, "merge: x has 5 tokens, but merge has 4"),

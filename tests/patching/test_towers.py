@@ -192,6 +192,10 @@ def test_a_mean_of_patches_counts_merged_ones_by_their_size(kind):
     torch.testing.assert_close(model(x).logits, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(model(x).logits, asked_for, rtol=0, atol=0)
     assert not torch.allclose(bare(x).logits, expected, atol=1e-3)
+    apply_patch(remove_patch(model), "random", r=3)
+    sources, tokens = trace(model, x).steps[-1].sources, model.vision_model(x).last_hidden_state[:, prefix:]
+    assert [len(row.unique()) for row in sources] == [7, 7] == [len(rows.unique(dim=0)) for rows in tokens]
+    assert tokens.shape[1] == 16
 
 
 @pytest.mark.parametrize("kind", ["CLIPForImageClassification", "SiglipForImageClassification"])

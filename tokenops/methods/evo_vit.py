@@ -71,10 +71,13 @@ class Evolving(PartRole):
                     "a block that chooses tokens was given no scores: stage_wise is set between forwards, not while one"
                     " runs"
                 )
+            N = x.shape[1] - self.prefix
+            if (k := int(self.part * N)) < 1:  # of images whose size was not known before
+                raise ValueError(f"prune_ratio keeps none of {N} tokens, but it must keep at least one")
             chosen = select_tokens(
                 x,
                 scores,
-                int(self.part * (x.shape[1] - self.prefix)),
+                k,
                 prefix=self.prefix,
                 order="index",
                 companions=(scores,) if self.wanted else (),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.merge_bipartite import merge_bipartite, unmerge_bipartite
+from ..ops.merge_bipartite import Merged, merge_bipartite, unmerge_bipartite
 from ..ops.reference import accumulation_dtype
 from ..patching.blocks import attend, feed
 from ..patching.engine import Flow, Method, Record, Role
@@ -75,7 +75,7 @@ class Merging(Role):
     ) -> tuple[Tensor, Merges]:
         sizes = None if state is None else state.sizes.to(torch.float32)
         norm = fusable(getattr(block, block.tokenops_family.norm2))
-        merged = merge_bipartite(x, keys, r, prefix=self.prefix, sizes=sizes, norm=norm)
+        merged = self.merge(x, keys, r, sizes, norm)
         source = None
         if record is not None or self.unmerge:
             source = merged.index if state is None else merged.index.gather(1, state.source)
@@ -83,6 +83,10 @@ class Merging(Role):
             record.note(merged.tokens, source)
         new = Merges(merged.sizes.to(torch.int32), merged.log_sizes, source)
         return feed(block, merged.tokens, merged.normed), new
+
+    def merge(self, x: Tensor, keys: Tensor, r: int, sizes: Tensor | None, norm: Any) -> Merged:
+        """r tokens merged, those that are most alike by the keys."""
+        return merge_bipartite(x, keys, r, prefix=self.prefix, sizes=sizes, norm=norm)
 
     def spread(self, tokens: Tensor, state: Any, finish: Any, prefix: int = 0) -> Tensor | None:
         return unmerge_bipartite(tokens, state.source, prefix=prefix)
@@ -113,15 +117,20 @@ class ToMe(Method):
         self.value, self.prop_attn, self.unmerge = r, prop_attn, unmerge
 
     def roles(self, site: Any) -> list[Role]:
-        site.refuse_placed("tome", "a merged token has no position")
         if site.maps is not None and self.unmerge is False:
             raise ValueError(f"tome: unmerge=False, but {site.maps} expects every patch token in its place")
         if self.value is None:
             raise TypeError("tome needs r, how many tokens to merge in every block: apply_patch(model, 'tome', r=8)")
         unmerge = not site.pools_class() if self.unmerge is None else self.unmerge
-        return [
-            Merging(site.prefix, False, r, self.prop_attn, unmerge) for r in merged_per_block(self.value, site.depth)
-        ]
+        return merging_roles(self.name, site, self.value, self.prop_attn, unmerge)
+
+
+def merging_roles(
+    name: str, site: Any, r: Any, prop_attn: bool, unmerge: bool, kind: type[Merging] = Merging
+) -> list[Role]:
+    """A role that merges for each block; r as in `ToMe`."""
+    site.refuse_placed(name, "a merged token has no position")
+    return [kind(site.prefix, False, count, prop_attn, unmerge) for count in merged_per_block(r, site.depth)]
 
 
 def merged_per_block(r: Any, depth: int) -> tuple[int, ...]:

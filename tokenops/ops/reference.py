@@ -276,22 +276,36 @@ def match_bipartite(metric: Tensor, r: int, *, prefix: int = 1) -> Tensor:
     if r == 0:
         of_even = torch.arange(left, device=metric.device).expand(B, -1)
     else:
-        wide = metric[:, prefix:].to(accumulation_dtype(metric.dtype))
-        # rows whose squares may overflow or vanish are brought near 1 by a power of two, which rounds nothing
-        high, low, down, up = (50, -40, -76, 90) if wide.dtype == torch.float32 else (450, -400, -600, 700)
-        norm = wide.norm(dim=2, keepdim=True)
-        power = torch.ones_like(norm).masked_fill(norm > 2.0**high, 2.0**down).masked_fill(norm < 2.0**low, 2.0**up)
-        wide = wide * power
-        unit = wide / wide.norm(dim=2, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
-        cosine = torch.bmm(unit[:, prefix % 2 :: 2], unit[:, 1 - prefix % 2 :: 2].transpose(1, 2))
-        cosine = cosine.masked_fill(cosine.isnan(), float("-inf"))
-        best = cosine.amax(dim=2, keepdim=True)
-        target = torch.where(cosine == best, torch.arange(odds, device=metric.device), odds).amin(dim=2)
-        merged = selection_order(best.squeeze(2)).argsort(dim=1) < r
+        unit = unit_rows(metric[:, prefix:])
+        best, target = most_alike(unit[:, prefix % 2 :: 2], unit[:, 1 - prefix % 2 :: 2])
+        merged = selection_order(best).argsort(dim=1) < r
         of_even = torch.where(merged, left + target, (~merged).cumsum(dim=1) - 1)
     of_odd = (left + torch.arange(odds, device=metric.device)).expand(B, -1)
     token = torch.arange(N, device=metric.device)  # the k-th of either side is token 2k or 2k + 1
     return torch.cat((of_even, of_odd), dim=1)[:, token // 2 + (token + prefix) % 2 * evens]
+
+
+def unit_rows(metric: Tensor) -> Tensor:
+    """Rows (B,N,D) at length 1 in the accumulation dtype; those of zeros stay so."""
+    wide = metric.to(accumulation_dtype(metric.dtype))
+    # rows whose squares may overflow or vanish are brought near 1 by a power of two, which rounds nothing
+    high, low, down, up = (50, -40, -76, 90) if wide.dtype == torch.float32 else (450, -400, -600, 700)
+    norm = wide.norm(dim=2, keepdim=True)
+    power = torch.ones_like(norm).masked_fill(norm > 2.0**high, 2.0**down).masked_fill(norm < 2.0**low, 2.0**up)
+    wide = wide * power
+    return wide / wide.norm(dim=2, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
+
+
+def most_alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each unit row of a (B,n,D) the greatest cosine with one of b (B,m,D), and which, the first of equals: (B,n).
+
+    A cosine that is no number is the least of all.
+    """
+    cosine = torch.bmm(a, b.transpose(1, 2))
+    cosine = cosine.masked_fill(cosine.isnan(), float("-inf"))
+    best = cosine.amax(dim=2, keepdim=True)
+    m = b.shape[1]
+    return best.squeeze(2), torch.where(cosine == best, torch.arange(m, device=b.device), m).amin(dim=2)
 
 
 @keeps_dtypes

@@ -99,8 +99,8 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
       thirds of the depth), ``kind="average"`` or what else `tokenops.nn.NeighbourMerging` knows, for all or one a
       point; ``layout="raster"`` or "block", the order of the patches.
 
-    - "random": as "evit", but the tokens that stay are drawn at random, and the others are gone: what a choice is to be
-      better than.
+    - "random": as "evit", but the tokens that stay are drawn at random, and the others are gone; or, with ``r``, as
+      "tome", but those that are merged are drawn, and ``model.r`` may be set: what a choice is to be better than.
 
     What may be set is set between forwards: one that runs meanwhile may have it in some blocks alone, or raise.
 
@@ -112,9 +112,10 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
     So have transformers' ``hidden_states``: ``[0]`` are those that come into the first block, ``[i]`` those behind
     block i - 1, where "evit" has a fused token last and "evo_vit" those that pass through its stage; ``[-2]`` is behind
     the last block but one. A head that averages patches counts each token that is left once, "evit"'s fused one too;
-    "tome" has all again there. "NCHW" maps of timm's ``forward_intermediates`` cover the grid behind "tome",
-    "evo_vit" and "cait", and are refused where patches were dropped or mixed. Masks and attention weights are refused.
-    Where attention weights are dropped in training the whole matrix is written, as in the published codes.
+    "tome" has all again there, and "cait" where it merged an odd side. "NCHW" maps of timm's ``forward_intermediates``
+    cover the grid behind "tome", "evo_vit" and "cait", and are refused where patches were dropped or mixed. Masks and
+    attention weights are refused. Where attention weights are dropped in training the whole matrix is written, as in
+    the published codes.
 
     Language models that see: "tome" and "evo_vit" give every patch a token where the language model takes them, so
     prompts stay as they are. LLaVA and PaliGemma also take the other methods, and ``unmerge=False``, with a prompt of

@@ -158,7 +158,7 @@ class Method:
     name: ClassVar[str]
     scores: ClassVar[bool] = True
     shape: ClassVar[bool] = False
-    setting: ClassVar[str | None] = None
+    setting: str | None = None
     entry: ClassVar[str | None] = None
     value: Any = None
 

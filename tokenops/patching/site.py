@@ -83,6 +83,10 @@ class Site:
         """Whether the model, as it is now, classifies by tokens of the prefix alone."""
         return self.maps is None and pools_class(self.owner, self._around, self.has_class, self.speaker)
 
+    def pools_patches(self) -> bool:
+        """Whether the model, as it is now, makes something of all its patch tokens, and no words of each."""
+        return self.speaker is None and not self.pools_class()
+
     def needs_grid(self, method: str) -> tuple[int, tuple[int, int]]:
         """The number of patches and the grid; ValueError where images may have others."""
         if self.grid is None or self.patches is None:

@@ -208,6 +208,15 @@ class PatchedTransformer:
         return kept
 
     def reset_classifier(self, *args: Any, **kwargs: Any) -> None:
-        """As timm's; whether tokens are brought back follows the pooling."""
+        """As timm's; whether tokens are brought back follows the pooling.
+
+        Raises:
+            ValueError: the method leaves nothing to pool; the model is as before.
+        """
+        before = {**vars(self), "_modules": dict(self._modules)}  # type: ignore[attr-defined]
         super().reset_classifier(*args, **kwargs)  # type: ignore[misc]
-        self.tokenops_patch.fit(self)  # type: ignore[attr-defined]
+        try:
+            self.tokenops_patch.fit(self)  # type: ignore[attr-defined]
+        except ValueError:
+            vars(self).update(before)
+            raise

@@ -40,7 +40,8 @@ class Merging(Role):
     Attributes:
         merges: whether there is a merge. `constant` has all tokens in the order of the block layout, where the block
             puts them in this order.
-        grid: whether every patch has a token again where the model takes them.
+        grid: whether every patch has a token again where the model takes them: it expects a map, or pools tokens that
+            stand for unlike numbers of patches.
     """
 
     merges: bool = False
@@ -64,20 +65,28 @@ class Merging(Role):
             if follows:
                 places = rows[self.prefix :] - self.prefix
                 source = places.argsort().expand(x.shape[0], -1)
-        if not self.merges:
-            return Flow(whole(block, x, positions), None if source is None else Merged(source))
+        if self.merges:
+            x, source = self._merged(block, x, source, record)
+        else:
+            x = whole(block, x, positions)
+        return Flow(x, None if source is None else Merged(source))
+
+    def _merged(
+        self, block: Any, x: Tensor, source: Tensor | None, record: Record | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block with its merge behind it, and where the patches are then."""
         merge = block.merge
         x = attend(block, x)[0]
         if commutes(block) and not (block.mlp.training and block.mlp.drop2.p):
             x = self._fed(block, x)
         else:
             x = merge(feed(block, x))
-        if follows:
+        if record is not None or self.grid:
             into = merge.source.to(x.device)
             source = into.expand(x.shape[0], -1) if source is None else into[source]
         if record is not None:
             record.note(x, source)
-        return Flow(x, None if source is None else Merged(source))
+        return x, source
 
     def _fed(self, block: Any, x: Tensor) -> Tensor:
         """x plus the MLP, merged before fc2."""
@@ -96,6 +105,9 @@ class CAIT(Method):
     """Neighbouring patch tokens merged behind a few blocks; the prefix bypasses the merges.
 
     A pretrained model starts as the same one with average pooling of its tokens, whatever the kind.
+
+    Where an odd side was merged, tokens stand for unlike numbers of patches. A model that pools patches then has one
+    for every patch behind its last block, so that means count them by their sizes.
 
     Args:
         points: block numbers, from 0, to the axis merged behind each: "horizontal" or "vertical". None merges
@@ -123,12 +135,15 @@ class CAIT(Method):
 
     def roles(self, site: Any) -> list[Role]:
         points, sides = self._fitted(site)
-        order = None
-        if self.layout == "block":
-            with torch.device("cpu"):  # numbers, also of a model on meta
-                places = grid_order(sides).tolist()
-            order = (*range(site.prefix), *(site.prefix + i for i in places))
-        grid = site.maps is not None
+        with torch.device("cpu"):  # numbers, also of a model on meta
+            source, order = torch.arange(sides[0] * sides[1]), None
+            if self.layout == "block":
+                places = grid_order(sides)
+                source, order = places.argsort(), (*range(site.prefix), *(site.prefix + places).tolist())
+            for merge in self._merges(site, points, sides, ["average"] * len(points)).values():  # which draws none
+                source = merge.source[source]
+            sizes = source.bincount()
+        grid = site.maps is not None or (site.pools_patches() and bool((sizes != sizes[0]).any()))
         return [
             Merging(site.prefix, False, i in points, grid, constant=None if i else order) for i in range(site.depth)
         ]
@@ -136,13 +151,17 @@ class CAIT(Method):
     def parts(self, site: Any) -> dict[int, tuple[str, Any]]:
         points, grid = self._fitted(site)
         kinds = [self.kind] * len(points) if isinstance(self.kind, str) else list(self.kind)
-        parts: dict[int, tuple[str, Any]] = {}
+        return {i: ("merge", merge) for i, merge in self._merges(site, points, grid, kinds).items()}
+
+    def _merges(
+        self, site: Any, points: dict[int, str], grid: tuple[int, int], kinds: Sequence[str]
+    ) -> dict[int, NeighbourMerging]:
+        merges: dict[int, NeighbourMerging] = {}
         for j, ((i, axis), kind) in enumerate(zip(points.items(), kinds)):
             layout = self.layout if j < 2 else "raster"  # behind the second merge the block layout is the raster's
-            merge = NeighbourMerging(site.dim, axis, grid, kind, prefix=site.prefix, layout=layout)
-            parts[i] = "merge", merge
-            grid = merge.merged_grid
-        return parts
+            merges[i] = NeighbourMerging(site.dim, axis, grid, kind, prefix=site.prefix, layout=layout)
+            grid = merges[i].merged_grid
+        return merges
 
     def _fitted(self, site: Any) -> tuple[dict[int, str], tuple[int, int]]:
         site.refuse_placed("cait", "a merged token has no position")
@@ -216,6 +235,8 @@ def unmerge_tokens(model: Any, x: Tensor, block: int, *, prefix: int | None = No
     prefix = model.num_prefix_tokens if prefix is None else prefix
     merges = [merge for merge in merges_of(model)[: block + 1] if merge is not None]
     height, width = model.patch_embed.grid_size
+    if merges and x.shape[1] == prefix + height * width:  # brought back by the block
+        return x
     if order_of(model) is not None and len(merges) < 2:
         # (i, j, dy, dx) to (i, dy, j, dx), dx being merged behind the first
         blocks = x[:, prefix:].unflatten(1, (height // 2, width // 2, 2, 2 - len(merges)))

@@ -19,7 +19,7 @@ from ...patching.engine import Method, Role
 from .blocks import check_model, embed_tokens
 from .counts import counts_for
 from .impact import checked_for, impact
-from .method import Slim
+from .method import Slim, refuse_empty
 
 
 class TokenScorer(nn.Module):
@@ -119,8 +119,7 @@ class DynamicSlimming(Method):
                     f"counts gives layer {layer} {n} tokens, but tokens are scored after layer {after}, and till then"
                     f" all {1 + patches} are needed"
                 )
-        if not site.pools_class() and counts[-1] < 2:
-            raise ValueError("counts leaves no patch to the last layer, but the model does not classify by class token")
+        refuse_empty("counts leaves", site, counts)
         before = (1 + patches, *counts)
         rows = [n - 1 if n < m else None for m, n in zip(before, counts)]
         return [DynamicSlim(site.prefix, False, n, i == after) for i, n in enumerate(rows)]

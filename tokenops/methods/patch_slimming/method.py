@@ -69,6 +69,16 @@ class Slim(Role):
         return x.index_select(1, rows), rows[self.prefix :] - self.prefix if follows else None
 
 
+def refuse_empty(words: str, site: Any, counts: Sequence[int]) -> None:
+    """ValueError where the prefix alone is left and the model takes patches, whose mean would be of nothing."""
+    empty = [i for i in site.taken if i >= 0 and counts[i] < 2]
+    if empty and not site.pools_class():
+        raise ValueError(
+            f"{words} no patch to layer {empty[0] + 1}, but the model takes patches from there, not the class token"
+            " alone"
+        )
+
+
 class PatchSlimming(Method):
     """The patches a schedule keeps, the same for every image.
 
@@ -103,12 +113,7 @@ class PatchSlimming(Method):
                 f"the schedule is for a grid of {schedule.grid[0]} x {schedule.grid[1]} patches, but the model has"
                 f" {grid[0]} x {grid[1]}: search one for this image size"
             )
-        empty = [i for i in site.taken if i >= 0 and schedule.counts[i] < 2]
-        if empty and not site.pools_class():
-            raise ValueError(
-                f"the schedule leaves no patch to layer {empty[0] + 1}, but the model takes patches from there, not the"
-                " class token alone"
-            )
+        refuse_empty("the schedule leaves", site, schedule.counts)
         roles: list[Role] = []
         before = patches
         for count in schedule.counts:

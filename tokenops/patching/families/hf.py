@@ -170,7 +170,7 @@ class Nested(Layer):
 
     norm1, attention, norm2 = "layernorm_before", "attention", "layernorm_after"
     dropout, scale = "dropout_prob", "scaling"
-    arguments = ()
+    arguments: tuple[str, ...] = ()
     parts: tuple[str, ...] = ("intermediate", "output")
     qkv = ("query", "key", "value")
     projections: tuple[str, ...] = ("query", "key", "value", "attention_head_size")
@@ -204,7 +204,7 @@ class Flava(Nested):
     """FLAVA's layer: results in tuples."""
 
     dropout, scale, swift = "dropout", "", False
-    arguments = ("attention_mask", "output_attentions")
+    arguments: tuple[str, ...] = ("attention_mask", "output_attentions")
 
     @classmethod
     def factor(cls, attention: Any) -> float:
