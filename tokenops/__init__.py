@@ -24,6 +24,7 @@ __all__ = [
     "Merged",
     "Selection",
     "apply_patch",
+    "load_patched",
     "masked_channel_attention",
     "masked_channel_attention_qkv",
     "match_bipartite",
@@ -32,6 +33,7 @@ __all__ = [
     "reference",
     "remove_patch",
     "restore_tokens",
+    "save_patched",
     "select_tokens",
     "soft_aggregate",
     "soft_scatter",
@@ -48,7 +50,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Whole methods, imported when they are asked for: they need more than torch."""
-    if name in ("apply_patch", "remove_patch", "trace"):
+    if name in ("apply_patch", "load_patched", "remove_patch", "save_patched", "trace"):
         from . import methods, patching  # noqa: F401  methods say their names to the engine
 
         return getattr(patching, name)

@@ -95,5 +95,7 @@ def test_merging_and_dropping_are_two_things(more):
 
 
 def test_rotary_positions_are_refused():
-    with pytest.raises(ValueError, match="random: the model has rotary positions, but a merged token has no position"):
+    with pytest.raises(
+        ValueError, match="random: the model has rotary or relative positions, but a merged token has no position"
+    ):
         apply_patch(model_of("rope"), "random", r=3)

@@ -1,10 +1,9 @@
 """Weights from files and from teachers. Files are read with weights_only: nothing in them is executed."""
 
-import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from timm.models import load_state_dict
 from torch import Tensor, nn
@@ -28,19 +27,6 @@ def load_checkpoint(model: Model, path: str | PathLike[str]) -> Model:
         raise FileNotFoundError(f"load_checkpoint: there is no file {path}")
     model.load_state_dict(load_state_dict(str(path), use_ema=False, weights_only=True))
     return model
-
-
-def read_json(text: str, what: str, form: str, version: int) -> dict[str, Any]:
-    """The object that JSON text holds, of a format and its version; ValueError in words where it is something else."""
-    try:
-        found: Any = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"a {what} must be JSON, but {error}") from None
-    if not isinstance(found, dict) or found.get("format") != form:
-        raise ValueError(f"a {what} must be a JSON object with format {form!r}")
-    if type(found.get("version")) is not int or found["version"] != version:
-        raise ValueError(f"the {what}'s version is {found.get('version')!r}, but this package reads {version}")
-    return found
 
 
 def init_from_teacher(student: Model, teacher: nn.Module | Mapping[str, Tensor]) -> Model:

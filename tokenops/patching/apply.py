@@ -159,7 +159,7 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
         raise ValueError(f"apply_patch: the model has an attribute {taken[0]!r} of its own")
     how.roles(site)
     parts, patch = how.parts(site), Patch(how, site.depth)
-    if any(list(part.parameters()) for _, part in parts.values()) and (wrapper := _distributed(model)):
+    if any(list(part.parameters()) for _, part in parts.values()) and (wrapper := distributed(model)):
         raise ValueError(f"{how.name} adds parameters, which {wrapper} would not know of: apply_patch comes before it")
     for i, (name, part) in parts.items():
         _add_to(site.blocks[i], name, part)
@@ -228,7 +228,7 @@ def _made(method: str | Method, options: dict[str, Any]) -> Method:
     return METHODS[method](**options)
 
 
-def _distributed(model: nn.Module) -> str | None:
+def distributed(model: nn.Module) -> str | None:
     """The name of what has taken a model's parameters to share them among processes."""
     kinds = [type(module) for module in model.modules()]
     named = ("FullyShardedDataParallel", "DistributedDataParallel")

@@ -5,9 +5,9 @@ threads, recomputation in checkpointing, hooks and wrappers see what they see in
 """
 
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -144,7 +144,7 @@ class Role:
 
 
 class Method:
-    """What is done to the tokens of a model: a plug-in of the engine. Its constructor takes its options.
+    """What is done to the tokens of a model: a plug-in of the engine. Its constructor takes its options, by name.
 
     Attributes:
         name: as `apply_patch` takes it; a class with a name is known by it from then on.
@@ -153,6 +153,8 @@ class Method:
         setting: the option that becomes an attribute of the model, to be set between forwards; None without.
         entry: the name of the part that tokens pass first in a block that has it; None without.
         value: what that is.
+        documents: the options that may be objects with `to_json` and `from_json`, and their classes: how a folder of
+            `tokenops.save_patched` has them. Other options are numbers, text, lists, tuples and mappings.
     """
 
     name: ClassVar[str]
@@ -160,10 +162,13 @@ class Method:
     shape: ClassVar[bool] = False
     setting: str | None = None
     entry: ClassVar[str | None] = None
+    documents: ClassVar[Mapping[str, Any]] = {}
     value: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _noted(cls.__init__)  # type: ignore[method-assign]
         if "name" in vars(cls):
             METHODS[cls.name] = cls
 
@@ -178,6 +183,18 @@ class Method:
     def parts(self, site: Any) -> dict[int, tuple[str, Any]]:
         """Modules to be added to blocks, by number: a name, and the module."""
         return {}
+
+
+def _noted(init: Any) -> Any:
+    """A method's constructor that notes what it was given, if no other does: those of base classes come later."""
+
+    @wraps(init)
+    def noting(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "tokenops_given" not in vars(self):
+            object.__setattr__(self, "tokenops_given", (args, kwargs))  # a frozen dataclass takes no assignment
+        init(self, *args, **kwargs)
+
+    return noting
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -1,7 +1,6 @@
 """What a compressed model looks like: its merges and widths, their JSON file, and what they cost."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -16,8 +15,8 @@ from torch import nn
 from ...nn import compact_channels
 from ...nn.neighbour_merging import AXES, KINDS, LAYOUTS
 from ...patching import apply_patch
+from ...patching.as_json import check_keys, read_json
 from ...patching.engine import dress_as
-from ..checkpoint import read_json
 from ..lvvit import ConvStem
 from .blocks import MASKS, Mlp, check_model, keep_hidden, prunable
 from .merging import CAIT, commutes, merge_points, merges_of, order_of
@@ -139,7 +138,7 @@ class Structure:
     def from_json(cls, text: str) -> "Structure":
         """Read what :meth:`to_json` wrote. ValueError says what is wrong with anything else."""
         found = read_json(text, "CAIT structure", FORMAT, VERSION)
-        _check_keys("the structure", found, {"format", "version", *(field.name for field in fields(cls))})
+        check_keys("the structure", found, {"format", "version", *(field.name for field in fields(cls))})
         lists: dict[str, Any] = {}
         for name, kind in (("merges", Merge), ("widths", Widths)):
             given = found[name]
@@ -149,7 +148,7 @@ class Structure:
             if not isinstance(given, list):
                 raise ValueError(f"the structure's {name} must be a list, but got {given!r}")
             for i, one in enumerate(given):
-                _check_keys(f"the structure's {name}[{i}]", one, {field.name for field in fields(kind)})
+                check_keys(f"the structure's {name}[{i}]", one, {field.name for field in fields(kind)})
             lists[name] = tuple(kind(**one) for one in given)
         return cls(lists["merges"], found["layout"], lists["widths"])
 
@@ -365,9 +364,3 @@ def _embedding_macs(model: Any) -> int:
 def _option(op: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{op}: {name}={value!r}, but it must be one of {', '.join(map(repr, allowed))}")
-
-
-def _check_keys(what: str, found: Any, keys: set[str]) -> None:
-    if not isinstance(found, Mapping) or set(found) != keys:
-        given = sorted(found) if isinstance(found, Mapping) else repr(found)
-        raise ValueError(f"{what} must have the keys {', '.join(sorted(keys))}, but has {given}")

@@ -91,6 +91,7 @@ class PatchSlimming(Method):
     """
 
     name, scores, shape, setting = "patch_slimming", False, True, "schedule"
+    documents = {"schedule": Schedule}
 
     def __init__(self, schedule: Schedule | Sequence[int] | None = None) -> None:
         if schedule is None:

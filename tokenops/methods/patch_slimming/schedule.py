@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from ..checkpoint import read_json
+from ...patching.as_json import read_json
 from .counts import check_counts
 
 FORMAT = "tokenops.patch_slimming"
