@@ -19,6 +19,7 @@ from tokenops import apply_patch, remove_patch, trace
 from tokenops import nn as ours
 from tokenops.methods.cait import Mlp, Structure, compact, merging, prunable, restructure, unmerge_tokens
 from tokenops.methods.cait.merging import commutes, merges_of
+from tokenops.ops.masked_channel_attention import faster
 from tokenops.patching.blocks import Ask
 from tokenops.patching.engine import PatchedAttention
 from tokenops.patching.modules import plain_of
@@ -100,8 +101,9 @@ def test_it_runs_the_operators(ran_kernels, chosen):
     for kind in ("average", "channel", "content"):
         model = prunable(merged(kind=kind))
         with ran_kernels() as names:
-            model(images(model))
-        assert names == chosen("masked_channel_attention_fwd", "merge_neighbours_fwd")
+            model(x := images(model))
+        ours = ["masked_channel_attention_fwd"] * (faster(x) > 0)  # else torch's own attention is not slower
+        assert names == chosen(*ours, "merge_neighbours_fwd")
 
 
 @pytest.mark.usefixtures("on_device")

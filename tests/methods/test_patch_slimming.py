@@ -21,6 +21,7 @@ from tokenops.methods.patch_slimming import (
     scored,
 )
 from tokenops.nn import Attention, convert_attention
+from tokenops.ops.masked_channel_attention import faster
 
 DEIT = dict(img_size=64, embed_dim=48, num_heads=3, depth=4, num_classes=5)
 GRID, COUNTS = (4, 4), (14, 14, 6, 1)
@@ -141,7 +142,8 @@ def test_nothing_dropped_is_the_dense_model(ran_kernels, chosen):
     close(apply_dynamic(model, (17,) * 4)(x), model(x))
     with ran_kernels() as names:
         apply(model, schedule())(x)
-    assert names == chosen("masked_channel_attention_fwd")
+    ours = ["masked_channel_attention_fwd"] * (faster(x) > 0)  # else torch's own attention is not slower
+    assert names == chosen(*ours)
 
 
 def test_no_gather_but_the_first():
