@@ -24,7 +24,7 @@ from .engine import (
 )
 from .families import head_width
 from .modules import is_sharded, unwrapped
-from .site import Site, is_patched
+from .site import Site, Where, is_patched
 from .trunks import tail_of
 from .views import PatchedTransformer
 
@@ -36,10 +36,11 @@ class Patch:
         method: what is done, with its options.
         depth: how many blocks the model had.
         added: the names of what blocks were given, by number.
+        where: which part of the model was named, and how many tokens were said to come before the patches' (`Where`).
     """
 
-    def __init__(self, method: Method, depth: int) -> None:
-        self.method, self.depth = method, depth
+    def __init__(self, method: Method, depth: int, where: Where) -> None:
+        self.method, self.depth, self.where = method, depth, where
         self.added: dict[int, str] = {}
 
     def set(self, model: Any, value: Any) -> None:
@@ -68,7 +69,9 @@ class Patch:
         self.method = method
 
 
-def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
+def apply_patch(
+    model: Any, method: str | Method, *, module: str | None = None, prefix: int | None = None, **options: Any
+) -> Any:
     """Token reduction in a pretrained vision transformer, in place.
 
     Each block becomes one of a class derived from its own: the model still saves, loads, copies, pickles, compiles,
@@ -130,6 +133,11 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
         model: timm's VisionTransformer (``vit_*``, ``deit*``, with LayerScale, register tokens, qk_norm or without a
             class token) or Eva, transformers' ViT, CLIP and SigLIP, or a model with one of them within.
         method: one of the above, or a `tokenops.patching.Method` of your own.
+        module: which vision transformer, by the name of a part of the model that has no other, where it has several:
+            ``"vision_model"``, say. What the model makes of its tokens is looked at as without, which it is not where
+            the part itself is patched, ``apply_patch(model.vision_model, ...)``.
+        prefix: how many tokens come before the patches' and are never touched, where a class derived from the model's
+            adds some (prompts); the first is the class token if the model has one.
         **options: those of the method.
 
     Returns:
@@ -150,7 +158,8 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
         raise TypeError(f"apply_patch: model must be a torch.nn.Module, but got {model!r}")
     if is_patched(model):
         raise ValueError(f"apply_patch: the {type(model).__name__} is patched already: remove_patch comes first")
-    site = Site(model)
+    where = Where(module, prefix)
+    site = Site(model, where)
     widest = max(head_width(block) for block in site.blocks)
     if how.scores and widest > WIDEST_HEAD:
         raise ValueError(f"{how.name}: the model has heads of {widest} channels, but {WIDEST_HEAD} are the most")
@@ -158,7 +167,7 @@ def apply_patch(model: Any, method: str | Method, **options: Any) -> Any:
     if taken:
         raise ValueError(f"apply_patch: the model has an attribute {taken[0]!r} of its own")
     how.roles(site)
-    parts, patch = how.parts(site), Patch(how, site.depth)
+    parts, patch = how.parts(site), Patch(how, site.depth, where)
     if any(list(part.parameters()) for _, part in parts.values()) and (wrapper := distributed(model)):
         raise ValueError(f"{how.name} adds parameters, which {wrapper} would not know of: apply_patch comes before it")
     for i, (name, part) in parts.items():

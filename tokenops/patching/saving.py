@@ -5,7 +5,7 @@ import inspect
 import json
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -15,12 +15,19 @@ from torch import Tensor, nn
 from .apply import Patch, apply_patch, distributed, remove_patch
 from .as_json import check_keys, decoded, encoded, read_json
 from .engine import METHODS, Method
-from .site import Site, is_patched
+from .site import Site, Where, is_patched
 
 FORMAT, VERSION = "tokenops-patch", 1
 #: the method; what it added to the model; and the weights of a model that is not transformers'
 METHOD_FILE, ADDED_FILE, WEIGHTS_FILE = "tokenops.json", "tokenops.safetensors", "model.safetensors"
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+class Place(NamedTuple):
+    """Where a method is: the path of the part that `apply_patch` was given, and what it was told beside."""
+
+    path: str
+    told: Where
 
 
 def save_patched(model: Any, folder: str | PathLike[str]) -> None:
@@ -64,7 +71,7 @@ def save_patched(model: Any, folder: str | PathLike[str]) -> None:
             f"save_patched: the model has {len(site.blocks)} blocks, but had {patch.depth} when it was patched:"
             " remove_patch, and apply_patch to what it is now"
         )
-    text = _to_json(patch.method, path)
+    text = _to_json(patch.method, Place(path, patch.where))
     added = _added(patched)
     own = {id(value) for value in added.state_dict(keep_vars=True).values()}
     state = {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) not in own}
@@ -111,9 +118,9 @@ def load_patched(model: Any, folder: str | PathLike[str], **kwargs: Any) -> Any:
             weights are missing, left over or of another shape. The model is as before.
     """
     folder = Path(folder)
-    method, path = _from_json(_present(folder, METHOD_FILE).read_text(encoding="utf-8"))
+    method, place = _from_json(_present(folder, METHOD_FILE).read_text(encoding="utf-8"))
     if isinstance(model, type):
-        return _patched(_from_pretrained(model, folder, kwargs), path, method, folder)
+        return _patched(_from_pretrained(model, folder, kwargs), place, method, folder)
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_patched: model must be a torch.nn.Module or a class of transformers, but got {model!r}")
     if kwargs:
@@ -129,7 +136,7 @@ def load_patched(model: Any, folder: str | PathLike[str], **kwargs: Any) -> Any:
     before = {name: v.detach().clone() for name, v in model.state_dict().items() if isinstance(v, Tensor)}
     try:
         _load(model, weights, folder / WEIGHTS_FILE)
-        return _patched(model, path, method, folder)
+        return _patched(model, place, method, folder)
     except BaseException:
         with torch.no_grad():
             for name, value in model.state_dict().items():
@@ -172,12 +179,13 @@ def options_of(method: Method) -> dict[str, Any]:
     return found
 
 
-def _to_json(method: Method, path: str) -> str:
+def _to_json(method: Method, place: Place) -> str:
     """The text that `_from_json` reads."""
     kind = type(method)
     if METHODS.get(getattr(kind, "name", None)) is not kind:  # type: ignore[arg-type]
         raise ValueError(f"save_patched: {kind.__name__} is not known by a name of its own: give the class a `name`")
-    head = {"format": FORMAT, "version": VERSION, "method": kind.name, "module": path or None}
+    where = {"tower": place.told.module, "prefix": place.told.prefix}
+    head = {"format": FORMAT, "version": VERSION, "method": kind.name, "module": place.path or None, **where}
     rows = []
     for name, value in options_of(method).items():
         if name in kind.documents and isinstance(value, kind.documents[name]):
@@ -189,16 +197,19 @@ def _to_json(method: Method, path: str) -> str:
     return f'{json.dumps(head)[:-1]}, "options": {options}}}\n'
 
 
-def _from_json(text: str) -> tuple[Method, str]:
-    """The method that JSON text tells, and the path of the part it is for."""
+def _from_json(text: str) -> tuple[Method, Place]:
+    """The method that JSON text tells, and what it is for."""
     found = read_json(text, METHOD_FILE, FORMAT, VERSION)
-    check_keys(METHOD_FILE, found, {"format", "version", "method", "module", "options"})
+    check_keys(METHOD_FILE, found, {"format", "version", "method", "module", "tower", "prefix", "options"})
     name, path, options = found["method"], found["module"], found["options"]
+    told = Where(found["tower"], found["prefix"])
     if not isinstance(name, str) or name not in METHODS:
         known = ", ".join(map(repr, METHODS))
         raise ValueError(f"{METHOD_FILE}: method {name!r} is none of {known}: one of your own must be imported first")
-    if not (path is None or isinstance(path, str)) or not isinstance(options, dict):
-        raise ValueError(f"{METHOD_FILE}: module must be text or null and options an object, but got {found}")
+    if not all(part is None or isinstance(part, str) for part in (path, told.module)) or not isinstance(options, dict):
+        raise ValueError(f"{METHOD_FILE}: module and tower must be text or null, options an object, but got {found}")
+    if not (told.prefix is None or type(told.prefix) is int):
+        raise ValueError(f"{METHOD_FILE}: prefix must be a whole number or null, but got {told.prefix!r}")
     kind, given = METHODS[name], {}
     for option, value in options.items():
         what = f"{METHOD_FILE}: {name}'s option {option}"
@@ -214,7 +225,7 @@ def _from_json(text: str) -> tuple[Method, str]:
     except TypeError as error:
         raise ValueError(f"{METHOD_FILE}: {name} takes other options than {', '.join(given)}: {error}") from None
     try:
-        return kind(**given), path or ""
+        return kind(**given), Place(path or "", told)
     except TypeError as error:
         raise ValueError(f"{METHOD_FILE}: {error}") from error
 
@@ -293,13 +304,13 @@ def _from_pretrained(kind: Any, folder: Path, kwargs: dict[str, Any]) -> Any:
     return model
 
 
-def _patched(model: Any, path: str, method: Method, folder: Path) -> Any:
-    """A model with a method in the part of this path, and what was added as saved; unpatched where that fails."""
+def _patched(model: Any, place: Place, method: Method, folder: Path) -> Any:
+    """A model with a method in the part of this place, and what was added as saved; unpatched where that fails."""
     try:
-        part = model.get_submodule(path)
+        part = model.get_submodule(place.path)
     except AttributeError:
-        raise ValueError(f"{METHOD_FILE}: module {path!r} is no part of the {type(model).__name__}") from None
-    apply_patch(part, method)
+        raise ValueError(f"{METHOD_FILE}: module {place.path!r} is no part of the {type(model).__name__}") from None
+    apply_patch(part, method, module=place.told.module, prefix=place.told.prefix)
     try:
         added = _added(part)
         if added.state_dict():

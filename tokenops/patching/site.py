@@ -1,6 +1,6 @@
 """The place of a patch: the vision transformer within a model, its blocks, its grid, and what is made of its tokens."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -11,11 +11,24 @@ from .readers import pools_class, reader_of
 from .trunks import is_trunk, trunk_of
 
 
+class Where(NamedTuple):
+    """What `apply_patch` was told of the place of a patch.
+
+    Attributes:
+        module: the part of the model with the vision transformer; None for the only one.
+        prefix: how many tokens come before the patches'; None for as many as the model itself says.
+    """
+
+    module: str | None = None
+    prefix: int | None = None
+
+
 class Site:
     """A vision transformer within a model, patched or not.
 
     Args:
         model: what `apply_patch` was given.
+        told: what it was told; None for what a patched model was patched with.
 
     Attributes:
         owner: the vision transformer, which has the patch embedding; ``path`` says where it is in the model.
@@ -37,9 +50,12 @@ class Site:
         ValueError: it has several vision transformers, or a block in two places.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, told: Where | None = None) -> None:
         self.model = model
-        where, self.path, self.within = _find(model)
+        if told is None:
+            told = getattr(vars(model).get("tokenops_patch"), "where", None) or Where()
+            told = told if "tokenops_within" not in vars(model) else told._replace(module=None)
+        where, self.path, self.within = _find(model, told.module)
         self.owner: Any = model.get_submodule(self.path)
         self.container: Any = self.owner.get_submodule(self.within)
         self.blocks = [unwrapped(block) for block in self.container]
@@ -68,6 +84,15 @@ class Site:
                 " (use_mid_position_embeddings=False)"
             )
         self.embedding, self.prefix, self.has_class, self.dim, self.img_size, self.grid = trunk_of(owner)
+        if told.prefix is None:
+            _refuse_prompts(owner)
+        elif isinstance(told.prefix, bool) or not isinstance(told.prefix, int) or told.prefix < self.prefix:
+            raise ValueError(
+                f"apply_patch: prefix={told.prefix!r}, but it must be a whole number of at least {self.prefix}, as many"
+                " tokens as come before the patches' without others"
+            )
+        else:
+            self.prefix = told.prefix
         self.placed = getattr(owner, "rope", None) is not None or any(family.placed for family in self.families)
         self.patches = None if self.grid is None else self.grid[0] * self.grid[1]
         self._around = _around(model, self.path)
@@ -117,8 +142,27 @@ def _around(model: Any, path: str) -> list[Any]:
     return [model.get_submodule(".".join(names[:length])) for length in range(len(names))]
 
 
-def _find(model: nn.Module) -> tuple[str, str, str]:
-    """Where the blocks are, where the vision transformer around them is, and where in it they are."""
+def _refuse_prompts(owner: Any) -> None:
+    """ValueError where a class of somebody's own makes the tokens of a vision transformer, and may add some."""
+    kinds = type(owner).__mro__ if hasattr(owner, "patch_embed") else type(owner.embeddings).__mro__
+    for kind in kinds:
+        makes = [name for name in ("forward_features", "_pos_embed") if name in vars(kind)]
+        makes += ["forward"] if not hasattr(owner, "patch_embed") and "forward" in vars(kind) else []
+        if kind.__module__.startswith(("timm.", "transformers.", "tokenops.", "torch.")) or not makes:
+            continue
+        raise ValueError(
+            f"apply_patch: {kind.__name__} has a {makes[0]} of its own, which may add tokens (prompts): say how many"
+            " come before the patches' in all, apply_patch(..., prefix=1) for a class token alone"
+        )
+
+
+def _find(model: nn.Module, part: str | None) -> tuple[str, str, str]:
+    """Where the blocks are, where the vision transformer around them is, and where in it they are.
+
+    ``part`` is the path of a part of the model in which they are, or with the blocks in it.
+    """
+    if part is not None and part not in dict(model.named_modules()):
+        raise ValueError(f"apply_patch: module={part!r}, but {type(model).__name__} has no such part")
     found, others = [], []
     for path, holder in model.named_modules():
         for name, container in holder.named_children():
@@ -140,10 +184,18 @@ def _find(model: nn.Module) -> tuple[str, str, str]:
             f"apply_patch: {name_of(model)} is no vision transformer that can be patched{seen}; blocks must be of a"
             " kind that tokenops.supported() lists"
         )
+    names = [f"{where}." for where, _, _ in found]
+    if part is not None:
+        found = [place for place, name in zip(found, names) if f"{name}".startswith(f"{part}." * bool(part))]
+        if not found:
+            raise ValueError(
+                f"apply_patch: module={part!r} has no vision transformer, but {', '.join(n[:-1] for n in names)} are"
+            )
     if len(found) > 1:
+        owners = ", ".join(repr(owner) for _, owner, _ in found)
         raise ValueError(
-            f"apply_patch: the model has several vision transformers, {', '.join(f[0] for f in found)}: patch each by"
-            f" itself, apply_patch(model{'.' * bool(found[0][1])}{found[0][1]}, ...)"
+            f"apply_patch: the model has several vision transformers, {', '.join(f[0] for f in found)}: name one,"
+            f" apply_patch(model, ..., module={found[0][1]!r}), of {owners}"
         )
     return found[0]
 
