@@ -107,7 +107,7 @@ def test_slim_of_a_folder(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ('{"model_type": "bert"}', "its model_type is 'bert', but it must be of timm, or vit, clip, siglip"),
+        ('{"model_type": "bert"}', "its model_type is 'bert', but it must be of timm, or beit, clip, data2vec"),
         ('{"architecture": "vit_tinny"}', "cannot make local-dir:"),
         ('{"model_type": "vit"}', "no file named model.safetensors"),
         ("no json", "a folder of a model needs its config.json"),

@@ -34,7 +34,19 @@ SEEDS = 2**64 - 1  # the greatest that torch takes
 #: what names a model of the Hugging Face hub, or a folder of timm's
 HUB = ("hf-hub:", "hf_hub:", "local-dir:", "local_dir:")
 #: the classifiers of transformers whose blocks can be patched
-HUGGING_FACE = ("vit", "clip", "siglip")
+HUGGING_FACE = (
+    "beit",
+    "clip",
+    "data2vec-vision",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "ijepa",
+    "metaclip_2",
+    "siglip",
+    "vit",
+    "vit_msn",
+)
 
 
 #: behind where weights come from, if they have none for the classifier
