@@ -38,22 +38,28 @@ __all__ = [
     "soft_aggregate",
     "soft_scatter",
     "token_mlp",
+    "tokens_left",
     "tome",
     "trace",
     "unmerge_bipartite",
     "unmerge_neighbours",
     "use_backend",
     "visualize",
+    "vlm",
     "warm_up",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Whole methods, imported when they are asked for: they need more than torch."""
-    if name in ("apply_patch", "load_patched", "remove_patch", "save_patched", "trace"):
+    if name in ("apply_patch", "load_patched", "remove_patch", "save_patched", "tokens_left", "trace"):
         from . import methods, patching  # noqa: F401  methods say their names to the engine
 
         return getattr(patching, name)
+    if name == "vlm":
+        from importlib import import_module
+
+        return import_module(".vlm", __name__)
     if name == "visualize":
         from .patching.visualize import visualize
 

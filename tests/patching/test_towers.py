@@ -12,31 +12,10 @@ from tokenops import apply_patch, remove_patch, trace
 transformers = pytest.importorskip("transformers")
 
 from support.hf_models import SIZES  # noqa: E402
+from support.speakers import IMAGE, SPEAKER, WORDS, speaker  # noqa: E402
 
-WORDS = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, vocab_size=20)
-SPEAKER = dict(WORDS, num_key_value_heads=1, head_dim=32, bos_token_id=None, eos_token_id=None, pad_token_id=0)
-IMAGE = 19
-#: the tower, what kind of words, how many image tokens for one image, more of its config
-SPEAKERS = {
-    "Llava": ("clip", "llama", 16, {}),
-    "LlavaNext": ("clip", "llama", 52, dict(image_grid_pinpoints=[[32, 64]])),
-    "VipLlava": ("clip", "llama", 16, dict(vision_feature_layer=[-1, -2])),
-    "PaliGemma": ("siglip", "gemma", 16, dict(hidden_size=32, projection_dim=32)),
-    "Gemma3": ("siglip", "gemma3_text", 4, dict(mm_tokens_per_image=4)),
-    "DeepseekVL": ("siglip", "llama", 16, {}),
-}
-
-
-def speaker(name):
-    torch.manual_seed(0)
-    tower, words, _, more = SPEAKERS[name]
-    vision = dict(SIZES, model_type=f"{tower}_vision_model", projection_dim=32)
-    if tower == "siglip":
-        vision["vision_use_head"] = False
-    config = getattr(transformers, f"{name}Config")(
-        vision_config=vision, text_config=dict(SPEAKER, model_type=words), image_token_id=IMAGE, **more
-    )
-    return redrawn(getattr(transformers, f"{name}ForConditionalGeneration")(config))
+#: how many image tokens for one image
+PLACES = {"Llava": 16, "LlavaNext": 52, "VipLlava": 16, "PaliGemma": 16, "Gemma3": 4, "DeepseekVL": 16}
 
 
 def asked(name, count, x):
@@ -59,10 +38,10 @@ def says(model, given):
     return logits
 
 
-@pytest.mark.parametrize("name", SPEAKERS)
+@pytest.mark.parametrize("name", PLACES)
 @pytest.mark.parametrize("method, options", [("tome", dict(r=3)), ("evo_vit", dict(prune_ratio=0.5, stages=(1,)))])
 def test_a_model_that_speaks_gets_every_patch(name, method, options):
-    model, given = speaker(name), asked(name, SPEAKERS[name][2], images())
+    model, given = speaker(name), asked(name, PLACES[name], images())
     expected = says(model, given)
     apply_patch(model, method, **options)
     logits = says(model, given)
@@ -71,20 +50,6 @@ def test_a_model_that_speaks_gets_every_patch(name, method, options):
         model.r = 0
         torch.testing.assert_close(model(**given).logits, expected, rtol=0, atol=1e-5)
     assert torch.equal(remove_patch(model)(**given).logits, expected)
-
-
-@pytest.mark.parametrize("name", ["LlavaNext", "VipLlava", "Gemma3"])
-def test_a_grid_or_several_layers_need_every_patch(name):
-    model, given = speaker(name), asked(name, SPEAKERS[name][2], images())
-    expected = model(**given).logits
-    for method in ("evit", "patch_slimming", "sit"):
-        with pytest.raises(ValueError, match=f"{method}: {name}Model expects every patch .* use one of these"):
-            apply_patch(model, method, **METHODS[method][1])
-    with pytest.raises(ValueError, match=f"unmerge=False, but {name}Model expects every patch"):
-        apply_patch(model, "tome", r=3, unmerge=False)
-    assert torch.equal(model(**given).logits, expected)
-    apply_patch(model, "cait", **METHODS["cait"][1])
-    assert not torch.allclose(says(model, given), expected, atol=1e-3)
 
 
 #: options that say the same of a tower with a block fewer, but for schedules

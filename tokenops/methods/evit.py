@@ -47,7 +47,7 @@ class Choosing(PartRole):
         x, state = flow
         places = None if state is None else state.places
         N = x.shape[1] - self.prefix
-        k = math.ceil(self.part * N)
+        k = self._kept(N)
         if k >= N:
             return Flow(whole(block, x, positions, places), state)
         kind = None if self.scores == "random" else self.scores
@@ -72,6 +72,14 @@ class Choosing(PartRole):
             if record is not None:
                 record.note(chosen.tokens, sources_of(places, record.patches))
         return Flow(feed(block, chosen.tokens, chosen.normed), None if places is None else Kept(places))
+
+    def left(self, block: Any, tokens: int, full: int) -> int:
+        N = tokens - self.prefix
+        k = self._kept(N)
+        return tokens if k >= N else self.prefix + k + int(self.fuse_token)
+
+    def _kept(self, patches: int) -> int:
+        return math.ceil(self.part * patches)
 
 
 class EViT(Method):

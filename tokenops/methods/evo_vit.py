@@ -72,7 +72,7 @@ class Evolving(PartRole):
                     " runs"
                 )
             N = x.shape[1] - self.prefix
-            if (k := int(self.part * N)) < 1:  # of images whose size was not known before
+            if (k := self._kept(N)) < 1:  # of images whose size was not known before
                 raise ValueError(f"prune_ratio keeps none of {N} tokens, but it must keep at least one")
             chosen = select_tokens(
                 x,
@@ -101,6 +101,14 @@ class Evolving(PartRole):
                 x = restore_tokens(base, x, index, prefix=self.prefix)
             base = base_scores = index = None
         return Flow(x, None if scores is None and base is None else Waiting(scores, base, base_scores, index))
+
+    def left(self, block: Any, tokens: int, full: int) -> int:
+        if self.ends or self.last:
+            return full
+        return self.prefix + self._kept(tokens - self.prefix) if self.begins else tokens
+
+    def _kept(self, patches: int) -> int:
+        return int(self.part * patches)
 
     def spread(self, tokens: Tensor, state: Any, finish: Any, prefix: int = 0) -> Tensor | None:
         if state.base is None:

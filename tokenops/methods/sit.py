@@ -49,6 +49,9 @@ class Slimming(Role):
                 record.note(x, None, state.weights)
         return Flow(whole(block, x, positions), state)
 
+    def left(self, block: Any, tokens: int, full: int) -> int:
+        return self.prefix + block.slimming.slim_tokens if self.slims else tokens
+
 
 class SiT(Method):
     r"""Learned mixtures of the tokens before a few blocks: self-slimmed vision transformers.

@@ -60,8 +60,7 @@ class Merging(Role):
 
     def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         x, state = flow
-        most = (x.shape[1] - self.prefix) // 2
-        r = min(self.r, int(most) if isinstance(most, Tensor) else most)  # torch.jit.trace gives sizes as tensors
+        r = self._fits(x.shape[1] - self.prefix)
         bias = state.bias(x.dtype) if state is not None and self.prop_attn else None
         x, _, keys = attend(block, x, key_bias=bias, key_mean=r > 0)
         if keys is None:
@@ -87,6 +86,14 @@ class Merging(Role):
     def merge(self, x: Tensor, keys: Tensor, r: int, sizes: Tensor | None, norm: Any) -> Merged:
         """r tokens merged, those that are most alike by the keys."""
         return merge_bipartite(x, keys, r, prefix=self.prefix, sizes=sizes, norm=norm)
+
+    def left(self, block: Any, tokens: int, full: int) -> int:
+        return tokens - self._fits(tokens - self.prefix)
+
+    def _fits(self, patches: int) -> int:
+        """r, or half of the patch tokens."""
+        most = patches // 2
+        return min(self.r, int(most) if isinstance(most, Tensor) else most)  # torch.jit.trace gives sizes as tensors
 
     def spread(self, tokens: Tensor, state: Any, finish: Any, prefix: int = 0) -> Tensor | None:
         return unmerge_bipartite(tokens, state.source, prefix=prefix)
@@ -118,7 +125,9 @@ class ToMe(Method):
 
     def roles(self, site: Any) -> list[Role]:
         if site.maps is not None and self.unmerge is False:
-            raise ValueError(f"tome: unmerge=False, but {site.maps} expects every patch token in its place")
+            raise ValueError(
+                f"tome: unmerge=False, but {site.maps} expects every patch token in its place: leave it out"
+            )
         if self.value is None:
             raise TypeError("tome needs r, how many tokens to merge in every block: apply_patch(model, 'tome', r=8)")
         unmerge = not site.pools_class() if self.unmerge is None else self.unmerge

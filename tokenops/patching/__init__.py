@@ -1,4 +1,4 @@
-"""Token reduction in models people have: `apply_patch`, `remove_patch`, and `trace`, which says where patches went.
+"""Token reduction in models people have: `apply_patch`, `remove_patch`, and what they do: `tokens_left`, `trace`.
 
 `save_patched` and `load_patched` keep a patched model in a folder.
 
@@ -6,6 +6,7 @@ A method of your own derives from `Method` and gives every block a `Role`.
 """
 
 from .apply import apply_patch, remove_patch
+from .counts import TokensLeft, tokens_left
 from .engine import Flow, Method, Record, Role, Step
 from .saving import load_patched, options_of, save_patched
 from .views import Trace, trace
@@ -16,11 +17,13 @@ __all__ = [
     "Record",
     "Role",
     "Step",
+    "TokensLeft",
     "Trace",
     "apply_patch",
     "load_patched",
     "options_of",
     "remove_patch",
     "save_patched",
+    "tokens_left",
     "trace",
 ]

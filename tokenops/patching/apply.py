@@ -120,11 +120,12 @@ def apply_patch(
     attention weights are refused. Where attention weights are dropped in training the whole matrix is written, as in
     the published codes.
 
-    Language models that see: "tome" and "evo_vit" give every patch a token where the language model takes them, so
-    prompts stay as they are. LLaVA and PaliGemma also take the other methods, and ``unmerge=False``, with a prompt of
-    as many image tokens as are left. That is one number for all images, `trace` tells it, and with another one
-    transformers raises a ValueError. Models that make a grid of the tokens (LLaVA-NeXT, Gemma 3) or take several layers
-    are refused with these.
+    Language models that see: "tome" and "evo_vit", and "cait" where a grid is made of the tokens, give every patch a
+    token where the language model takes them, so prompts stay as they are. LLaVA, PaliGemma and DeepSeek-VL also take
+    the other methods, and ``unmerge=False``, with a prompt of as many image tokens as are left: one number for all
+    images, which `tokens_left` says and `tokenops.vlm.fit_processor` gives the processor; with another one transformers
+    raises a ValueError. BLIP-2, whose queries attend to any number, takes all methods. Models that make a grid of the
+    tokens (LLaVA-NeXT, Gemma 3, Idefics3, InternVL) or take several layers are refused with methods that drop some.
 
     Blocks are checkpointed with ``use_reentrant=False``, in transformers' ``gradient_checkpointing_enable`` too. With
     True a forward is refused where blocks hand on more than tokens: "tome", "evo_vit", and with rotary positions all.

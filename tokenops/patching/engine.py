@@ -126,6 +126,18 @@ class Role:
         """The block with the method in it."""
         raise NotImplementedError
 
+    def left(self, block: Any, tokens: int, full: int) -> int:
+        """How many tokens come out of `run` in evaluation, the prefix included, of so many that come in.
+
+        Args:
+            block: which; what is in it may say the number.
+            tokens: those that come in, as the block before hands them on.
+            full: those that came into the first block.
+        """
+        if self.idle:
+            return tokens
+        raise NotImplementedError(f"{type(self).__qualname__} does not say how many tokens it leaves: define left")
+
     def spread(self, tokens: Tensor, state: Any, finish: Any, prefix: int = 0) -> Tensor | None:
         """Tokens ``(B, prefix+n, C)`` behind the block, which went through `finish`, as one for every patch; or None.
 

@@ -24,8 +24,17 @@ _CLASS = (
     "VivitForVideoClassification",
     "YolosForObjectDetection",
 )
-#: those with a language model that takes as many patch tokens as the prompt has places for, in no grid
+#: those with a language model that takes patch tokens in no grid: as many as the prompt has places for, or any number
+#: that a few queries attend to
 _COUNTING = ("LlavaModel", "VipLlavaModel", "PaliGemmaModel", "DeepseekVLModel")
+_QUERYING = (
+    "Blip2ForConditionalGeneration",
+    "Blip2ForImageTextRetrieval",
+    "Blip2Model",
+    "Blip2VisionModelWithProjection",
+    "InstructBlipForConditionalGeneration",
+    "InstructBlipModel",
+)
 #: those that pool by a mask of all patches, and wrappers that make maps of timm's models
 _MASKING = ("Siglip2VisionModel",)
 _OF_TIMM = ("FeatureGetterNet", "TimmBackbone")
@@ -68,7 +77,8 @@ def reader_of(owner: Any, around: Sequence[Any], depth: int) -> Reader:
     speaker = next((module for module in reversed(around) if _has_places(module)), None)
     if speaker is not None:
         kind, taken = type(speaker).__name__, _of_speaker(speaker.config, depth)
-        return Reader(taken, None if kind in _COUNTING and len(taken) == 1 else kind, speaker)
+        free = kind in (*_COUNTING, *_QUERYING) and len(taken) == 1
+        return Reader(taken, None if free else kind, speaker)
     layers, maps = {depth - 1}, None
     for module in (owner, *reversed(around)):
         kind = plain_of(module).__name__
@@ -93,6 +103,12 @@ def pools_class(owner: Any, around: Sequence[Any], has_class: bool, speaker: Any
     return not around or plain_of(around[-1]).__name__ in _CLASS
 
 
+def passed_by(speaker: Any) -> int:
+    """How many of the first tokens a language model does not take."""
+    strategy = getattr(getattr(speaker, "config", None), "vision_feature_select_strategy", None)
+    return int(strategy == "default" or type(speaker).__name__ == "VipLlavaModel")
+
+
 #: where configurations of models that make maps say whose tokens they take: the blocks, from 0
 _LAYERS: dict[str, Callable[[Any], Any]] = {
     "backbone_out_indices": lambda layers: layers or (),
@@ -111,6 +127,8 @@ def _of_speaker(config: Any, depth: int) -> tuple[int, ...]:
     """The blocks whose hidden states become image tokens; -1 for what comes into the first."""
     layers = getattr(config, "vision_feature_layer", -1)
     layers = [layers] if isinstance(layers, int) else layers
+    if hasattr(config, "spatial_vision_layer"):  # Granite's, which takes these in place of the other
+        layers = [config.spatial_vision_layer, *(layer for layer, _ in config.deepstack_layer_map or ())]
     return tuple(sorted({i - 1 for i in _from_end(layers, 1 + depth)}))
 
 

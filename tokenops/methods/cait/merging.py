@@ -1,5 +1,6 @@
 """CAIT's merging: neighbours of the grid become one behind a few blocks."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -96,6 +97,9 @@ class Merging(Role):
         if bias is not None and merge.kind == "scalar":  # behind the merge, bias counts by the sum of the weights
             y = y + (merge(torch.ones_like(x[:1, :, :1])) - 1) * bias
         return merge(x) + family.after_mlp(block, y)
+
+    def left(self, block: Any, tokens: int, full: int) -> int:
+        return self.prefix + math.prod(block.merge.merged_grid) if self.merges else tokens
 
     def spread(self, tokens: Tensor, state: Merged, finish: Any, prefix: int = 0) -> Tensor | None:
         return unmerge_bipartite(tokens, state.source, prefix=prefix)

@@ -56,6 +56,9 @@ class Slim(Role):
             record.note(x, sources_of(kept.expand(x.shape[0], -1), record.patches))
         return Flow(x, Alive(kept))
 
+    def left(self, block: Any, tokens: int, full: int) -> int:
+        return tokens if self.rows is None else self.prefix + self.rows
+
     def ordered(self, block: Any, x: Tensor, follows: bool) -> tuple[Tensor, Tensor | None]:
         """The tokens in the order of their lifespan, where the block puts them there; and, if asked, this order."""
         if self.constant is None:

@@ -1,0 +1,106 @@
+"""How many tokens a patched model has behind every block, told from its roles without running it."""
+
+import math
+from typing import Any, NamedTuple
+
+from .readers import passed_by
+from .site import Site
+from .trunks import grid_of, tubelet_of
+
+
+class TokensLeft(NamedTuple):
+    """How many tokens each image has.
+
+    Attributes:
+        layers: behind every block, the prefix (class token, registers) included.
+        output: those that the model takes. Of a language model what its projector gets of an image, or of a crop of
+            one: behind ``vision_feature_layer``, without the token that its ``vision_feature_select_strategy`` leaves
+            out. Of others all behind the last block.
+    """
+
+    layers: tuple[int, ...]
+    output: int
+
+
+def tokens_left(model: Any, image_size: int | tuple[int, int] | None = None) -> TokensLeft:
+    """How many tokens a model leaves of each image, told without running it.
+
+    One number for all images of a size, as every method's choice is of which tokens, not of how many. It is that of
+    evaluation, and follows what was set on the model (``model.r``) when it is asked again.
+
+    Args:
+        model: behind `apply_patch`, or one that could be patched: all its tokens then.
+        image_size: height and width of the images in pixels, one int for both; None for the model's own.
+
+    Raises:
+        TypeError: the model has no blocks that can be patched, or ``image_size`` is no size.
+        ValueError: the model has no size of its own, does not take images of the size, or was changed since the patch.
+
+    >>> import timm, tokenops
+    >>> model = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3)
+    >>> tokenops.tokens_left(tokenops.apply_patch(model, "evit", keep_rate=0.5, reduction_loc=(1, 2)))
+    TokensLeft(layers=(17, 10, 7), output=7)
+    """
+    site = Site(model)
+    full = tokens = site.prefix + _patches(site, image_size)
+    patched = hasattr(site.owner, "tokenops_patch")
+    if patched:
+        site.refuse_others()
+    layers = []
+    for block in site.blocks:
+        role = block.tokenops_role if patched else None
+        tokens = tokens if role is None else role.left(block, tokens, full)
+        layers.append(full if role is not None and role.taken and role.mapped else tokens)
+    taken = layers[-1] if site.speaker is None else (full, *layers)[site.taken[-1] + 1]
+    return TokensLeft(tuple(layers), taken - passed_by(site.speaker))
+
+
+def _patches(site: Site, image_size: Any) -> int:
+    """How many patches of an image come into the first block; ValueError where the model does not take it."""
+    embedding, grid = site.embedding, site.grid
+    if image_size is not None or grid is None:
+        grid = _grid(site, image_size)
+    patches = math.prod(grid)
+    if hasattr(embedding, "random_masking"):  # MAE's encoder, also in evaluation
+        patches = int(patches * (1 - embedding.config.mask_ratio))
+    return patches
+
+
+def _grid(site: Site, image_size: Any) -> tuple[int, int]:
+    """Rows and columns of the patches of images of a size."""
+    embedding = site.embedding
+    if not site.timm and site.img_size is None and site.grid is None:
+        raise ValueError(
+            f"{type(site.owner).__name__} takes patches as rows, so the size of an image does not say how many: count"
+            " these"
+        )
+    size = _size(image_size, site.img_size)
+    frames = (site.owner.config.num_frames,) if not site.timm and tubelet_of(embedding) else ()
+    grid, said = grid_of(embedding, (*frames, 3, *size)), f"image_size={image_size}, but"
+    if min(grid) < 1:
+        raise ValueError(f"{said} that is less than one patch")
+    fixed = getattr(embedding, "tokenops_grid", site.grid if site.timm else None)
+    if fixed is not None and grid != tuple(fixed):
+        which = "the method was fitted" if hasattr(embedding, "tokenops_grid") else "the model is made"
+        raise ValueError(
+            f"{said} it gives {grid[0]} x {grid[1]} patches, and {which} for {fixed[0]} x {fixed[1]}: leave it out, or"
+            " make the model for this size"
+        )
+    ratio = embedding.feat_ratio(as_scalar=False) if site.timm else (1, 1)
+    if not getattr(embedding, "dynamic_img_pad", False) and any(side % patch for side, patch in zip(size, ratio)):
+        raise ValueError(f"{said} it must be a multiple of the patches' {ratio[0]} x {ratio[1]}")
+    return grid
+
+
+def _size(given: Any, own: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width; the model's own for None."""
+    if given is None:
+        if own is None:
+            raise ValueError("image_size must be given, as the model has none of its own")
+        return own
+    sides = (given, given) if isinstance(given, int) else tuple(given) if isinstance(given, (tuple, list)) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+        raise TypeError(f"image_size={given!r}, but it must be a number of pixels, or two: height and width")
+    if min(sides) < 1:
+        raise ValueError(f"image_size={given}, but height and width must be at least 1")
+    return sides
