@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist load
 #: object files, so that the tests of building do not compile again what the set-up has compiled
 export TOKENOPS_BUILD_CACHE ?= $(CURDIR)/build/objects
 
-.PHONY: demo test test-all check docs mutants resources bench accuracy dist gpu gpu-rehearsal clean
+.PHONY: demo test test-all check docs models mutants resources bench accuracy dist gpu gpu-rehearsal clean
 
 demo: $(READY)
 	$(BIN)/python -m tokenops demo
@@ -30,6 +30,11 @@ check: $(READY)
 
 docs: $(READY)
 	$(BIN)/sphinx-build -W --keep-going --quiet -b html docs build/docs
+
+# tries every architecture of tests/support/zoo with every method, and writes what became of it: supported.json of the
+# package, and its section of docs/models.md; fails where something is open, or worked before
+models: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support.zoo
 
 mutants: $(READY)
 	$(BIN)/python tests/mutants/run.py --jobs $(WORKERS)

@@ -37,6 +37,7 @@ __all__ = [
     "select_tokens",
     "soft_aggregate",
     "soft_scatter",
+    "supported",
     "token_mlp",
     "tokens_left",
     "tome",
@@ -64,6 +65,10 @@ def __getattr__(name: str) -> Any:
         from .patching.visualize import visualize
 
         return visualize
+    if name == "supported":
+        from .architectures import supported
+
+        return supported
     if name == "warm_up":
         from .ops.warm_up import warm_up
 

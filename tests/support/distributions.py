@@ -100,7 +100,8 @@ def checked_wheel(file: Path, tag: str) -> tuple[list[str], dict]:
         names, info = archive.namelist(), json.loads(archive.read("tokenops/_build_info.json"))
     unwanted = re.compile(r"(?!tokenops/|tokenops-[\d.]+\.dist-info/)|.*(test_|bench_|conftest|\.(cpp|cuh?|h)$)")
     assert not [name for name in names if unwanted.match(name)], names
-    assert {"tokenops/py.typed", "tokenops/ops/triton/launches.json"} <= set(names)
+    data = ("py.typed", "ops/triton/launches.json", "patching/supported.json")
+    assert {f"tokenops/{name}" for name in data} <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     return names, info
 

@@ -182,7 +182,8 @@ def apply_patch(
         dress(site.embedding, (PatchedGrid,))
     mixins: tuple[type, ...] = (PatchedTransformer,) if site.timm else ()
     named = list(inspect.signature(type(site.owner).forward).parameters)[1:]
-    if not site.timm and "attention_mask" in named:
+    shared = getattr(getattr(site.owner, "config", None), "use_shared_relative_position_bias", False)
+    if not site.timm and "attention_mask" in named and not shared:  # to which a mask is added
         site.owner.tokenops_mask, mixins = named.index("attention_mask"), (PatchedMaskless,)
     if tail := tail_of(site.owner):
         site.owner.encoder.tokenops_tail = tail
