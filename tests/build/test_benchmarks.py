@@ -373,3 +373,15 @@ def test_accuracy_trains_measures_and_draws(tmp_path):
             assert len(row["accuracy"]) == 1 and 0 <= row["accuracy"][0] <= 100
     assert "| SiT with FRD, strong |" in page.read_text() and "old" not in page.read_text()
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_rotary_tells_every_choice():
+    command = [sys.executable, str(BENCHMARKS / "rotary.py"), "--seeds", "1", "--epochs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 13 and lines[0].startswith("dense: ")
+    for line in lines:
+        accuracy, spread = (float(part) for part in line.split(": ")[1].split("  (")[0].split(" +- "))
+        assert 0 <= accuracy <= 100 and spread == 0

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tokenops
-from support.patched_models import CHOOSING, METHODS, images, model_of, patched
+from support.patched_models import METHODS, images, model_of, patched
 from tokenops import apply_patch, trace
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -116,14 +116,13 @@ def test_onnx_of_the_model_itself(method, dynamic, tmp_path):
         ("dynamic", "tome"),
         ("registers", "evit"),
         ("average", "evo_vit"),
-        *(("rope", method) for method in CHOOSING),
+        *(("rope", method) for method in METHODS),
         ("grouped", "evit"),
     ],
 )
 def test_other_families(family, method, tmp_path):
     model = model_of(family)
-    rotary = getattr(model, "rope", None) is not None
-    apply_patch(model, method, **(CHOOSING if rotary else METHODS)[method][1])
+    apply_patch(model, method, **METHODS[method][1])
     check_any_batch(model, images(3), tmp_path / "model.onnx")
 
 

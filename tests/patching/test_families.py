@@ -10,7 +10,6 @@ from timm.layers import Attention
 
 from support.patched_models import (
     BEHIND,
-    CHOOSING,
     FAMILIES,
     METHODS,
     ROTARY,
@@ -26,17 +25,12 @@ from tokenops.nn import convert_attention
 from tokenops.patching import blocks, engine
 from tokenops.patching.positions import Positions
 
-CASES = [
-    *((family, method) for family in FAMILIES for method in METHODS),
-    *((family, method) for family in ROTARY for method in CHOOSING),
+CASES = [  # dynamic sizes have no fixed grid
+    (family, method)
+    for family in (*FAMILIES, *ROTARY)
+    for method in METHODS
+    if family != "dynamic" or method not in ("patch_slimming", "sit", "cait")
 ]
-CASES = [  # these need a fixed grid
-    case for case in CASES if case[0] != "dynamic" or case[1] not in ("patch_slimming", "sit", "cait")
-]
-
-
-def options(family, method, reduce):
-    return (CHOOSING if family in ROTARY else METHODS)[method][reduce]
 
 
 @pytest.mark.usefixtures("on_device")
@@ -44,7 +38,7 @@ def options(family, method, reduce):
 def test_nothing_changes_where_nothing_is_reduced(family, method, device):
     model, x = model_of(family), images()
     expected, kinds = model(x), [type(module) for module in model.modules()]
-    assert apply_patch(model, method, **options(family, method, False)) is model
+    assert apply_patch(model, method, **METHODS[method][0]) is model
     for module, kind in zip(model.modules(), kinds):
         assert isinstance(module, kind) and str(type(module)) == str(kind)
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5 if device == "cpu" else 1e-4)
@@ -58,10 +52,8 @@ def test_tokens_become_fewer_and_everything_learns(family, method):
     learnt = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     model.zero_grad()
     expected, prefix = model(x), model.num_prefix_tokens
-    apply_patch(model, method, **options(family, method, True))
+    apply_patch(model, method, **METHODS[method][1])
     counts = [prefix + n for n in BEHIND[method]]
-    if method == "evit" and family in ROTARY:
-        counts = [prefix + n for n in (8, 8, 4)]
     if method == "tome" and (model.global_pool != "token" or model.attn_pool is not None):
         counts[-1] = prefix + 16  # brought back
     assert tokens_behind(model, x) == counts

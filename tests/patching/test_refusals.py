@@ -153,11 +153,6 @@ def test_scripting():
             torch.jit.script(part)
 
 
-@pytest.mark.parametrize("method", ["tome", "sit", "cait", "evit"])
-def test_rotary_positions(method):
-    refused(model_of("rope"), ValueError, f"{method}: the model has rotary or relative positions", method)
-
-
 def test_no_patch_left_to_pool():
     refused(model_of("average"), ValueError, "leaves no patch", "patch_slimming", schedule=[17, 9, 1])
 

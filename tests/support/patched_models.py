@@ -53,12 +53,6 @@ BEHIND = {
     "sit": [16, 8, 4],
     "cait": [8, 4, 4],
 }
-#: those that are defined with rotary positions
-CHOOSING = {
-    "evit": (dict(keep_rate=1, fuse_token=False), dict(keep_rate=0.5, reduction_loc=(0, 2), fuse_token=False)),
-    "evo_vit": METHODS["evo_vit"],
-    "patch_slimming": METHODS["patch_slimming"],
-}
 
 
 def model_of(family, **kwargs):

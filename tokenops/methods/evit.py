@@ -22,9 +22,17 @@ class Kept(NamedTuple):
 
     Attributes:
         places: ``(B, N)`` int64, the patch of each token, -1 for a fused one.
+        source: ``(B, N0)`` int64, the token that each patch is in; None where fused tokens have no use for it.
     """
 
     places: Tensor
+    source: Tensor | None
+
+    def positions(self, positions: Positions | None) -> Positions | None:
+        """Those of the tokens, of those of the patches."""
+        if positions is None or self.source is None:
+            return at(positions, self.places)
+        return positions.mean(self.source, self.places.shape[1])
 
 
 @dataclass(frozen=True)
@@ -45,17 +53,18 @@ class Choosing(PartRole):
 
     def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         x, state = flow
-        places = None if state is None else state.places
+        here = positions if state is None else state.positions(positions)
         N = x.shape[1] - self.prefix
         k = self._kept(N)
         if k >= N:
-            return Flow(whole(block, x, positions, places), state)
+            return Flow(whole(block, x, here), state)
         kind = None if self.scores == "random" else self.scores
-        x, looked_at, _ = attend(block, x, scores=kind, positions=at(positions, places))
+        x, looked_at, _ = attend(block, x, scores=kind, positions=here)
         if looked_at is None:
             looked_at = torch.rand(x.shape[:2], device=x.device)
-        if places is None and (record is not None or positions is not None):
+        if state is None and (record is not None or positions is not None):
             places = torch.arange(N, device=x.device).repeat(x.shape[0], 1)
+            state = Kept(places, places if self.fuse_token and positions is not None else None)
         chosen = select_tokens(
             x,
             looked_at[:, self.prefix :],
@@ -64,14 +73,16 @@ class Choosing(PartRole):
             rest="weighted" if self.fuse_token else "none",
             normalize=False,
             order="index",  # the set alone matters: no sort
-            companions=() if places is None else (places,),
+            companions=() if state is None else (state.places,),
             norm=fusable(getattr(block, block.tokenops_family.norm2)),
         )
-        if places is not None:
+        if state is not None:
+            source = None if state.source is None else _fused(chosen.index, N).gather(1, state.source)
             places = F.pad(chosen.companions[0], (0, int(self.fuse_token)), value=-1)
             if record is not None:
                 record.note(chosen.tokens, sources_of(places, record.patches))
-        return Flow(feed(block, chosen.tokens, chosen.normed), None if places is None else Kept(places))
+            state = Kept(places, source)
+        return Flow(feed(block, chosen.tokens, chosen.normed), state)
 
     def left(self, block: Any, tokens: int, full: int) -> int:
         N = tokens - self.prefix
@@ -80,6 +91,13 @@ class Choosing(PartRole):
 
     def _kept(self, patches: int) -> int:
         return math.ceil(self.part * patches)
+
+
+def _fused(index: Tensor, tokens: int) -> Tensor:
+    """Rows ``(B, k)`` that stay, to the new row ``(B, tokens)`` of every one: the others are in row k."""
+    k = index.shape[1]
+    new = index.new_full((index.shape[0], tokens), k)
+    return new.scatter(1, index, torch.arange(k, device=index.device).expand_as(index))
 
 
 class EViT(Method):
@@ -93,8 +111,9 @@ class EViT(Method):
         \sum_{j \notin \mathrm{top}_k(a)} a_j x_j], \qquad
         x \leftarrow x + \mathrm{MLP}(x)
 
-    The fused token is one more patch token for the blocks that follow. Choice, gather, fusion and the MLP's norm are
-    one launch. Without a class token the mean attention that tokens receive is the score, which is ours.
+    The fused token is one more patch token for the blocks that follow; its rotary or relative position is the mean of
+    those of all patches in it, which is ours. Choice, gather, fusion and the MLP's norm are one launch. Without a class
+    token the mean attention that tokens receive is the score, which is ours.
 
     Args:
         keep_rate: r, above 0 and at most 1: a number for the blocks of ``reduction_loc``, or one number a block.
@@ -115,8 +134,6 @@ class EViT(Method):
         self.value, self.reduction_loc, self.fuse_token = keep_rate, reduction_loc, fuse_token
 
     def roles(self, site: Any) -> list[Role]:
-        if self.fuse_token:
-            site.refuse_placed(self.name, "a fused token has no position: pass fuse_token=False")
         site.needs_no_map(self.name)
         where = block_indices("reduction_loc", quarters(site.depth, self.reduction_loc), 0, site.depth)
         rates = per_block("keep_rate", self.value, where, site.depth)

@@ -65,7 +65,7 @@ class Random(EViT):
     def roles(self, site: Any) -> list[Role]:
         if self.setting == "keep_rate":
             return super().roles(site)
-        return merging_roles(self.name, site, self.value, True, not site.pools_class(), RandomMerging)
+        return merging_roles(site, self.value, True, not site.pools_class(), kind=RandomMerging)
 
     def scored_by(self, site: Any) -> str:
         return "random"

@@ -14,7 +14,7 @@ from .options import block_indices, quarters
 
 
 class Mixed(NamedTuple):
-    """What follows slim tokens, where somebody asks.
+    """What follows slim tokens, where they have positions or somebody asks.
 
     Attributes:
         weights: ``(B, M, N0)``, what they draw on.
@@ -41,13 +41,14 @@ class Slimming(Role):
         x, state = flow
         if self.slims:
             slimming = block.slimming
-            if record is not None:
+            if record is not None or positions is not None:
                 drawn = slimming.aggregation(x, self.prefix).transpose(1, 2)
                 state = Mixed(drawn if state is None else drawn @ state.weights)
-            x = slimming(x, prefix=self.prefix)
+            x = slimming(x, prefix=self.prefix)  # the weights anew: the operator never has them whole
             if record is not None:
                 record.note(x, None, state.weights)
-        return Flow(whole(block, x, positions), state)
+        here = positions if positions is None or state is None else positions.mixed(state.weights)
+        return Flow(whole(block, x, here), state)
 
     def left(self, block: Any, tokens: int, full: int) -> int:
         return self.prefix + block.slimming.slim_tokens if self.slims else tokens
@@ -81,7 +82,6 @@ class SiT(Method):
 
     def _left(self, site: Any) -> dict[int, int]:
         """Tokens that are left by each slimming, by its block."""
-        site.refuse_placed("sit", "a mixture of tokens has no position")
         site.needs_no_map("sit")
         patches = site.needs_grid("sit")[0]
         where = block_indices("locations", quarters(site.depth, self.locations), 0, site.depth)

@@ -24,11 +24,13 @@ class Merges(NamedTuple):
         sizes: ``(B, P+M)`` int32, how many patches each token stands for.
         log_sizes: their logarithms, in the accumulation dtype.
         source: ``(B, N0)`` int64, the token each patch is in; None where nobody asks.
+        places: ``(B, M)`` int64, the patch whose position each token has; None where it has the mean of all of its.
     """
 
     sizes: Tensor
     log_sizes: Tensor
     source: Tensor | None
+    places: Tensor | None
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """What tokens of a dtype add to the logits: by sizes anew where a wrapper has cast their logarithms."""
@@ -44,11 +46,13 @@ class Merging(Role):
         r: how many, at most half of the patch tokens that are left.
         prop_attn: whether a token counts by its size in attention.
         unmerge: whether every patch gets a token again where the model takes them.
+        destination: whether a merged token has the position of the one that others went into.
     """
 
     r: int = 0
     prop_attn: bool = True
     unmerge: bool = False
+    destination: bool = False
 
     @property
     def idle(self) -> bool:
@@ -62,25 +66,37 @@ class Merging(Role):
         x, state = flow
         r = self._fits(x.shape[1] - self.prefix)
         bias = state.bias(x.dtype) if state is not None and self.prop_attn else None
-        x, _, keys = attend(block, x, key_bias=bias, key_mean=r > 0)
+        here = self._here(x, state, positions)
+        x, _, keys = attend(block, x, key_bias=bias, key_mean=r > 0, positions=here)
         if keys is None:
             x = feed(block, x)
         else:
-            x, state = self._merged(block, x, keys, r, state, record)
+            x, state = self._merged(block, x, keys, r, state, record, positions is not None)
         return Flow(x, state)
 
+    def _here(self, x: Tensor, state: Any, positions: Positions | None) -> Positions | None:
+        """Where the tokens are, of where the patches are."""
+        if positions is None or state is None:
+            return positions
+        if self.destination:
+            return positions.at(state.places)
+        return positions.mean(state.source, x.shape[1] - self.prefix)
+
     def _merged(
-        self, block: Any, x: Tensor, keys: Tensor, r: int, state: Any, record: Record | None
+        self, block: Any, x: Tensor, keys: Tensor, r: int, state: Any, record: Record | None, placed: bool
     ) -> tuple[Tensor, Merges]:
         sizes = None if state is None else state.sizes.to(torch.float32)
         norm = fusable(getattr(block, block.tokenops_family.norm2))
         merged = self.merge(x, keys, r, sizes, norm)
-        source = None
-        if record is not None or self.unmerge:
+        source = places = None
+        if record is not None or self.unmerge or placed:
             source = merged.index if state is None else merged.index.gather(1, state.source)
         if record is not None:
             record.note(merged.tokens, source)
-        new = Merges(merged.sizes.to(torch.int32), merged.log_sizes, source)
+        if placed and self.destination:
+            tokens = merged.tokens.shape[1] - self.prefix
+            places = _kept(merged.index, None if state is None else state.places, tokens, self.prefix)
+        new = Merges(merged.sizes.to(torch.int32), merged.log_sizes, source, places)
         return feed(block, merged.tokens, merged.normed), new
 
     def merge(self, x: Tensor, keys: Tensor, r: int, sizes: Tensor | None, norm: Any) -> Merged:
@@ -99,6 +115,16 @@ class Merging(Role):
         return unmerge_bipartite(tokens, state.source, prefix=prefix)
 
 
+def _kept(index: Tensor, places: Tensor | None, tokens: int, prefix: int) -> Tensor:
+    """The patches ``(B, M)`` of the tokens that others went into, and of those alone: odd rows are written last."""
+    if places is None:
+        places = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    even, odd = prefix % 2, 1 - prefix % 2
+    new = places.new_zeros(places.shape[0], tokens)
+    new = new.scatter(1, index[:, even::2], places[:, even::2])
+    return new.scatter(1, index[:, odd::2], places[:, odd::2])
+
+
 class ToMe(Method):
     """Token merging: r tokens in every block.
 
@@ -109,6 +135,10 @@ class ToMe(Method):
         prop_attn: whether attention counts a token by its size.
         unmerge: whether every patch gets a token again behind the last block; None where the model does not classify by
             its class token alone.
+        positions: of merged tokens, where the model has rotary or relative ones: "mean", that of the rows of all their
+            patches, or "destination", those of the token that the others went into. Ours: the paper has neither.
+
+    Tokens are compared by their keys before rotary positions turn them.
 
     Source: Bolya et al., Token Merging: Your ViT But Faster (ICLR 2023), section 3.
     """
@@ -120,8 +150,11 @@ class ToMe(Method):
         r: float | Sequence[float] | None = None,
         prop_attn: bool = True,
         unmerge: bool | None = None,
+        positions: str = "mean",
     ) -> None:
-        self.value, self.prop_attn, self.unmerge = r, prop_attn, unmerge
+        if positions not in ("mean", "destination"):
+            raise ValueError(f"tome: positions={positions!r}, but it must be 'mean' or 'destination'")
+        self.value, self.prop_attn, self.unmerge, self.positions = r, prop_attn, unmerge, positions
 
     def roles(self, site: Any) -> list[Role]:
         if site.maps is not None and self.unmerge is False:
@@ -131,15 +164,16 @@ class ToMe(Method):
         if self.value is None:
             raise TypeError("tome needs r, how many tokens to merge in every block: apply_patch(model, 'tome', r=8)")
         unmerge = not site.pools_class() if self.unmerge is None else self.unmerge
-        return merging_roles(self.name, site, self.value, self.prop_attn, unmerge)
+        far = self.positions == "destination"
+        return merging_roles(site, self.value, self.prop_attn, unmerge, far)
 
 
 def merging_roles(
-    name: str, site: Any, r: Any, prop_attn: bool, unmerge: bool, kind: type[Merging] = Merging
+    site: Any, r: Any, prop_attn: bool, unmerge: bool, destination: bool = False, kind: type[Merging] = Merging
 ) -> list[Role]:
     """A role that merges for each block; r as in `ToMe`."""
-    site.refuse_placed(name, "a merged token has no position")
-    return [kind(site.prefix, False, count, prop_attn, unmerge) for count in merged_per_block(r, site.depth)]
+    counts = merged_per_block(r, site.depth)
+    return [kind(site.prefix, False, count, prop_attn, unmerge, destination) for count in counts]
 
 
 def merged_per_block(r: Any, depth: int) -> tuple[int, ...]:

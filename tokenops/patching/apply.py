@@ -84,10 +84,11 @@ def apply_patch(
     - "tome": ToMe. ``r``, tokens merged in every block: a number, ``(r, inflect)`` (as many in all, from
       ``r * (1 - inflect)`` in the first block on a line to ``r * (1 + inflect)`` in the last) or a list, a number a
       block; never more than half of the patch tokens that are left. ``model.r`` may be set.
-      ``prop_attn=True`` counts a token by its size in attention. ``unmerge=None`` gives every patch a token again
-      where the model takes its tokens (behind the last block, or that of LLaVA's ``vision_feature_layer``), but where
-      it is known to take the class token alone: the mean over patches is then the one by sizes. True or False decide
-      it.
+      ``prop_attn=True`` counts a token by its size in attention. ``positions="mean"`` of rotary or relative ones is
+      that of the rows of a token's patches, "destination" the row that others went to. ``unmerge=None`` gives every
+      patch a token again where the model takes its tokens (behind the last block, or that of LLaVA's
+      ``vision_feature_layer``), but where it is known to take the class token alone: the mean over patches is then the
+      one by sizes. True or False decide it.
     - "evit": EViT. ``keep_rate=0.7``, a number or one a block; ``reduction_loc=None``, the blocks that drop tokens (a
       quarter, half and three quarters of the depth); ``fuse_token=True``. ``model.keep_rate`` may be set.
     - "evo_vit": Evo-ViT. ``prune_ratio=0.5``, ``tradeoff=0.5``, ``stages=None`` (a third and two thirds of the depth).
@@ -107,9 +108,8 @@ def apply_patch(
 
     What may be set is set between forwards: one that runs meanwhile may have it in some blocks alone, or raise.
 
-    Without a class token "evit" and "evo_vit" choose by the mean attention that tokens receive, which is ours. Models
-    with rotary positions take the methods that leave tokens where they are: "evit" with ``fuse_token=False``,
-    "evo_vit", "patch_slimming".
+    Without a class token "evit" and "evo_vit" choose by the mean attention that tokens receive, which is ours. In
+    models with rotary or relative positions a merged, fused or mixed token has the mean of those of its patches.
 
     What a model returns beside its result (``forward_features``, ``last_hidden_state``) has the tokens that are left.
     So have transformers' ``hidden_states``: ``[0]`` are those that come into the first block, ``[i]`` those behind

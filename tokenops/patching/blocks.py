@@ -25,7 +25,7 @@ class Ask:
         key_mean: whether the keys' mean over the heads is wanted.
         learns: whether the scores may need gradients.
         looked_at: told: the scores ``(B, N)``.
-        keys: told: the mean keys ``(B, N, D)``.
+        keys: told: the mean keys ``(B, N, D)``, as they are before rotary positions turn them.
     """
 
     def __init__(
@@ -39,6 +39,11 @@ class Ask:
         self.learns = scores is not None and torch.is_grad_enabled()
         self.looked_at: Tensor | None = None
         self.keys: Tensor | None = None
+
+    def look_at(self, k: Tensor) -> None:
+        """Be told the keys ``(B, H, N, D)`` that are about to be turned."""
+        if self.key_mean:
+            self.keys = k.mean(dim=1)
 
     @property
     def more(self) -> bool:
@@ -86,24 +91,25 @@ def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, position
     ours = isinstance(attention, Attention)
     masks: Any = {name: getattr(attention, name) if ours else None for name in ("qk_mask", "v_mask")}
     bias = None if ask.key_bias is None else ask.key_bias[:, None, None]
+    turns = positions is not None and len(positions.tables) > 0
+    told = ask.key_mean and not turns  # turned keys would favour neighbours
     of_pairs = None if positions is None or positions.bias is None else positions.bias[:, :, : ask.rows]
     if dropped or of_pairs is not None or (not ask.more and family.width(attention) > WIDEST_HEAD):
-        q, k, v = family.heads(attention, x, ask.rows, positions)
+        q, k, v = family.heads(attention, x, ask, positions)
         if of_pairs is not None:
             bias = of_pairs.to(q.dtype) if bias is None else of_pairs + bias
         if ask.more or any(mask is not None for mask in masks.values()):
-            out, ask.looked_at, ask.keys = _dropping(q, k, v, dropped, bias, scale, ask.scores, **masks)
+            out, ask.looked_at = _dropping(q, k, v, dropped, bias, scale, ask.scores, **masks)
+            ask.keys = k.mean(dim=1) if told else ask.keys
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=scale)
     else:
         qkv = family.packed(attention, x) if ask.rows is None and getattr(attention, "fused_attn", True) else None
-        options = dict(key_bias=bias, scale=scale, scores=ask.scores, heads="mean", return_key_mean=ask.key_mean)
-        found: Any = attend_with(
-            attention, qkv, lambda: family.heads(attention, x, ask.rows, positions), **masks, **options
-        )
+        options = dict(key_bias=bias, scale=scale, scores=ask.scores, heads="mean", return_key_mean=told)
+        found: Any = attend_with(attention, qkv, lambda: family.heads(attention, x, ask, positions), **masks, **options)
         out = found[0] if isinstance(found, tuple) else found
         ask.looked_at = found[1] if ask.scores is not None else None
-        ask.keys = found[-1] if ask.key_mean else None
+        ask.keys = found[-1] if told else ask.keys
     return family.project(attention, x[:, : ask.rows], out)
 
 
@@ -123,7 +129,7 @@ def _dropping(
     scores: str | None,
     qk_mask: Tensor | None,
     v_mask: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention whose weights are dropped, as in training, or have a bias of pairs: the whole matrix is written.
     Scores are of before the dropout.
     """
@@ -134,7 +140,7 @@ def _dropping(
     if scores is not None:
         looked_at = (weights[:, :, 0] if scores == "class" else weights.mean(dim=2)).mean(dim=1)
     out = F.dropout(weights, p).to(v.dtype) @ v
-    return out if v_mask is None else out * v_mask.unsqueeze(1).to(v.dtype), looked_at, k.mean(dim=1)
+    return out if v_mask is None else out * v_mask.unsqueeze(1).to(v.dtype), looked_at
 
 
 def feed(block: Any, x: Tensor, normed: Tensor | None = None) -> Tensor:

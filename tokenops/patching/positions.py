@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.reference import accumulation_dtype
+
 
 class Positions(NamedTuple):
     """What attention knows of where the patches are: rotary tables, biases of pairs, or both.
@@ -35,24 +37,39 @@ class Positions(NamedTuple):
 
         .. math:: \bar t_m = \frac{1}{|\{n: s_n = m\}|} \sum_{n:\, s_n = m} t_n
 
-        The mean of the rows of a rotary table makes the logit of equal merged keys the mean of their logits, which
-        the row at their mean position does not. A bias is averaged over both of its sides.
+        The size-weighted mean over the tokens that were merged, and for one patch its row to the bit.
 
         Args:
-            source: ``(B, N)`` int64, the token that each patch is in; -1 for none. A token without a patch gets zeros.
+            source: ``(B, N)`` int64, or ``(1, N)`` where it is that of all images: the token that each patch is in; -1
+                for none. A token without a patch gets zeros.
             tokens: n.
         """
         into = source.unsqueeze(1) == torch.arange(tokens, device=source.device).unsqueeze(1)
-        shares = into / into.sum(dim=2, keepdim=True).clamp(min=1)
-        tables = tuple(shares.to(t.dtype).unsqueeze(1) @ (t if t.dim() > 2 else t.unsqueeze(0)) for t in self.tables)
-        if self.bias is None:
-            return Positions(tables, None, self.prefix)
-        B, P = source.shape[0], self.prefix
-        whole = shares.new_zeros(B, P + tokens, self.bias.shape[-1])
-        whole[:, :P, :P] = torch.eye(P, device=source.device)
-        whole[:, P:, P:] = shares
-        whole = whole.to(self.bias.dtype).unsqueeze(1)
-        return Positions(tables, whole @ self.bias @ whole.transpose(-2, -1), P)
+        known = self.tables[0] if self.bias is None else self.bias
+        into = into.to(accumulation_dtype(known.dtype))
+        return self.mixed(into / into.sum(dim=2, keepdim=True).clamp(min=1))
+
+    def mixed(self, weights: Tensor) -> "Positions":
+        r"""Those of mixtures of patches: the weighted mean :math:`\bar t_m = \sum_n w_{mn} t_n` of their rows.
+
+        Logits are linear in the rows, so patches of equal keys in a mixture get the mean of their logits, which the
+        row at their mean place would not give. A bias is averaged over both of its sides.
+
+        Args:
+            weights: ``(B or 1, n, N)``, 1 in sum over N.
+        """
+        with torch.autocast(weights.device.type, enabled=False):
+            tables = tuple(
+                weights.to(t.dtype).unsqueeze(1) @ (t if t.dim() > 2 else t.unsqueeze(0)) for t in self.tables
+            )
+            if self.bias is None:
+                return Positions(tables, None, self.prefix)
+            P = self.prefix
+            whole = torch.cat((weights.new_zeros(*weights.shape[:2], P), weights), dim=2)
+            first = torch.eye(P, whole.shape[2], dtype=whole.dtype, device=whole.device)
+            whole = torch.cat((first.expand(whole.shape[0], -1, -1), whole), dim=1)
+            whole = whole.to(self.bias.dtype).unsqueeze(1)
+            return Positions(tables, whole @ self.bias @ whole.transpose(-2, -1), P)
 
 
 def _rows(table: Tensor, places: Tensor) -> Tensor:

@@ -37,7 +37,6 @@ class Site:
         prefix: how many tokens before the patches' are never touched.
         has_class: whether the first of them is a class token.
         dim: C.
-        placed: whether its attention is told where tokens are: rotary positions, or biases of relative ones.
         grid: rows and columns of patches, None where images may have others; ``patches`` are as many.
         img_size: height and width of the images, None where the model does not say.
         embedding: the module that makes the patch tokens.
@@ -93,7 +92,6 @@ class Site:
             )
         else:
             self.prefix = told.prefix
-        self.placed = getattr(owner, "rope", None) is not None or any(family.placed for family in self.families)
         self.patches = None if self.grid is None else self.grid[0] * self.grid[1]
         self._around = _around(model, self.path)
         self.taken, self.maps, self.speaker = reader_of(owner, self._around, self.depth)
@@ -129,11 +127,6 @@ class Site:
                 f"{method}: {self.maps} expects every patch token in its place, which 'tome', 'evo_vit' and 'cait'"
                 " alone give: use one of these"
             )
-
-    def refuse_placed(self, method: str, why: str) -> None:
-        """ValueError where attention is told where tokens are."""
-        if self.placed:
-            raise ValueError(f"{method}: the model has rotary or relative positions, but {why}")
 
 
 def _around(model: Any, path: str) -> list[Any]:

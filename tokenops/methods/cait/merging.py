@@ -20,10 +20,10 @@ from .blocks import Mlp, check_model, hidden, project
 
 
 class Merged(NamedTuple):
-    """What follows merged tokens, where somebody asks.
+    """What follows merged tokens, where they have positions or somebody asks.
 
     Attributes:
-        source: ``(B, N0)`` int64, the token each patch is in.
+        source: ``(B, N0)`` int64, the token each patch is in: the same in all images.
     """
 
     source: Tensor
@@ -59,30 +59,32 @@ class Merging(Role):
     def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         x, state = flow
         source = None if state is None else state.source
-        follows = record is not None or self.grid
+        follows = record is not None or positions is not None or self.grid
         if self.constant is not None:
             rows = block.tokenops_rows(x)
             x = x.index_select(1, rows)
             if follows:
                 places = rows[self.prefix :] - self.prefix
                 source = places.argsort().expand(x.shape[0], -1)
+        if positions is not None and source is not None:
+            positions = positions.mean(source[:1], x.shape[1] - self.prefix)
         if self.merges:
-            x, source = self._merged(block, x, source, record)
+            x, source = self._merged(block, x, source, positions, record)
         else:
             x = whole(block, x, positions)
         return Flow(x, None if source is None else Merged(source))
 
     def _merged(
-        self, block: Any, x: Tensor, source: Tensor | None, record: Record | None
+        self, block: Any, x: Tensor, source: Tensor | None, positions: Positions | None, record: Record | None
     ) -> tuple[Tensor, Tensor | None]:
         """The block with its merge behind it, and where the patches are then."""
         merge = block.merge
-        x = attend(block, x)[0]
+        x = attend(block, x, positions=positions)[0]
         if commutes(block) and not (block.mlp.training and block.mlp.drop2.p):
             x = self._fed(block, x)
         else:
             x = merge(feed(block, x))
-        if record is not None or self.grid:
+        if record is not None or positions is not None or self.grid:
             into = merge.source.to(x.device)
             source = into.expand(x.shape[0], -1) if source is None else into[source]
         if record is not None:
@@ -168,7 +170,6 @@ class CAIT(Method):
         return merges
 
     def _fitted(self, site: Any) -> tuple[dict[int, str], tuple[int, int]]:
-        site.refuse_placed("cait", "a merged token has no position")
         grid = site.needs_grid("cait")[1]
         points = merge_points(self.points, site.depth)
         if not isinstance(self.kind, str) and len(self.kind) != len(points):

@@ -40,8 +40,6 @@ class Family:
     projections: tuple[str, ...] = ("qkv", "proj")
     #: whether the attention's own forward takes other positions than the block's own
     told: bool = True
-    #: whether its attention is told where tokens are; timm's own says so by the model around it
-    placed: bool = False
     #: whether attention on all tokens may be by our operator where that is the faster, other roundings and all
     swift: bool = True
 
@@ -118,11 +116,11 @@ class Family:
         return max(attention.head_dim, getattr(attention, "v_head_dim", 0))
 
     @staticmethod
-    def heads(
-        attention: Any, x: Tensor, rows: int | None, positions: Positions | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q ``(B, H, rows, D)`` of the first rows (all for None), k and v ``(B, H, N, D)`` of all."""
-        return heads_of(attention, x, rows)
+    def heads(attention: Any, x: Tensor, ask: Any, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q ``(B, H, rows, D)`` of the rows that are asked for, k and v ``(B, H, N, D)`` of all; keys that positions
+        turn are shown before, to ``ask.look_at``.
+        """
+        return heads_of(attention, x, ask.rows)
 
     @staticmethod
     def after_attention(block: Any, y: Tensor) -> Tensor:

@@ -39,12 +39,10 @@ class Layer(Family):
         return out, None
 
     @classmethod
-    def heads(
-        cls, attention: Any, x: Tensor, rows: int | None, positions: Positions | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(cls, attention: Any, x: Tensor, ask: Any, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
         core, width = cls.core(attention), cls.width(attention)
         q, k, v = (getattr(core, name) for name in cls.qkv)
-        return tuple(split_heads(t, width=width) for t in (q(x[:, :rows]), k(x), v(x)))  # type: ignore[return-value]
+        return tuple(split_heads(t, width=width) for t in (q(x[:, : ask.rows]), k(x), v(x)))  # type: ignore[return-value]
 
     @classmethod
     def project(cls, attention: Any, x: Tensor, out: Tensor) -> Tensor:
@@ -115,7 +113,7 @@ class Dino3(Dino):
 
     dropout = "dropout"
     arguments = ("attention_mask", "position_embeddings")
-    tables, placed = ("position_embeddings",), True
+    tables = ("position_embeddings",)
 
     @classmethod
     def call(cls, attention: Any, x: Tensor, positions: Positions | None) -> Tensor:
@@ -123,19 +121,19 @@ class Dino3(Dino):
         return attention(x, attention_mask=None, position_embeddings=tables)[0]
 
     @classmethod
-    def heads(
-        cls, attention: Any, x: Tensor, rows: int | None, positions: Positions | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().heads(attention, x, None, positions)
+    def heads(cls, attention: Any, x: Tensor, ask: Any, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().heads(attention, x, ask, positions)
         if positions is not None:
-            q, k = (_turned(t, *positions.tables) for t in (q, k))
-        return q[:, :, :rows], k, v
+            ask.look_at(k)
+            prefix = k.shape[2] - positions.tables[0].shape[-2]
+            q, k = (_turned(t, prefix, *positions.tables) for t in (q, k))
+        return q, k, v
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads whose patch tokens, the last, are turned by their positions: halves of the channels go together."""
-    prefix = x.shape[2] - cos.shape[-2]
+def _turned(x: Tensor, prefix: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads whose patch tokens are turned by their positions: halves of the channels go together."""
     patches = x[:, :, prefix:]
+    cos, sin = (table[..., : patches.shape[2], :] for table in (cos, sin))
     a, b = patches.chunk(2, dim=-1)
     turned = patches * cos + torch.cat((-b, a), dim=-1) * sin
     return torch.cat((x[:, :, :prefix], turned), dim=2)
@@ -146,7 +144,7 @@ class Beit(ViT):
 
     arguments = ("attention_mask", "interpolate_pos_encoding", "resolution")
     tables = ("attention_mask",)  # the mask is a bias, where layers share one
-    placed, swift = True, False
+    swift = False
     parts: tuple[str, ...] = ("mlp", "dropout", "relative_position_bias", "patch_size", "lambda_1", "lambda_2")
 
     @classmethod
@@ -228,7 +226,7 @@ class Data2Vec(Flava):
 
     arguments = ("output_attentions", "relative_position_bias", "interpolate_pos_encoding", "resolution")
     tables = ("relative_position_bias",)
-    placed, told = True, False
+    told = False
     parts = ("intermediate", "output", "drop_path", "lambda_1", "lambda_2")
 
     @classmethod
@@ -283,11 +281,9 @@ class Blip2(Clip):
         return attention.qkv(x)
 
     @classmethod
-    def heads(
-        cls, attention: Any, x: Tensor, rows: int | None, positions: Positions | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(cls, attention: Any, x: Tensor, ask: Any, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (split_heads(t, width=attention.head_dim) for t in attention.qkv(x).chunk(3, dim=-1))
-        return q[:, :, :rows], k, v
+        return q[:, :, : ask.rows], k, v
 
     @classmethod
     def project(cls, attention: Any, x: Tensor, out: Tensor) -> Tensor:
@@ -331,10 +327,8 @@ class Janus(Clip):
     projections = ("q_proj", "k_proj", "v_proj", "projection_layer", "projection_dropout", "q_norm", "k_norm")
 
     @classmethod
-    def heads(
-        cls, attention: Any, x: Tensor, rows: int | None, positions: Positions | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().heads(attention, x, rows, positions)
+    def heads(cls, attention: Any, x: Tensor, ask: Any, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().heads(attention, x, ask, positions)
         return attention.q_norm(q), attention.k_norm(k), v
 
     @classmethod
@@ -362,10 +356,8 @@ class InternVL(ViT):
         return attention(x)[0]
 
     @classmethod
-    def heads(
-        cls, attention: Any, x: Tensor, rows: int | None, positions: Positions | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = attention.q_proj(x[:, :rows]), attention.k_proj(x), attention.v_proj(x)
+    def heads(cls, attention: Any, x: Tensor, ask: Any, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = attention.q_proj(x[:, : ask.rows]), attention.k_proj(x), attention.v_proj(x)
         normed = attention.q_norm(q), attention.k_norm(k), v
         return tuple(split_heads(t, width=attention.head_dim) for t in normed)  # type: ignore[return-value]
 

@@ -30,11 +30,9 @@ class Eva(Family):
         return attention(x, rope=None if positions is None else positions.tables[0])
 
     @staticmethod
-    def heads(
-        attention: Any, x: Tensor, rows: int | None, positions: Positions | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(attention: Any, x: Tensor, ask: Any, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
         if attention.qkv is None:
-            q, k, v = attention.q_proj(x[:, :rows]), attention.k_proj(x), attention.v_proj(x)
+            q, k, v = attention.q_proj(x[:, : ask.rows]), attention.k_proj(x), attention.v_proj(x)
         elif getattr(attention, "q_bias", None) is None:
             q, k, v = attention.qkv(x).chunk(3, dim=-1)
         else:
@@ -42,9 +40,10 @@ class Eva(Family):
             apart = attention.qkv_bias_separate
             qkv = attention.qkv(x) + bias if apart else F.linear(x, attention.qkv.weight, bias)
             q, k, v = qkv.chunk(3, dim=-1)
-        q, k, v = (split_heads(t, width=attention.head_dim) for t in (q[:, :rows], k, v))
+        q, k, v = (split_heads(t, width=attention.head_dim) for t in (q[:, : ask.rows], k, v))
         q, k = attention.q_norm(q), attention.k_norm(k)
         if positions is not None:
+            ask.look_at(k)
             q, k = (_rotated(attention, t, positions.tables[0]) for t in (q, k))
         groups = getattr(attention, "num_kv_groups", 1)
         if groups > 1:
