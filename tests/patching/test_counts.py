@@ -8,7 +8,6 @@ from timm.models.vision_transformer import VisionTransformer
 
 from support.patched_models import (
     BEHIND,
-    CHOOSING,
     FAMILIES,
     METHODS,
     ROTARY,
@@ -46,9 +45,9 @@ def test_as_many_as_hooks_see(method, family):
 
 
 @pytest.mark.parametrize("family", ROTARY)
-@pytest.mark.parametrize("method", CHOOSING)
+@pytest.mark.parametrize("method", METHODS)
 def test_as_many_as_hooks_see_with_rotary_positions(method, family):
-    model = apply_patch(model_of(family), method, **CHOOSING[method][1])
+    model = apply_patch(model_of(family), method, **METHODS[method][1])
     assert list(tokens_left(model).layers) == tokens_behind(model, images())
 
 

@@ -71,7 +71,7 @@ class Merging(Role):
         if keys is None:
             x = feed(block, x)
         else:
-            x, state = self._merged(block, x, keys, r, state, record, positions is not None)
+            x, state = self._merged(block, x, keys, r, state, record, here)
         return Flow(x, state)
 
     def _here(self, x: Tensor, state: Any, positions: Positions | None) -> Positions | None:
@@ -83,9 +83,12 @@ class Merging(Role):
         return positions.mean(state.source, x.shape[1] - self.prefix)
 
     def _merged(
-        self, block: Any, x: Tensor, keys: Tensor, r: int, state: Any, record: Record | None, placed: bool
+        self, block: Any, x: Tensor, keys: Tensor, r: int, state: Any, record: Record | None, here: Positions | None
     ) -> tuple[Tensor, Merges]:
-        sizes = None if state is None else state.sizes.to(torch.float32)
+        sizes, placed = None if state is None else state.sizes.to(torch.float32), here is not None
+        if here is not None and here.hidden is not None:  # padding is of no size, and merged when nothing else is left
+            sizes = (~here.hidden).to(torch.float32) if sizes is None else sizes
+            keys = keys.masked_fill(here.hidden.unsqueeze(2), math.nan)
         norm = fusable(getattr(block, block.tokenops_family.norm2))
         merged = self.merge(x, keys, r, sizes, norm)
         source = places = None

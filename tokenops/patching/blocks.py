@@ -91,18 +91,24 @@ def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, position
     ours = isinstance(attention, Attention)
     masks: Any = {name: getattr(attention, name) if ours else None for name in ("qk_mask", "v_mask")}
     bias = None if ask.key_bias is None else ask.key_bias[:, None, None]
+    hiding = None if positions is None else positions.hiding(reference.accumulation_dtype(x.dtype))
+    if hiding is not None:
+        bias = hiding if bias is None else bias + hiding
     turns = positions is not None and len(positions.tables) > 0
     told = ask.key_mean and not turns  # turned keys would favour neighbours
     of_pairs = None if positions is None or positions.bias is None else positions.bias[:, :, : ask.rows]
-    if dropped or of_pairs is not None or (not ask.more and family.width(attention) > WIDEST_HEAD):
+    seen = None if hiding is None or ask.scores != "received" else positions.hidden.logical_not()  # type: ignore[union-attr]
+    if dropped or of_pairs is not None or seen is not None or (not ask.more and family.width(attention) > WIDEST_HEAD):
         q, k, v = family.heads(attention, x, ask, positions)
         if of_pairs is not None:
-            bias = of_pairs.to(q.dtype) if bias is None else of_pairs + bias
+            bias = of_pairs if bias is None else of_pairs + bias
         if ask.more or any(mask is not None for mask in masks.values()):
-            out, ask.looked_at = _dropping(q, k, v, dropped, bias, scale, ask.scores, **masks)
+            out, ask.looked_at = _dropping(q, k, v, dropped, bias, scale, ask.scores, seen, **masks)
             ask.keys = k.mean(dim=1) if told else ask.keys
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=scale)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=None if bias is None else bias.to(q.dtype), dropout_p=dropped, scale=scale
+            )
     else:
         qkv = family.packed(attention, x) if ask.rows is None and getattr(attention, "fused_attn", True) else None
         options = dict(key_bias=bias, scale=scale, scores=ask.scores, heads="mean", return_key_mean=told)
@@ -127,17 +133,21 @@ def _dropping(
     bias: Tensor | None,
     scale: float,
     scores: str | None,
+    seen: Tensor | None,
     qk_mask: Tensor | None,
     v_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention whose weights are dropped, as in training, or have a bias of pairs: the whole matrix is written.
-    Scores are of before the dropout.
+    """Attention whose weights are dropped, as in training, or have a bias of pairs, or is received from some of the
+    queries alone, ``seen`` (B, N): the whole matrix is written. Scores are of before the dropout.
     """
     q = q if qk_mask is None else q * qk_mask.unsqueeze(1).to(q.dtype)
     logits = scale * (q @ k.transpose(-2, -1)).to(reference.accumulation_dtype(q.dtype))
     weights = (logits if bias is None else logits + bias).softmax(dim=-1)
     looked_at = None
-    if scores is not None:
+    if scores is not None and seen is not None:
+        share = seen / seen.sum(dim=1, keepdim=True)
+        looked_at = (share.to(weights.dtype)[:, None, None] @ weights).squeeze(2).mean(dim=1)
+    elif scores is not None:
         looked_at = (weights[:, :, 0] if scores == "class" else weights.mean(dim=2)).mean(dim=1)
     out = F.dropout(weights, p).to(v.dtype) @ v
     return out if v_mask is None else out * v_mask.unsqueeze(1).to(v.dtype), looked_at

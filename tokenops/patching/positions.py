@@ -9,28 +9,35 @@ from ..ops.reference import accumulation_dtype
 
 
 class Positions(NamedTuple):
-    """What attention knows of where the patches are: rotary tables, biases of pairs, or both.
+    """What attention knows of where the patches are: rotary tables, biases of pairs, or both; and which are none.
 
     Attributes:
         tables: rotary tables, each ``(N, D)``, ``(H, N, D)`` where heads have their own, or ``(B, H or 1, N, D)``, of
             the patch tokens; the prefix is not turned.
         bias: ``(1 or B, H or 1, P+N, P+N)``, added to the logits: of relative positions, say; or None.
         prefix: P.
+        hidden: ``(B, P+N)`` bool: tokens that are padding, which nobody attends to; None without. A merged token is
+            where all of its patches are.
     """
 
     tables: tuple[Tensor, ...] = ()
     bias: Tensor | None = None
     prefix: int = 0
+    hidden: Tensor | None = None
 
     def at(self, places: Tensor) -> "Positions":
         """Those of some patches, in their order: ``(n,)`` for all images, or ``(B, n)``."""
         tables = tuple(_rows(table, places) for table in self.tables)
-        if self.bias is None:
+        if self.bias is None and self.hidden is None:
             return Positions(tables, None, self.prefix)
         prefix = torch.arange(self.prefix, device=places.device).expand(*places.shape[:-1], -1)
         rows = torch.cat((prefix, places + self.prefix), dim=-1)
-        bias = _rows(self.bias, rows)
-        return Positions(tables, _rows(bias.transpose(-2, -1), rows).transpose(-2, -1), self.prefix)
+        bias, hidden = self.bias, self.hidden
+        if bias is not None:
+            bias = _rows(_rows(bias, rows).transpose(-2, -1), rows).transpose(-2, -1)
+        if hidden is not None:
+            hidden = hidden.gather(1, rows.expand(hidden.shape[0], -1))
+        return Positions(tables, bias, self.prefix, hidden)
 
     def mean(self, source: Tensor, tokens: int) -> "Positions":
         r"""Those of merged tokens: the mean over the patches that each stands for.
@@ -45,8 +52,8 @@ class Positions(NamedTuple):
             tokens: n.
         """
         into = source.unsqueeze(1) == torch.arange(tokens, device=source.device).unsqueeze(1)
-        known = self.tables[0] if self.bias is None else self.bias
-        into = into.to(accumulation_dtype(known.dtype))
+        known = self.tables[0] if self.tables else self.bias
+        into = into.to(torch.float32 if known is None else accumulation_dtype(known.dtype))
         return self.mixed(into / into.sum(dim=2, keepdim=True).clamp(min=1))
 
     def mixed(self, weights: Tensor) -> "Positions":
@@ -62,14 +69,24 @@ class Positions(NamedTuple):
             tables = tuple(
                 weights.to(t.dtype).unsqueeze(1) @ (t if t.dim() > 2 else t.unsqueeze(0)) for t in self.tables
             )
+            P, hidden = self.prefix, self.hidden
+            if hidden is not None:
+                seen = ((weights > 0) & ~hidden[:, None, P:]).any(dim=2)
+                hidden = torch.cat((hidden[:, :P], ~seen), dim=1)
             if self.bias is None:
-                return Positions(tables, None, self.prefix)
-            P = self.prefix
+                return Positions(tables, None, P, hidden)
             whole = torch.cat((weights.new_zeros(*weights.shape[:2], P), weights), dim=2)
             first = torch.eye(P, whole.shape[2], dtype=whole.dtype, device=whole.device)
             whole = torch.cat((first.expand(whole.shape[0], -1, -1), whole), dim=1)
             whole = whole.to(self.bias.dtype).unsqueeze(1)
-            return Positions(tables, whole @ self.bias @ whole.transpose(-2, -1), P)
+            return Positions(tables, whole @ self.bias @ whole.transpose(-2, -1), P, hidden)
+
+    def hiding(self, dtype: torch.dtype) -> Tensor | None:
+        """What keeps padding from being attended to: ``(B, 1, 1, P+N)``, to be added to the logits; None without."""
+        if self.hidden is None:
+            return None
+        zero = torch.zeros(self.hidden.shape, dtype=dtype, device=self.hidden.device)
+        return zero.masked_fill(self.hidden, float("-inf"))[:, None, None]
 
 
 def _rows(table: Tensor, places: Tensor) -> Tensor:

@@ -310,14 +310,13 @@ class Padded(Clip):
         mask = given.get("attention_mask")
         if mask is None:
             return None
-        if mask.dtype == torch.bool:
-            like = next(block.parameters())
-            mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
-        return Positions((), mask, prefix)
+        first = mask[:, 0, 0]
+        hidden = ~first if first.dtype == torch.bool else first < torch.finfo(first.dtype).min / 2
+        return Positions((), None, prefix, hidden)
 
     @classmethod
     def call(cls, attention: Any, x: Tensor, positions: Positions | None) -> Tensor:
-        return attention(x, attention_mask=None if positions is None else positions.bias)[0]
+        return attention(x, attention_mask=None if positions is None else positions.hiding(x.dtype))[0]
 
 
 class Janus(Clip):
