@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.reference import accumulation_dtype
+from ..ops.reference import accumulation_dtype, keeps_dtypes
 
 
 class Positions(NamedTuple):
@@ -56,6 +56,7 @@ class Positions(NamedTuple):
         into = into.to(torch.float32 if known is None else accumulation_dtype(known.dtype))
         return self.mixed(into / into.sum(dim=2, keepdim=True).clamp(min=1))
 
+    @keeps_dtypes
     def mixed(self, weights: Tensor) -> "Positions":
         r"""Those of mixtures of patches: the weighted mean :math:`\bar t_m = \sum_n w_{mn} t_n` of their rows.
 
@@ -65,21 +66,18 @@ class Positions(NamedTuple):
         Args:
             weights: ``(B or 1, n, N)``, 1 in sum over N.
         """
-        with torch.autocast(weights.device.type, enabled=False):
-            tables = tuple(
-                weights.to(t.dtype).unsqueeze(1) @ (t if t.dim() > 2 else t.unsqueeze(0)) for t in self.tables
-            )
-            P, hidden = self.prefix, self.hidden
-            if hidden is not None:
-                seen = ((weights > 0) & ~hidden[:, None, P:]).any(dim=2)
-                hidden = torch.cat((hidden[:, :P], ~seen), dim=1)
-            if self.bias is None:
-                return Positions(tables, None, P, hidden)
-            whole = torch.cat((weights.new_zeros(*weights.shape[:2], P), weights), dim=2)
-            first = torch.eye(P, whole.shape[2], dtype=whole.dtype, device=whole.device)
-            whole = torch.cat((first.expand(whole.shape[0], -1, -1), whole), dim=1)
-            whole = whole.to(self.bias.dtype).unsqueeze(1)
-            return Positions(tables, whole @ self.bias @ whole.transpose(-2, -1), P, hidden)
+        tables = tuple(weights.to(t.dtype).unsqueeze(1) @ (t if t.dim() > 2 else t.unsqueeze(0)) for t in self.tables)
+        P, hidden = self.prefix, self.hidden
+        if hidden is not None:
+            seen = ((weights > 0) & ~hidden[:, None, P:]).any(dim=2)
+            hidden = torch.cat((hidden[:, :P], ~seen), dim=1)
+        if self.bias is None:
+            return Positions(tables, None, P, hidden)
+        whole = torch.cat((weights.new_zeros(*weights.shape[:2], P), weights), dim=2)
+        first = torch.eye(P, whole.shape[2], dtype=whole.dtype, device=whole.device)
+        whole = torch.cat((first.expand(whole.shape[0], -1, -1), whole), dim=1)
+        whole = whole.to(self.bias.dtype).unsqueeze(1)
+        return Positions(tables, whole @ self.bias @ whole.transpose(-2, -1), P, hidden)
 
     def hiding(self, dtype: torch.dtype) -> Tensor | None:
         """What keeps padding from being attended to: ``(B, 1, 1, P+N)``, to be added to the logits; None without."""
