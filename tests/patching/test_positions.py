@@ -35,7 +35,7 @@ def test_rows_of_tokens_are_those_of_their_patches(shape, prefix):
     positions = placed(shape, prefix)
     places = torch.tensor([[5, 0, 2], [1, 1, 4]])
     for given in (places, places[0]):
-        tables, bias, _ = positions.at(given)
+        tables, bias, *_ = positions.at(given)
         for b in range(2):
             rows = given[b] if given.dim() == 2 else given
             both = torch.cat((torch.arange(prefix), rows + prefix))
@@ -52,7 +52,7 @@ def test_rows_of_merged_tokens_are_means(shape, prefix):
         placed(shape, prefix, dtype=torch.float64),
         torch.tensor([[0, 0, 1, -1, 0, 1], [3, 3, 0, 1, 1, 1]]),
     )
-    tables, bias, _ = positions.mean(source, 4)
+    tables, bias, *_ = positions.mean(source, 4)
     for b in range(2):
         members = [[i] for i in range(prefix)]
         members += [[prefix + n for n in range(6) if source[b, n] == m] for m in range(4)]
@@ -72,7 +72,7 @@ def test_rows_of_merged_tokens_are_means(shape, prefix):
 
 def test_a_token_of_one_patch_has_its_row_to_the_bit():
     positions, order = placed(), torch.randperm(6)
-    tables, bias, _ = positions.mean(order.argsort()[None], 6)
+    tables, bias, *_ = positions.mean(order.argsort()[None], 6)
     own = positions.at(order)
     assert torch.equal(tables[0][0, 0], own.tables[0]) and torch.equal(bias, own.bias)
     with torch.autocast("cpu", torch.bfloat16):

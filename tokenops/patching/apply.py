@@ -102,7 +102,6 @@ def apply_patch(
     - "cait": CAIT's merging. ``points=None``, block numbers to "horizontal" or "vertical" (behind a third and two
       thirds of the depth), ``kind="average"`` or what else `tokenops.nn.NeighbourMerging` knows, for all or one a
       point; ``layout="raster"`` or "block", the order of the patches.
-
     - "random": as "evit", but the tokens that stay are drawn at random, and the others are gone; or, with ``r``, as
       "tome", but those that are merged are drawn, and ``model.r`` may be set: what a choice is to be better than.
 
@@ -115,10 +114,13 @@ def apply_patch(
     So have transformers' ``hidden_states``: ``[0]`` are those that come into the first block, ``[i]`` those behind
     block i - 1, where "evit" has a fused token last and "evo_vit" those that pass through its stage; ``[-2]`` is behind
     the last block but one. A head that averages patches counts each token that is left once, "evit"'s fused one too;
-    "tome" has all again there, and "cait" where it merged an odd side. "NCHW" maps of timm's ``forward_intermediates``
-    cover the grid behind "tome", "evo_vit" and "cait", and are refused where patches were dropped or mixed. Masks and
-    attention weights are refused. Where attention weights are dropped in training the whole matrix is written, as in
-    the published codes.
+    "tome" has all again there, and "cait" where it merged an odd side. Models that make maps of the tokens behind one
+    block or several (backbones, ``features_only``, depth, segmentation, boxes, masked images) are given one for every
+    patch by "tome", "evo_vit" and "cait", and the blocks behind run on those that are left all the same; methods that
+    drop or mix patches are refused. The same goes for "NCHW" maps of timm's ``forward_intermediates``. Attention
+    weights and masks are refused, but for padding in SigLIP 2 and Idefics: nobody attends to it, and it is merged with
+    none. Where attention weights are dropped in training, or have biases of relative positions, the whole matrix is
+    written.
 
     Language models that see: "tome" and "evo_vit", and "cait" where a grid is made of the tokens, give every patch a
     token where the language model takes them, so prompts stay as they are. LLaVA, PaliGemma and DeepSeek-VL also take
@@ -131,8 +133,8 @@ def apply_patch(
     True a forward is refused where blocks hand on more than tokens: "tome", "evo_vit", and with rotary positions all.
 
     Args:
-        model: timm's VisionTransformer (``vit_*``, ``deit*``, with LayerScale, register tokens, qk_norm or without a
-            class token) or Eva, transformers' ViT, CLIP and SigLIP, or a model with one of them within.
+        model: a vision transformer of timm, transformers, torchvision or open_clip, or a model with one within;
+            `tokenops.supported` lists which take which methods, or why not.
         method: one of the above, or a `tokenops.patching.Method` of your own.
         module: which vision transformer, by the name of a part of the model that has no other, where it has several:
             ``"vision_model"``, say. What the model makes of its tokens is looked at as without, which it is not where
