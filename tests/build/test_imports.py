@@ -79,7 +79,7 @@ def test_every_room_imports_downwards():
     ("source", "wrong"),
     [
         ("from ..ops import reference\nfrom . import attention\nimport torch", []),
-        ("def f():\n    from ..patching.engine import dress_as", ["tokenops.patching.engine.dress_as"]),
+        ("def f():\n    from ..patching.dressing import dress_as", ["tokenops.patching.dressing.dress_as"]),
         ("from .. import methods", ["tokenops.methods"]),
         ("from .. import apply_patch", ["tokenops.apply_patch"]),
         ("import tokenops.cli.info", ["tokenops.cli.info"]),

@@ -8,20 +8,9 @@ from typing import Any
 from torch import nn
 
 from ..ops.masked_channel_attention import WIDEST_HEAD
-from .engine import (
-    METHODS,
-    Method,
-    Patched,
-    PatchedAttention,
-    PatchedBlock,
-    PatchedGrid,
-    PatchedMaskless,
-    PatchedTail,
-    dress,
-    place_of,
-    refuse_wrapped,
-    undress,
-)
+from .around import PatchedGrid, PatchedMaskless, PatchedTail
+from .dressing import Patched, dress, place_of, refuse_wrapped, undress
+from .engine import METHODS, Method, PatchedAttention, PatchedBlock
 from .families import head_width
 from .modules import is_sharded, unwrapped
 from .site import Site, Where, is_patched

@@ -4,10 +4,9 @@ A block takes a tensor, or a `Flow` from the block before, and hands on one of t
 threads, recomputation in checkpointing, hooks and wrappers see what they see in any model.
 """
 
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,9 +15,8 @@ from torch import Tensor, fx
 from ..ops.masked_channel_attention import WIDEST_HEAD, faster
 from . import families
 from .blocks import Ask, attended, dropped_by
-from .modules import plain_of
+from .dressing import place_of
 from .positions import Positions
-from .trunks import grid_of
 
 
 class Flow(NamedTuple):
@@ -212,119 +210,6 @@ def _noted(init: Any) -> Any:
 METHODS: dict[str, type[Method]] = {}
 
 
-class Patched:
-    """What every class made by `dressed` has; it copies and pickles as the plain class and what made it another.
-
-    A new one is of the plain class, as nothing in it is patched: `type(model).from_pretrained` gives a plain model.
-    """
-
-    tokenops_made: ClassVar[tuple[Any, ...]]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "tokenops_made" in vars(type(self)):  # not a class that was derived since, of parametrized modules say
-            self.__class__ = type(self).tokenops_made[0]
-            self.__init__(*args, **kwargs)  # type: ignore[misc]
-        else:
-            super().__init__(*args, **kwargs)
-
-    def tokenops_dress(self, other: Any) -> Any:
-        """Give a module, which is to stand in this one's place, what `dressed` put before its class; returns it."""
-        dress(other, *type(self).tokenops_made[1:])
-        return other
-
-    def __prepare_scriptable__(self) -> Any:
-        raise ValueError("a patched model cannot be scripted: use torch.export or torch.jit.trace")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        made = super().__reduce_ex__(protocol)
-        return (_remade, type(self).tokenops_made, *made[2:]) if made[1][:1] == (type(self),) else made
-
-
-@lru_cache(maxsize=4096)
-def dressed(
-    plain: type, mixins: tuple[type, ...], family: Any = None, setting: str | None = None, role: Any = None
-) -> Any:
-    """The class of a patched module: the plain one with mixins before it, under the same name.
-
-    Those of other roles have a forward with code of its own: a compiler keeps only so many variants of one code.
-    """
-    made = (plain, mixins, family, setting, role)
-    space: dict[str, Any] = {
-        "__module__": plain.__module__,
-        "__qualname__": plain.__qualname__,
-        "__doc__": plain.__doc__,
-        "tokenops_made": made,
-        "tokenops_family": family,
-    }
-    if setting is not None:
-        space[setting] = property(lambda self: self.tokenops_patch.method.value, lambda self, value: _set(self, value))
-    forward = mixins[0].__dict__.get("forward") if mixins else None
-    if forward is not None:
-        code = types.FunctionType(
-            forward.__code__.replace(), forward.__globals__, "forward", forward.__defaults__, forward.__closure__
-        )
-        code.__kwdefaults__ = forward.__kwdefaults__
-        space["forward"] = code
-    return type(plain.__name__, (*mixins, Patched, plain), space)
-
-
-def _remade(*made: Any) -> Any:
-    return object.__new__(dressed(*made))
-
-
-def _set(model: Any, value: Any) -> None:
-    around = vars(model).get("tokenops_within")
-    if around is not None:
-        given = f"{model.tokenops_patch.method.setting}={value!r}"
-        raise ValueError(f"{given} was set on the {type(model).__name__} within: set it on the {around} around")
-    model.tokenops_patch.set(model, value)
-
-
-def dress(
-    module: Any, mixins: tuple[type, ...], family: Any = None, setting: str | None = None, role: Any = None
-) -> None:
-    """Give a module the class that `dressed` makes of its own."""
-    before = type(module)
-    module.__class__ = dressed(plain_of(module), mixins, family, setting, role)
-    _rebind(module, before)
-
-
-def dress_as(module: Any, other: Any) -> Any:
-    """A module that is to stand in another's place, patched if that one is."""
-    return other.tokenops_dress(module) if isinstance(other, Patched) else module
-
-
-def undress(module: Any) -> None:
-    """Give a module its own class back."""
-    if isinstance(module, Patched):
-        before: Any = type(module)
-        module.__class__ = before.tokenops_made[0]
-        _rebind(module, before)
-
-
-def refuse_wrapped(module: Any) -> None:
-    """ValueError where a module has another class since it was patched."""
-    if isinstance(module, Patched) and "tokenops_made" not in vars(type(module)):
-        raise ValueError(
-            f"remove_patch: {type(module).__name__} was wrapped after the patch (by fully_shard, say): take that off"
-            " first, or make the model anew"
-        )
-
-
-def _rebind(module: Any, before: Any) -> None:
-    """Accelerate's hooks call the forward they found, a method of the class that was, and leave it where they were."""
-    for name in ("_old_forward", "forward"):
-        if getattr(vars(module).get(name), "__func__", None) is before.forward:
-            setattr(module, name, types.MethodType(type(module).forward, module))
-
-
-def place_of(module: Any) -> torch.device:
-    """Where a module computes: accelerate's hooks may keep its weights elsewhere."""
-    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
-    said = (getattr(hook, "execution_device", None) for hook in hooks)
-    return torch.device(next((device for device in said if device is not None), next(module.parameters()).device))
-
-
 class PatchedBlock:
     """A block with a role. Its parameters, submodules, hooks and names are its own, and its forward where it is idle.
 
@@ -365,6 +250,7 @@ class PatchedBlock:
         role, record = self.tokenops_role, kwargs.pop("record", None)
         args, kwargs = type(self).tokenops_family.unmasked(args, kwargs)  # type: ignore[attr-defined]
         if not isinstance(x, Flow):
+            refuse_symbols(x)
             if not isinstance(x, Tensor):
                 raise ValueError(_lost(x))
             if role.idle:
@@ -382,12 +268,16 @@ class PatchedBlock:
         return family.handed(flow.tokens if flow.state is None or role.last else flow)
 
 
-def _lost(x: Any) -> str:
+def refuse_symbols(x: Any) -> None:
+    """ValueError where a model is traced by symbols, not by values."""
     if isinstance(x, fx.Proxy):
-        return (
+        raise ValueError(
             "a patched model cannot be traced symbolically (torch.fx, create_feature_extractor), as it looks at numbers"
             " of tokens: use its forward_intermediates, timm's features_only, torch.export or torch.jit.trace"
         )
+
+
+def _lost(x: Any) -> str:
     what = "tokens whose gradients are lost" if isinstance(x, Flow) else type(x).__name__
     return (
         f"a block of a patched model takes tokens or what the block before gave, but got {what}: checkpointing with"
@@ -421,64 +311,6 @@ def _swift(family: Any, attention: Any, x: Any) -> bool:
         return False
     plain = family.fused(attention) and not dropped_by(family, attention)
     return plain and family.width(attention) <= WIDEST_HEAD
-
-
-class PatchedGrid:
-    """A patch embedding whose images must have the grid the method was fitted to.
-
-    Attributes:
-        tokenops_grid: rows and columns.
-    """
-
-    tokenops_grid: tuple[int, int]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, fx.Proxy)))
-        if isinstance(x, fx.Proxy):
-            raise ValueError(_lost(x))
-        grid = grid_of(self, x.shape)
-        if grid != self.tokenops_grid:
-            rows, columns = self.tokenops_grid
-            raise ValueError(
-                f"the images give {grid[0]} x {grid[1]} patches, but the method was fitted to a grid of {rows} x"
-                f" {columns}: remove_patch, and apply_patch for the new size"
-            )
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-
-class PatchedTail:
-    """An encoder of transformers whose tokens behind the patches go before them while it runs.
-
-    Attributes:
-        tokenops_tail: how many.
-    """
-
-    tokenops_tail: int
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        tail = self.tokenops_tail
-        first, patches, last = hidden_states.tensor_split((1, hidden_states.shape[1] - tail), dim=1)
-        out = super().forward(torch.cat((first, last, patches), dim=1), *args, **kwargs)  # type: ignore[misc]
-        first, last, patches = out.last_hidden_state.tensor_split((1, 1 + tail), dim=1)
-        out.last_hidden_state = torch.cat((first, patches, last), dim=1)
-        return out
-
-
-class PatchedMaskless:
-    """A model of transformers that makes a mask of ones where it is traced; one without any entry stands for none.
-
-    Attributes:
-        tokenops_mask: the place of ``attention_mask`` among its arguments.
-    """
-
-    tokenops_mask: int
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = len(args) > self.tokenops_mask or kwargs.get("attention_mask") is not None
-        if torch.compiler.is_compiling() and not given:
-            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            kwargs["attention_mask"] = x.new_empty((0, 0, 0, 0))
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 def sources_of(places: Tensor, patches: int) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .engine import Patched
+from .dressing import Patched
 from .families import FAMILIES, PATCH_ANEW
 from .modules import name_of, unwrapped
 from .readers import pools_class, reader_of

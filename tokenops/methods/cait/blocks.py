@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...nn import Attention
 from ...nn.attention import part_of
-from ...patching.engine import dress_as
+from ...patching.dressing import dress_as
 from ...patching.modules import plain_of
 
 #: where a block has the soft masks of its channels, by their kind: of q and k, of v, and of the MLP's hidden ones

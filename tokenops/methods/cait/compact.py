@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...nn import compact_channels
-from ...patching.engine import dress_as
+from ...patching.dressing import dress_as
 from .blocks import Mlp, blocks_of, compact_mlp
 from .compactors import drop_biases, fold_compactors
 

@@ -16,7 +16,7 @@ from ...nn import compact_channels
 from ...nn.neighbour_merging import AXES, KINDS, LAYOUTS
 from ...patching import apply_patch
 from ...patching.as_json import check_keys, read_json
-from ...patching.engine import dress_as
+from ...patching.dressing import dress_as
 from ..lvvit import ConvStem
 from .blocks import MASKS, Mlp, check_model, keep_hidden, prunable
 from .merging import CAIT, commutes, merge_points, merges_of, order_of
