@@ -25,12 +25,7 @@ from tokenops.nn import convert_attention
 from tokenops.patching import blocks, engine
 from tokenops.patching.positions import Positions
 
-CASES = [  # dynamic sizes have no fixed grid
-    (family, method)
-    for family in (*FAMILIES, *ROTARY)
-    for method in METHODS
-    if family != "dynamic" or method not in ("patch_slimming", "sit", "cait")
-]
+CASES = [(family, method) for family in (*FAMILIES, *ROTARY) for method in METHODS]
 
 
 @pytest.mark.usefixtures("on_device")
@@ -201,6 +196,17 @@ def test_images_of_any_size():
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
     model.r = 5
     assert tokens_behind(model, x) == [32, 27, 22] and tokens_behind(model, images()) == [12, 7, 4]
+
+
+@pytest.mark.parametrize("method", ["patch_slimming", "cait", "sit"])
+def test_methods_for_one_grid_are_fitted_to_the_usual_one(method):
+    model, x = patched(method, "dynamic"), images()
+    assert model(x).shape == (2, 5)
+    if method == "sit":  # as many mixtures, of whatever there is
+        assert tokens_behind(model, images(side=48)) == [1 + n for n in (36, 8, 4)]
+        return
+    with pytest.raises(ValueError, match="the images give 6 x 6 patches, but the method was fitted to a grid of 4 x 4"):
+        model(images(side=48))
 
 
 def test_a_stem_that_does_not_say_what_images_it_takes():

@@ -27,9 +27,7 @@ def refused(model, error, words, method="tome", **options):
 @pytest.mark.parametrize(
     "kwargs, words",
     [
-        (dict(block_fn=vision_transformer.ResPostBlock), "it has blocks of .*ResPostBlock; blocks must be of a kind"),
-        (dict(block_fn=vision_transformer.ParallelScalingBlock), "ParallelScalingBlock"),
-        (dict(block_fn=vision_transformer.ParallelThingsBlock), "ParallelThingsBlock"),
+        (dict(block_fn=vision_transformer.DiffParallelScalingBlock), "the difference of two softmaxes"),
         (dict(attn_layer="diff"), "its attention is .*DiffAttention"),
     ],
 )
@@ -158,12 +156,12 @@ def test_no_patch_left_to_pool():
 
 
 @pytest.mark.parametrize("method", ["patch_slimming", "sit", "cait"])
-def test_grids_that_are_not_fixed(method):
+def test_grids_that_are_not_whole(method):
     options = METHODS[method][1]
-    refused(
-        model_of("dynamic"), ValueError, "needs a fixed grid, but the model takes images of any size", method, **options
-    )
     refused(model_of("plain", patch_drop_rate=0.5), ValueError, "patch_drop_rate", method, **options)
+    unsized = model_of("plain")
+    unsized.patch_embed.grid_size = None
+    refused(unsized, ValueError, "needs a fixed grid, but the model does not say what images", method, **options)
 
 
 def test_wide_heads():

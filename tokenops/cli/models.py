@@ -334,7 +334,7 @@ def attentions(model: Any) -> list[nn.Module]:
     """The attention of every block, which is called with its tokens."""
     try:
         site = Site(model)
-        return [getattr(block, family.attention) for block, family in zip(site.blocks, site.families)]
+        return [next(iter(family.attentions_of(block)), block) for block, family in zip(site.blocks, site.families)]
     except (TypeError, ValueError):  # blocks of another kind
         return [getattr(block, "attn", block) for block in getattr(model, "blocks", ())]
 

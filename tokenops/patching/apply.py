@@ -15,7 +15,7 @@ from .families import head_width
 from .modules import is_sharded, unwrapped
 from .site import Site, Where, is_patched
 from .trunks import tail_of
-from .views import PatchedTransformer
+from .views import PatchedTransformer, PatchedUnmapped
 
 
 class Patch:
@@ -123,7 +123,8 @@ def apply_patch(
 
     Args:
         model: a vision transformer of timm, transformers, torchvision or open_clip, or a model with one within;
-            `tokenops.supported` lists which take which methods, or why not.
+            `tokenops.supported` lists which take which methods, or why not. Where images may be of any size, methods
+            for one grid are fitted to that of ``img_size``.
         method: one of the above, or a `tokenops.patching.Method` of your own.
         module: which vision transformer, by the name of a part of the model that has no other, where it has several:
             ``"vision_model"``, say. What the model makes of its tokens is looked at as without, which it is not where
@@ -167,11 +168,14 @@ def apply_patch(
         patch.added[i] = name
     patch.give(site, how)
     for block, family in zip(site.blocks, site.families):
-        dress(unwrapped(getattr(block, family.attention)), (PatchedAttention,), family)
+        for attention in family.attentions_of(block):
+            dress(unwrapped(attention), (PatchedAttention,), family)
     if how.shape:
-        site.embedding.tokenops_grid = site.grid
+        site.embedding.tokenops_grid = site.needs_grid(how.name)[1]
         dress(site.embedding, (PatchedGrid,))
     mixins: tuple[type, ...] = (PatchedTransformer,) if site.timm else ()
+    if not site.timm and hasattr(site.owner, "forward_intermediates"):
+        mixins = (PatchedUnmapped,)
     named = list(inspect.signature(type(site.owner).forward).parameters)[1:]
     shared = getattr(getattr(site.owner, "config", None), "use_shared_relative_position_bias", False)
     if not site.timm and "attention_mask" in named and not shared:  # to which a mask is added

@@ -10,7 +10,7 @@ from ..nn import Attention
 from ..nn.attention import attend_with
 from ..ops import reference
 from ..ops.masked_channel_attention import WIDEST_HEAD
-from .families import PATCH_ANEW, Family, family_of
+from .families import PATCH_ANEW, UNNORMED, Family, family_of
 from .modules import name_of, unwrapped
 from .positions import Positions, at
 
@@ -67,18 +67,39 @@ def attend(
         The tokens, the scores ``(B, N)`` and the mean keys ``(B, N, D)``, None where not asked for.
     """
     family = family_of(block)
-    attention = getattr(block, family.attention)
-    normed = getattr(block, family.norm1)(x) if normed is None else normed
-    ask = Ask(**asked)
+    normed = _normed(block, family.norm1, x) if normed is None else normed
+    asks: list[Ask] = []
+
+    def run(attention: Any, normed: Tensor) -> Tensor:
+        asks.append(Ask(**asked))
+        return _asked(family, attention, normed, positions, asks[-1])
+
+    y = family.attend(block, normed, run)
+    looked_at, keys = _mean([ask.looked_at for ask in asks]), _mean([ask.keys for ask in asks])
+    return x[:, : asked.get("rows")] + y, looked_at, keys
+
+
+def _asked(family: type[Family], attention: Any, x: Tensor, positions: Positions | None, ask: Ask) -> Tensor:
+    """The result of one attention of a block."""
+    if not family.attention:
+        return attended(family, attention, ask, x, positions)
     if ask.rows is None and not ask.more and (family.told or positions is None):
-        y = family.call(attention, normed, positions)
-    elif hasattr(type(attention), "tokenops_made") or hasattr(type(unwrapped(attention)), "tokenops_made"):
-        y = family.asked(attention, normed, positions, ask)
-    else:
-        if name_of(unwrapped(attention)) not in family.attentions:
-            raise ValueError(f"a {name_of(attention)} took the place of a block's attention: {PATCH_ANEW}")
-        y = attended(family, attention, ask, normed, positions)
-    return x[:, : ask.rows] + family.after_attention(block, y), ask.looked_at, ask.keys
+        return family.call(attention, x, positions)
+    if hasattr(type(attention), "tokenops_made") or hasattr(type(unwrapped(attention)), "tokenops_made"):
+        return family.asked(attention, x, positions, ask)
+    if name_of(unwrapped(attention)) not in family.attentions:
+        raise ValueError(f"a {name_of(attention)} took the place of a block's attention: {PATCH_ANEW}")
+    return attended(family, attention, ask, x, positions)
+
+
+def _mean(told: list[Tensor | None]) -> Tensor | None:
+    """The mean of what parallel attentions tell."""
+    found = [tensor for tensor in told if tensor is not None]
+    return found[0] if len(found) == 1 else torch.stack(found).mean(dim=0) if found else None
+
+
+def _normed(block: Any, name: str, x: Tensor) -> Tensor:
+    return x if name == UNNORMED else getattr(block, name)(x)
 
 
 def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, positions: Positions | None) -> Tensor:
@@ -98,12 +119,13 @@ def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, position
     told = ask.key_mean and not turns  # turned keys would favour neighbours
     of_pairs = None if positions is None or positions.bias is None else positions.bias[:, :, : ask.rows]
     seen = None if hiding is None or ask.scores != "received" else positions.hidden.logical_not()  # type: ignore[union-attr]
-    if dropped or of_pairs is not None or seen is not None or (not ask.more and family.width(attention) > WIDEST_HEAD):
+    written = bool(dropped) or family.mixes or of_pairs is not None or seen is not None  # the matrix
+    if written or (not ask.more and family.width(attention) > WIDEST_HEAD):
         q, k, v = family.heads(attention, x, ask, positions)
         if of_pairs is not None:
             bias = of_pairs if bias is None else of_pairs + bias
-        if ask.more or any(mask is not None for mask in masks.values()):
-            out, ask.looked_at = _dropping(q, k, v, dropped, bias, scale, ask.scores, seen, **masks)
+        if ask.more or family.mixes or any(mask is not None for mask in masks.values()):
+            out, ask.looked_at = _dropping(family, attention, q, k, v, dropped, bias, scale, ask.scores, seen, **masks)
             ask.keys = k.mean(dim=1) if told else ask.keys
         else:
             out = F.scaled_dot_product_attention(
@@ -126,6 +148,8 @@ def dropped_by(family: type[Family], attention: Any) -> float:
 
 
 def _dropping(
+    family: type[Family],
+    attention: Any,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -137,11 +161,12 @@ def _dropping(
     qk_mask: Tensor | None,
     v_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention whose weights are dropped, as in training, or have a bias of pairs, or is received from some of the
-    queries alone, ``seen`` (B, N): the whole matrix is written. Scores are of before the dropout.
+    """Attention whose weights are dropped, as in training, or mixed, or have a bias of pairs, or is received from some
+    of the queries alone, ``seen`` (B, N): the whole matrix is written. Scores are those behind the softmax.
     """
     q = q if qk_mask is None else q * qk_mask.unsqueeze(1).to(q.dtype)
     logits = scale * (q @ k.transpose(-2, -1)).to(reference.accumulation_dtype(q.dtype))
+    logits = family.mixed_logits(attention, logits)
     weights = (logits if bias is None else logits + bias).softmax(dim=-1)
     looked_at = None
     if scores is not None and seen is not None:
@@ -149,14 +174,14 @@ def _dropping(
         looked_at = (share.to(weights.dtype)[:, None, None] @ weights).squeeze(2).mean(dim=1)
     elif scores is not None:
         looked_at = (weights[:, :, 0] if scores == "class" else weights.mean(dim=2)).mean(dim=1)
-    out = F.dropout(weights, p).to(v.dtype) @ v
+    out = F.dropout(family.mixed_weights(attention, weights), p).to(v.dtype) @ v
     return out if v_mask is None else out * v_mask.unsqueeze(1).to(v.dtype), looked_at
 
 
 def feed(block: Any, x: Tensor, normed: Tensor | None = None) -> Tensor:
     """x plus the MLP of a block; ``normed`` is what its second norm makes of x, where that is known."""
     family = family_of(block)
-    normed = getattr(block, family.norm2)(x) if normed is None else normed
+    normed = _normed(block, family.norm2, x) if normed is None else normed
     return family.feed(block, x, normed)
 
 

@@ -220,6 +220,11 @@ class PatchedBlock:
     tokenops_role: Role
     tokenops_constant: Tensor
 
+    @staticmethod
+    def tokenops_unnormed(x: Tensor) -> Tensor:
+        """In the place of a norm that this kind of block does not have (`families.UNNORMED`)."""
+        return x
+
     def tokenops_take(self, role: Role) -> None:
         """Have a role from now on."""
         if role.constant is not None:

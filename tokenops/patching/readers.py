@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from .modules import plain_of
+from .trunks import pools_token
 
 #: transformers' models that take nothing but the first tokens of the vision transformer in them
 _CLASS = (
@@ -98,8 +99,9 @@ def pools_class(owner: Any, around: Sequence[Any], has_class: bool, speaker: Any
     """Whether a model, as it is now, classifies by tokens of the prefix alone."""
     if not has_class or speaker is not None or getattr(getattr(owner, "config", None), "use_mean_pooling", False):
         return False
-    if hasattr(owner, "global_pool"):
-        return owner.global_pool == "token" and getattr(owner, "attn_pool", None) is None
+    pools = pools_token(owner)
+    if pools is not None:
+        return pools
     return not around or plain_of(around[-1]).__name__ in _CLASS
 
 

@@ -6,9 +6,13 @@ from torch import nn
 
 from .dressing import Patched
 from .families import FAMILIES, PATCH_ANEW
+from .families.refused import why_refused
 from .modules import name_of, unwrapped
 from .readers import pools_class, reader_of
-from .trunks import is_trunk, trunk_of
+from .trunks import is_timm, is_trunk, trunk_of
+
+#: what makes the tokens of vision transformers as `trunk_of` says
+_MAKERS = ("timm.", "torchvision.", "open_clip.", "transformers.", "tokenops.", "torch.")
 
 
 class Where(NamedTuple):
@@ -38,6 +42,7 @@ class Site:
         has_class: whether the first of them is a class token.
         dim: C.
         grid: rows and columns of patches, None where images may have others; ``patches`` are as many.
+        usual: those of img_size, which methods for one grid are fitted to.
         img_size: height and width of the images, None where the model does not say.
         embedding: the module that makes the patch tokens.
         taken: the blocks behind which the model takes its tokens, mostly the last; -1 is before the first.
@@ -76,13 +81,13 @@ class Site:
                 raise TypeError(f"apply_patch: block {i} of {where}: {error}") from None
             self.families.append(family)
         owner = self.owner
-        self.timm = hasattr(owner, "patch_embed")
+        self.timm = is_timm(owner)
         if getattr(getattr(owner, "config", None), "use_mid_position_embeddings", False):
             raise TypeError(
                 f"apply_patch: {name_of(owner)} adds positions to all tokens between blocks: it must be without"
                 " (use_mid_position_embeddings=False)"
             )
-        self.embedding, self.prefix, self.has_class, self.dim, self.img_size, self.grid = trunk_of(owner)
+        self.embedding, self.prefix, self.has_class, self.dim, self.img_size, self.grid, self.usual = trunk_of(owner)
         if told.prefix is None:
             _refuse_prompts(owner)
         elif isinstance(told.prefix, bool) or not isinstance(told.prefix, int) or told.prefix < self.prefix:
@@ -111,14 +116,16 @@ class Site:
         return self.speaker is None and not self.pools_class()
 
     def needs_grid(self, method: str) -> tuple[int, tuple[int, int]]:
-        """The number of patches and the grid; ValueError where images may have others."""
-        if self.grid is None or self.patches is None:
+        """The number of patches and the grid a method is fitted to: that of img_size, where images may have others."""
+        if self.usual is None:
             raise ValueError(
-                f"{method} needs a fixed grid, but the model takes images of any size, or shuffles their patches"
+                f"{method} needs a fixed grid, but the model does not say what images it is made for, or shuffles their"
+                " patches"
             )
-        if getattr(getattr(self.owner, "patch_drop", None), "prob", 0.0):
+        dropping = (getattr(self.owner, name, None) for name in ("patch_drop", "patch_dropout"))
+        if any(getattr(module, "prob", 0.0) for module in dropping):
             raise ValueError(f"{method} needs every patch, but the model has a patch_drop_rate")
-        return self.patches, self.grid
+        return self.usual[0] * self.usual[1], self.usual
 
     def needs_no_map(self, method: str) -> None:
         """ValueError where the model expects every patch token in its place."""
@@ -137,11 +144,10 @@ def _around(model: Any, path: str) -> list[Any]:
 
 def _refuse_prompts(owner: Any) -> None:
     """ValueError where a class of somebody's own makes the tokens of a vision transformer, and may add some."""
-    kinds = type(owner).__mro__ if hasattr(owner, "patch_embed") else type(owner.embeddings).__mro__
-    for kind in kinds:
+    for kind in type(owner if is_timm(owner) else getattr(owner, "embeddings", owner)).__mro__:
         makes = [name for name in ("forward_features", "_pos_embed") if name in vars(kind)]
-        makes += ["forward"] if not hasattr(owner, "patch_embed") and "forward" in vars(kind) else []
-        if kind.__module__.startswith(("timm.", "transformers.", "tokenops.", "torch.")) or not makes:
+        makes += ["forward"] if not is_timm(owner) and "forward" in vars(kind) else []
+        if kind.__module__.startswith(_MAKERS) or not makes:
             continue
         raise ValueError(
             f"apply_patch: {kind.__name__} has a {makes[0]} of its own, which may add tokens (prompts): say how many"
@@ -172,6 +178,9 @@ def _find(model: nn.Module, part: str | None) -> tuple[str, str, str]:
             else:
                 found.append((where, owner, where.removeprefix(owner).strip(".")))
     if not found:
+        reason = why_refused([name_of(module) for module in model.modules()])
+        if reason is not None:
+            raise TypeError(f"apply_patch: {name_of(model)} is no vision transformer that can be patched: {reason}")
         seen = f": it has {', '.join(others)}" if others else ""
         raise TypeError(
             f"apply_patch: {name_of(model)} is no vision transformer that can be patched{seen}; blocks must be of a"

@@ -1,12 +1,27 @@
 """What a vision transformer is around its blocks: its tokens that are not patches, and the grid of those that are."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
+
+from torch import nn
 
 from .modules import plain_of
 
 #: the timm models whose loops run blocks one after another; transformers' are told by their blocks
-_TIMM = ("timm.models.vision_transformer.VisionTransformer", "timm.models.eva.Eva")
+_TIMM = (
+    "timm.models.vision_transformer.VisionTransformer",
+    "timm.models.vision_transformer_relpos.VisionTransformerRelPos",
+    "timm.models.eva.Eva",
+    "timm.models.beit.Beit",
+    "timm.models.cait.Cait",
+    "timm.models.naflexvit.NaFlexVit",
+)
+#: those whose blocks are around torch's attention: the name of the convolution that makes patches
+_TORCH = {
+    "torchvision.models.vision_transformer.VisionTransformer": "conv_proj",
+    "open_clip.transformer.VisionTransformer": "conv1",
+}
 #: parameters of embeddings that are tokens before the patches', one or more
 _TOKENS = ("cls_token", "distillation_token", "register_tokens")
 
@@ -21,6 +36,7 @@ class Trunk(NamedTuple):
         dim: C.
         img_size: height and width of the images, None where the model does not say.
         grid: rows and columns of patches, None where images may have others. Frames of a video are below each other.
+        usual: the grid of img_size, None where there is none.
     """
 
     embedding: Any
@@ -29,33 +45,71 @@ class Trunk(NamedTuple):
     dim: int
     img_size: tuple[int, int] | None
     grid: tuple[int, int] | None
+    usual: tuple[int, int] | None
 
 
 def trunk_of(owner: Any) -> Trunk:
-    """What a vision transformer is, of timm or transformers."""
-    return _of_timm(owner) if hasattr(owner, "patch_embed") else _of_transformers(owner)
+    """What a vision transformer is, of timm, torchvision, open_clip or transformers."""
+    if is_timm(owner):
+        return _of_timm(owner)
+    return _of_torch(owner, stem) if (stem := _stem_of(owner)) else _of_transformers(owner)
+
+
+def is_timm(module: Any) -> bool:
+    """Whether a vision transformer has the attributes and methods of timm's."""
+    return hasattr(module, "patch_embed") or _named(module, _TIMM)
+
+
+def pools_token(owner: Any) -> bool | None:
+    """Whether a vision transformer, as it is now, hands on its class token alone; None: ask the model around."""
+    if is_timm(owner):
+        return owner.global_pool == "token" and getattr(owner, "attn_pool", None) is None
+    if hasattr(owner, "pool_type"):
+        return owner.pool_type == "tok" and owner.attn_pool is None and not owner.output_tokens
+    return True if _stem_of(owner) else None
+
+
+def _named(module: Any, names: Iterable[str]) -> bool:
+    """Whether the plain class of a module is, or is derived from, one of some names."""
+    return any(f"{kind.__module__}.{kind.__qualname__}" in names for kind in plain_of(module).__mro__)
+
+
+def _stem_of(owner: Any) -> str | None:
+    """The name of the convolution that makes the patches of a vision transformer around torch's attention."""
+    return next((stem for name, stem in _TORCH.items() if _named(owner, (name,))), None)
 
 
 def is_trunk(module: Any) -> bool | None:
     """Whether a module is a vision transformer whose loop is known; None where it embeds patches in an unknown one."""
-    if hasattr(module, "patch_embed"):
-        plain = plain_of(module)
-        known = any(f"{kind.__module__}.{kind.__name__}" in _TIMM for kind in plain.__mro__)
-        return True if known and not plain.__module__.startswith("tokenops.") else None
+    if is_timm(module):
+        known = _named(module, _TIMM) and not plain_of(module).__module__.startswith("tokenops.")
+        return True if known else None
+    if _stem_of(module):
+        return True
     return _patches_of(getattr(module, "embeddings", None)) is not None
 
 
 def _of_timm(owner: Any) -> Trunk:
-    embed = owner.patch_embed
-    fixed = not getattr(owner, "dynamic_img_size", False) and embed.grid_size is not None
-    return Trunk(
-        embed,
-        owner.num_prefix_tokens,
-        owner.cls_token is not None,
-        owner.embed_dim,
-        getattr(embed, "img_size", None),
-        tuple(embed.grid_size) if fixed else None,
-    )
+    late = hasattr(owner, "blocks_token_only")  # a class token behind the blocks
+    if hasattr(owner, "embeds"):
+        embed, size = owner.embeds, owner.embeds.default_img_size
+        usual = embed.dynamic_feat_size(size) if size is not None else embed.pos_embed_grid_size
+        fixed, has_class = False, embed.cls_token is not None
+    else:
+        embed, has_class = owner.patch_embed, owner.cls_token is not None and not late
+        size, usual = getattr(embed, "img_size", None), embed.grid_size
+        fixed = not getattr(owner, "dynamic_img_size", False)
+    usual = None if usual is None else tuple(usual)
+    prefix = 0 if late else owner.num_prefix_tokens
+    return Trunk(embed, prefix, has_class, owner.embed_dim, size, usual if fixed else None, usual)
+
+
+def _of_torch(owner: Any, stem: str) -> Trunk:
+    embed, size = getattr(owner, stem), owner.image_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    grid = grid_of(embed, (3, *size))
+    token = owner.class_token if hasattr(owner, "class_token") else owner.class_embedding
+    return Trunk(embed, 1, True, token.shape[-1], size, grid, grid)
 
 
 def _of_transformers(owner: Any) -> Trunk:
@@ -65,16 +119,17 @@ def _of_transformers(owner: Any) -> Trunk:
     prefix += tail_of(owner)
     has_class = tokens[0] is not None or hasattr(embeddings, "class_embedding")
     if hasattr(embeddings, "get_shape"):  # of a spectrogram, frequencies by time
-        return Trunk(embeddings, prefix, has_class, config.hidden_size, None, tuple(embeddings.get_shape(config)))
+        of_sound = tuple(embeddings.get_shape(config))
+        return Trunk(embeddings, prefix, has_class, config.hidden_size, None, of_sound, of_sound)
     if hasattr(_patches_of(embeddings), "in_features"):  # patches come in as rows, of images of any shape
-        return Trunk(embeddings, prefix, has_class, config.hidden_size, None, None)
+        return Trunk(embeddings, prefix, has_class, config.hidden_size, None, None, None)
     sides = (getattr(module, "image_size", None) for module in (_patches_of(embeddings), embeddings, config))
     size = next(side for side in sides if side is not None)
     size = (size, size) if isinstance(size, int) else tuple(size)
     frames = (config.num_frames,) if tubelet_of(embeddings) else ()
     shuffled = hasattr(embeddings, "random_masking")
     grid = None if shuffled else grid_of(embeddings, (*frames, 3, *size))
-    return Trunk(embeddings, prefix, has_class, config.hidden_size, size, grid)
+    return Trunk(embeddings, prefix, has_class, config.hidden_size, size, grid, grid)
 
 
 def tail_of(owner: Any) -> int:
@@ -102,6 +157,9 @@ def grid_of(embedding: Any, shape: Sequence[int]) -> tuple[int, int]:
     height, width = shape[-2:]
     if hasattr(embedding, "dynamic_feat_size"):
         return tuple(embedding.dynamic_feat_size((height, width)))
+    if isinstance(embedding, (nn.Conv2d, nn.Sequential)):
+        steps = [part.stride for part in embedding.modules() if isinstance(part, nn.Conv2d)]
+        return height // math.prod(step[0] for step in steps), width // math.prod(step[1] for step in steps)
     config: Any = getattr(embedding, "config", None)
     if hasattr(embedding, "get_shape"):  # spectrograms (time, frequency)
         side, strides = config.patch_size, (config.frequency_stride, config.time_stride)

@@ -146,6 +146,17 @@ def _shallow(module: Any) -> Any:
     return new
 
 
+class PatchedUnmapped:
+    """A vision transformer whose own intermediate features take what blocks hand on for tokens."""
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """ValueError, as what blocks hand on is more than tokens."""
+        raise ValueError(
+            f"forward_intermediates of {type(self).__name__} takes tokens of the whole grid from between the blocks:"
+            " remove_patch comes before it"
+        )
+
+
 class PatchedTransformer:
     """A vision transformer of timm whose intermediate maps cover the grid again, and whose roles follow its form."""
 
@@ -177,9 +188,10 @@ class PatchedTransformer:
             return plain.forward_intermediates(self, x, indices, output_fmt="NLC", intermediates_only=True)
         site: Any = Site(self)
         view, records = recorded(site)
-        out = plain.forward_intermediates(
-            view, x, indices, return_prefix_tokens, norm, stop_early, "NLC", intermediates_only, **kwargs
-        )
+        if return_prefix_tokens:  # not all models have them
+            kwargs["return_prefix_tokens"] = True
+        given = dict(norm=norm, stop_early=stop_early, output_fmt="NLC", intermediates_only=intermediates_only)
+        out = plain.forward_intermediates(view, x, indices, **given, **kwargs)
         if output_fmt == "NLC":
             return out
         found = out["image_intermediates"] if isinstance(out, dict) else out if intermediates_only else out[1]

@@ -15,6 +15,7 @@ from ...ops.merge_bipartite import unmerge_bipartite
 from ...ops.merge_neighbours import unmerge_neighbours
 from ...patching.blocks import attend, feed, whole
 from ...patching.engine import Flow, Method, Record, Role
+from ...patching.families import Family
 from ...patching.positions import Positions
 from .blocks import Mlp, check_model, hidden, project
 
@@ -199,7 +200,13 @@ def merge_points(points: Mapping[int, str] | None, depth: int) -> dict[int, str]
 def commutes(block: Any) -> bool:
     """Whether tokens are merged before the second layer of a block's MLP already, unless dropout is behind it."""
     merge = getattr(block, "merge", None)
-    if merge is None or not merge.commutes or not hasattr(block, "mlp") or not exact(block.mlp, TimmMlp, Mlp):
+    if (
+        merge is None
+        or not merge.commutes
+        or not getattr(type(block), "tokenops_family", Family).linear
+        or not hasattr(block, "mlp")
+        or not exact(block.mlp, TimmMlp, Mlp)
+    ):
         return False
     last = block.mlp.fc2
     if not isinstance(last, nn.Linear):

@@ -4,11 +4,11 @@ from typing import Any
 
 from ..modules import name_of, unwrapped
 from ..positions import Positions
-from . import hf, timm
-from .base import PATCH_ANEW, Family
+from . import hf, timm, torch
+from .base import PATCH_ANEW, UNNORMED, Family
 
 #: the blocks that can be patched: exactly these, as a class derived from one may compute something else
-FAMILIES: dict[str, type[Family]] = {**timm.ROWS, **hf.ROWS}
+FAMILIES: dict[str, type[Family]] = {**timm.ROWS, **torch.ROWS, **hf.ROWS}
 
 #: what a patched model has none of
 _REFUSED = ("attn_mask", "attention_mask", "is_causal", "output_attentions")
@@ -29,19 +29,22 @@ def positions(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], prefix:
     if not args and not kwargs and not family.tables:  # timm's loop
         return family.positions(block, {}, prefix)
     given = {**dict(zip(family.arguments, args)), **kwargs}
-    config = getattr(getattr(block, family.attention), "config", None)
+    config = getattr(next(iter(family.attentions_of(block)), None), "config", None)
     if getattr(config, "output_attentions", False):
         raise ValueError("config.output_attentions is on, but a patched model has no attention weights of all tokens")
     for name in _REFUSED:
         if given.get(name) is not None and given[name] is not False and name not in family.tables:
-            raise ValueError(f"{name} was given to a patched model, whose tokens change between blocks: leave it out")
+            padded = " (of padded patches, by images of one size)" if name == "attn_mask" else ""
+            raise ValueError(
+                f"{name} was given to a patched model, whose tokens change between blocks: leave it out{padded}"
+            )
     return family.positions(block, given, prefix)
 
 
 def head_width(block: Any) -> int:
     """Channels of the widest head of a block."""
     family = family_of(block)
-    return family.width(unwrapped(getattr(block, family.attention)))
+    return max(family.width(unwrapped(attention)) for attention in family.attentions_of(block) or [block])
 
 
-__all__ = ["FAMILIES", "PATCH_ANEW", "Family", "family_of", "head_width", "positions"]
+__all__ = ["FAMILIES", "PATCH_ANEW", "UNNORMED", "Family", "family_of", "head_width", "positions"]

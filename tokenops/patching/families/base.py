@@ -1,5 +1,6 @@
 """The kinds of blocks that the engine knows: where each keeps its parts, and how its heads are made."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -8,9 +9,14 @@ from ...nn.attention import heads_of, packed, project
 from ...nn.watched import keeps_forward
 from ..modules import name_of, unwrapped
 from ..positions import Positions
+from .refused import why_refused
 
 #: what to do where a patched model was changed since
 PATCH_ANEW = "remove_patch, and apply_patch to the model as it is now"
+
+
+#: the name of a norm that a kind of block does not have before its attention or its MLP
+UNNORMED = "tokenops_unnormed"
 
 
 def apart(attention: Any, x: Tensor) -> None:
@@ -21,6 +27,7 @@ class Family:
     """A kind of pre-norm block, timm's own. Classes stand for kinds, without instances, so blocks copy and pickle."""
 
     norm1: str = "norm1"
+    #: "" where it is the block's own doing
     attention: str = "attn"
     norm2: str = "norm2"
     #: what a model may pass to a block behind the tokens, by position
@@ -40,24 +47,39 @@ class Family:
     projections: tuple[str, ...] = ("qkv", "proj")
     #: whether the attention's own forward takes other positions than the block's own
     told: bool = True
+    #: whether its heads are mixed, before and behind the softmax: the whole matrix is written then
+    mixes: bool = False
+    #: whether what follows the MLP's second layer is linear, so that what is merged before it is the same as behind it
+    linear: bool = True
     #: whether attention on all tokens may be by our operator where that is the faster, other roundings and all
     swift: bool = True
 
     @classmethod
     def check(cls, block: Any) -> None:
         """TypeError in words where a block is not laid out as this kind's are."""
-        attention = unwrapped(getattr(block, cls.attention, None))
-        if name_of(attention) not in cls.attentions:
-            raise TypeError(f"its attention is {name_of(attention)}, but it must be {' or '.join(cls.attentions)}")
-        core = cls.core(attention)
-        wanted = (*cls.projections, cls.dropout, *([cls.scale] if cls.scale else []))
-        of_attention = [name for name in wanted if not hasattr(core, name)]
-        missing = [name for name in (cls.norm1, cls.norm2, *cls.parts) if not hasattr(block, name)] + of_attention
+        attentions = [unwrapped(attention) for attention in cls.attentions_of(block)]
+        for attention in attentions:
+            if (name := name_of(attention)) not in cls.attentions:
+                reason = why_refused([name]) or f"it must be {' or '.join(cls.attentions)}"
+                raise TypeError(f"its attention is {name}, but {reason}")
+        norms = [name for name in (cls.norm1, cls.norm2) if name != UNNORMED]
+        missing = [name for name in (*norms, *cls.parts) if not hasattr(block, name)]
+        for core in map(cls.core, attentions or [block]):
+            missing += [
+                name
+                for name in (*cls.projections, cls.dropout, *([cls.scale] if cls.scale else []))
+                if not hasattr(core, name)
+            ]
         if missing:
             raise TypeError(f"it has no {', '.join(missing)}: it is that of another version")
-        for module in (block, attention):
+        for module in (block, *attentions):
             if not keeps_forward(module, "_old_forward" if hasattr(module, "_hf_hook") else "forward"):
                 raise TypeError("its forward was replaced, by one that a patch would undo")
+
+    @classmethod
+    def attentions_of(cls, block: Any) -> list[Any]:
+        """The attentions of a block, which are mostly one."""
+        return [getattr(block, cls.attention, None)] if cls.attention else []
 
     @staticmethod
     def core(attention: Any) -> Any:
@@ -68,6 +90,16 @@ class Family:
     def factor(cls, attention: Any) -> float:
         """Of the logits."""
         return getattr(cls.core(attention), cls.scale)
+
+    @staticmethod
+    def mixed_logits(attention: Any, logits: Tensor) -> Tensor:
+        """Mixtures of the heads' logits ``(B, H, rows, N)``, where heads are mixed."""
+        return logits
+
+    @staticmethod
+    def mixed_weights(attention: Any, weights: Tensor) -> Tensor:
+        """Mixtures of the heads' weights ``(B, H, rows, N)``, where heads are mixed."""
+        return weights
 
     @staticmethod
     def unmasked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -121,6 +153,11 @@ class Family:
         turn are shown before, to ``ask.look_at``.
         """
         return heads_of(attention, x, ask.rows)
+
+    @classmethod
+    def attend(cls, block: Any, normed: Tensor, run: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        """What attention adds to the rows that are asked for; ``run`` is given one, and its tokens."""
+        return cls.after_attention(block, run(cls.attentions_of(block)[0], normed))
 
     @staticmethod
     def after_attention(block: Any, y: Tensor) -> Tensor:
