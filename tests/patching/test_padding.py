@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 
 from support.patched_models import tokens_behind
 from support.weights import redrawn
@@ -81,3 +82,33 @@ def test_hidden_tokens_literally():
     inf = float("inf")
     assert positions.hiding(torch.float32).tolist() == [[[[0, 0, 0, -inf, -inf]]]]
     assert Positions().hiding(torch.float32) is None
+
+
+def rows(content=0.0):
+    """Two images as rows of patches: 4 x 4, and 2 x 6 with four rows of padding."""
+    places = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in ((4, 4), (2, 6))]
+    coordinates = torch.stack([places[0], torch.cat((places[1], torch.zeros(4, 2, dtype=torch.long)))])
+    valid = torch.arange(16) < torch.tensor([[16], [12]])
+    x = torch.randn(2, 16, 192, generator=torch.Generator().manual_seed(1)).masked_fill(~valid[..., None], content)
+    return {"patches": x, "patch_coord": coordinates, "patch_valid": valid}
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("method, idle, reducing", [METHODS[0], METHODS[2]])
+def test_timms_rows_of_patches(method, idle, reducing, rotary):
+    made = dict(patch_size=8, embed_dim=32, depth=3, num_heads=2, fc_norm=True)
+    if rotary:
+        made.update(rope_type="axial", attn_type="rope", block_fn="eva")
+    torch.manual_seed(0)
+    model = redrawn(NaFlexVit(NaFlexVitCfg(**made), num_classes=5))
+    expected = model(rows())
+    apply_patch(model, method, **idle)
+    torch.testing.assert_close(model(rows()), expected, rtol=0, atol=1e-5)
+    apply_patch(remove_patch(model), method, **reducing)
+    found = model(rows())
+    assert found.isfinite().all() and not torch.allclose(found, expected, atol=1e-4)
+    torch.testing.assert_close(found, model(rows(content=7.0)), rtol=1e-5, atol=1e-5)
+    assert torch.equal(remove_patch(model)(rows()), expected)
+    apply_patch(model, "evit", keep_rate=0.5)
+    with pytest.raises(ValueError, match="padded images were given .* use 'tome' or 'evo_vit'"):
+        model(rows())

@@ -46,9 +46,9 @@ class Patch:
 
     def give(self, site: Any, method: Method) -> None:
         """Give every block of a site its role."""
-        last, site.depth = len(site.blocks) - 1, self.depth
+        last, alone, site.depth = len(site.blocks) - 1, site.pools_class(), self.depth
         roles = [
-            replace(role, last=i == last, taken=i == last or i in site.taken)
+            replace(role, last=i == last, taken=i == last or i in site.taken, alone=alone)
             for i, role in enumerate(method.roles(site)[: last + 1])
         ]
         for block, family, role in zip(site.blocks, site.families, roles, strict=True):

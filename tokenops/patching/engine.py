@@ -102,12 +102,14 @@ class Role:
         prefix: how many tokens before the patches' are never touched.
         last: whether a tensor must come out.
         taken: whether the model takes its tokens from behind the block: the last, and that of a hidden state.
+        alone: whether the model takes tokens of the prefix alone.
         constant: rows by number that the block needs where its tokens are (`PatchedBlock.tokenops_rows`), or None.
     """
 
     prefix: int
     last: bool
     taken: bool = field(default=False, kw_only=True)
+    alone: bool = field(default=False, kw_only=True)
     constant: tuple[int, ...] | None = field(default=None, kw_only=True)
 
     @property
@@ -266,6 +268,11 @@ class PatchedBlock:
         if isinstance(x.state, Aside):
             x = Flow(*x.state)
         positions = families.positions(self, args, kwargs, role.prefix)
+        if positions is not None and positions.hidden is not None and not (role.mapped or role.alone):
+            raise ValueError(
+                "padded images were given to a patched model, which pools them by a mask of all patches: use 'tome' or"
+                " 'evo_vit', which give every patch a token again, or images of one size"
+            )
         flow = role.shown(role.run(self, x, positions, record))
         if record is not None:
             record.flow = flow

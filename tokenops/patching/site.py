@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .dressing import Patched
-from .families import FAMILIES, PATCH_ANEW
+from .families import FAMILIES, PADDED, PATCH_ANEW
 from .families.refused import why_refused
 from .modules import name_of, unwrapped
 from .readers import pools_class, reader_of
-from .trunks import is_timm, is_trunk, trunk_of
+from .trunks import is_timm, is_trunk, pads, trunk_of
 
 #: what makes the tokens of vision transformers as `trunk_of` says
 _MAKERS = ("timm.", "torchvision.", "open_clip.", "transformers.", "tokenops.", "torch.")
@@ -73,6 +73,8 @@ class Site:
         self.families = []
         for i, block in enumerate(self.blocks):
             family = getattr(type(block), "tokenops_family", None) or FAMILIES.get(name_of(block))
+            if family is not None and pads(self.owner):
+                family = PADDED.get(family, family)
             try:
                 if family is None:
                     raise TypeError(f"it is {name_of(block)}, which is not of a kind that can be patched")

@@ -60,6 +60,11 @@ def is_timm(module: Any) -> bool:
     return hasattr(module, "patch_embed") or _named(module, _TIMM)
 
 
+def pads(module: Any) -> bool:
+    """Whether a vision transformer of timm takes images of many shapes in one batch, which are padded."""
+    return hasattr(module, "embeds")
+
+
 def pools_token(owner: Any) -> bool | None:
     """Whether a vision transformer, as it is now, hands on its class token alone; None: ask the model around."""
     if is_timm(owner):
@@ -91,9 +96,9 @@ def is_trunk(module: Any) -> bool | None:
 
 def _of_timm(owner: Any) -> Trunk:
     late = hasattr(owner, "blocks_token_only")  # a class token behind the blocks
-    if hasattr(owner, "embeds"):
+    if pads(owner):
         embed, size = owner.embeds, owner.embeds.default_img_size
-        usual = embed.dynamic_feat_size(size) if size is not None else embed.pos_embed_grid_size
+        usual = embed.dynamic_feat_size(size) if size is not None else None
         fixed, has_class = False, embed.cls_token is not None
     else:
         embed, has_class = owner.patch_embed, owner.cls_token is not None and not late

@@ -59,7 +59,7 @@ def entries() -> list[Entry]:
         "VisionTransformer, tokens": dict(output_tokens=True),
     }
     made += [Entry("open_clip", name, partial(open_clip_tower, **given), images) for name, given in towers.items()]
-    timm_tower = dict(timm_model_name="test_vit", timm_pool="", timm_proj="linear", image_size=2 * SIDE)
+    timm_tower = dict(timm_model_name="test_vit", timm_pool="", timm_proj="linear", image_size=160)
     pairs = (
         ("CLIP", "CLIP", TOWER),
         ("CustomTextCLIP", "CustomTextCLIP", TOWER),
@@ -68,8 +68,9 @@ def entries() -> list[Entry]:
     )
     for name, kind, tower in pairs:
         make = partial(open_clip_pair, kind, tower)
-        given, blocks = (partial(pair_inputs, 2 * SIDE), 6) if "timm" in name else (pair_inputs, 3)
+        given, blocks = (partial(pair_inputs, 160), 6) if "timm" in name else (pair_inputs, 3)
         note = GRID if "ResNet" in name else ""
         results = ("0", "image_features")
-        made.append(Entry("open_clip", name, make, given, blocks=blocks, results=results, note=note))
+        patches = 100 if "timm" in name else 16
+        made.append(Entry("open_clip", name, make, given, blocks, patches, results, note=note))
     return made

@@ -136,6 +136,8 @@ class Surveyed:
                     return Outcome("open", f"{stage}, {problem}")
         except Exception as error:  # of any kind: it is what is to be found
             self.build()
+            if isinstance(error, ValueError) and str(error).startswith("padded images were given"):
+                return Outcome("refused", shortened(error))  # which nobody knows before they come
             return Outcome("open", f"{stage}: {type(error).__name__}: {shortened(error)}")
         return Outcome("works")
 

@@ -10,6 +10,8 @@ from .base import PATCH_ANEW, UNNORMED, Family
 #: the blocks that can be patched: exactly these, as a class derived from one may compute something else
 FAMILIES: dict[str, type[Family]] = {**timm.ROWS, **torch.ROWS, **hf.ROWS}
 
+PADDED = timm.PADDED
+
 #: what a patched model has none of
 _REFUSED = ("attn_mask", "attention_mask", "is_causal", "output_attentions")
 
@@ -47,4 +49,4 @@ def head_width(block: Any) -> int:
     return max(family.width(unwrapped(attention)) for attention in family.attentions_of(block) or [block])
 
 
-__all__ = ["FAMILIES", "PATCH_ANEW", "UNNORMED", "Family", "family_of", "head_width", "positions"]
+__all__ = ["FAMILIES", "PADDED", "PATCH_ANEW", "UNNORMED", "Family", "family_of", "head_width", "positions"]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...nn.attention import heads_of, packed, project
@@ -21,6 +22,15 @@ UNNORMED = "tokenops_unnormed"
 
 def apart(attention: Any, x: Tensor) -> None:
     """In the place of `packed` where q, k and v do not come from one projection as they are."""
+
+
+def padding(mask: Tensor | None, prefix: int) -> Positions | None:
+    """What a mask ``(B, 1, rows, P+N)``, of booleans or to be added to the logits, hides from the first token."""
+    if mask is None:
+        return None
+    first = mask[:, 0, 0]
+    hidden = ~first if first.dtype == torch.bool else first <= torch.finfo(first.dtype).min / 2
+    return Positions((), None, prefix, hidden)
 
 
 class Family:

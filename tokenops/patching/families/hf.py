@@ -8,7 +8,7 @@ from torch import Tensor
 from ...nn.attention import merge_heads, split_heads
 from ..modules import unwrapped
 from ..positions import Positions
-from .base import Family, apart
+from .base import Family, apart, padding
 
 
 class Layer(Family):
@@ -149,18 +149,20 @@ class Beit(ViT):
 
     @classmethod
     def positions(cls, block: Any, given: dict[str, Any], prefix: int) -> Positions | None:
-        bias = given.get("attention_mask")
-        if block.relative_position_bias is not None:
-            size = block.patch_size
-            rows, columns = (side // size for side in given["resolution"])
-            stretched = bool(given.get("interpolate_pos_encoding"))
-            own = block.relative_position_bias((rows, columns), stretched, dim_size=1 + rows * columns)
-            bias = own if bias is None else own + bias
-        return None if bias is None else Positions((), bias, prefix)
+        return _relative(block.relative_position_bias, block.patch_size, given.get("attention_mask"), given, prefix)
 
     @classmethod
     def call(cls, attention: Any, x: Tensor, positions: Positions | None) -> Tensor:
         return attention(x, attention_mask=None if positions is None else positions.bias)[0]
+
+
+def _relative(own: Any, size: int, shared: Tensor | None, given: dict[str, Any], prefix: int) -> Positions | None:
+    """A layer's bias of relative positions, of patches of a size, and that of all layers."""
+    if own is None:
+        return None if shared is None else Positions((), shared, prefix)
+    rows, columns = (side // size for side in given["resolution"])
+    bias = own((rows, columns), bool(given.get("interpolate_pos_encoding")), dim_size=1 + rows * columns)
+    return Positions((), bias if shared is None else bias + shared, prefix)
 
 
 class Nested(Layer):
@@ -231,14 +233,9 @@ class Data2Vec(Flava):
 
     @classmethod
     def positions(cls, block: Any, given: dict[str, Any], prefix: int) -> Positions | None:
-        core, bias = unwrapped(block.attention).attention, given.get("relative_position_bias")
-        if core.has_relative_position_bias:
-            size = core.config.patch_size
-            rows, columns = (side // size for side in given["resolution"])
-            stretched = bool(given.get("interpolate_pos_encoding"))
-            own = core.relative_position_bias((rows, columns), stretched, dim_size=1 + rows * columns)
-            bias = own if bias is None else own + bias
-        return None if bias is None else Positions((), bias, prefix)
+        core, shared = unwrapped(block.attention).attention, given.get("relative_position_bias")
+        own = core.relative_position_bias if core.has_relative_position_bias else None
+        return _relative(own, core.config.patch_size, shared, given, prefix)
 
     @classmethod
     def after_attention(cls, block: Any, y: Tensor) -> Tensor:
@@ -307,12 +304,7 @@ class Padded(Clip):
 
     @classmethod
     def positions(cls, block: Any, given: dict[str, Any], prefix: int) -> Positions | None:
-        mask = given.get("attention_mask")
-        if mask is None:
-            return None
-        first = mask[:, 0, 0]
-        hidden = ~first if first.dtype == torch.bool else first < torch.finfo(first.dtype).min / 2
-        return Positions((), None, prefix, hidden)
+        return padding(given.get("attention_mask"), prefix)
 
     @classmethod
     def call(cls, attention: Any, x: Tensor, positions: Positions | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...nn.attention import merge_heads, split_heads
 from ..positions import Positions
-from .base import UNNORMED, Family, apart
+from .base import UNNORMED, Family, apart, padding
 
 
 class Eva(Family):
@@ -240,6 +240,43 @@ class Talking(Family):
     def after_mlp(block: Any, y: Tensor) -> Tensor:
         return block.drop_path(block.gamma_2 * y)
 
+
+class Padded(Family):
+    """The plain block in a model of images of many shapes, where a mask hides padding."""
+
+    tables = ("attn_mask",)
+
+    @classmethod
+    def positions(cls, block: Any, given: dict[str, Any], prefix: int) -> Positions | None:
+        return padding(given.get("attn_mask"), prefix)
+
+    @classmethod
+    def call(cls, attention: Any, x: Tensor, positions: Positions | None) -> Tensor:
+        return attention(x, attn_mask=None if positions is None else positions.hiding(x.dtype))
+
+
+class EvaPadded(Eva):
+    """timm's EvaBlock there."""
+
+    tables = ("rope", "attn_mask")
+
+    @classmethod
+    def positions(cls, block: Any, given: dict[str, Any], prefix: int) -> Positions | None:
+        hidden, rope = padding(given.get("attn_mask"), prefix), given.get("rope")
+        if rope is None:
+            return hidden
+        return Positions((rope,), None, prefix, None if hidden is None else hidden.hidden)
+
+    @classmethod
+    def call(cls, attention: Any, x: Tensor, positions: Positions | None) -> Tensor:
+        if positions is None:
+            return attention(x)
+        rope = positions.tables[0] if positions.tables else None
+        return attention(x, rope=rope, attn_mask=positions.hiding(x.dtype))
+
+
+#: the kinds of blocks where images may be padded
+PADDED: dict[type[Family], type[Family]] = {Family: Padded, Eva: EvaPadded}
 
 ROWS: dict[str, type[Family]] = {
     "timm.models.vision_transformer.Block": Family,
