@@ -107,9 +107,9 @@ def apply_patch(
     block or several (backbones, ``features_only``, depth, segmentation, boxes, masked images) are given one for every
     patch by "tome", "evo_vit" and "cait", and the blocks behind run on those that are left all the same; methods that
     drop or mix patches are refused. The same goes for "NCHW" maps of timm's ``forward_intermediates``. Attention
-    weights and masks are refused, but for padding in SigLIP 2 and Idefics: nobody attends to it, and it is merged with
-    none. Where attention weights are dropped in training, or have biases of relative positions, the whole matrix is
-    written.
+    weights and masks are refused, but for padding in SigLIP 2, NaFlexVit and Idefics: nobody attends to it, and it is
+    merged with none. Where attention weights are dropped in training, or have biases of relative positions, the whole
+    matrix is written.
 
     Language models that see: "tome" and "evo_vit", and "cait" where a grid is made of the tokens, give every patch a
     token where the language model takes them, so prompts stay as they are. LLaVA, PaliGemma and DeepSeek-VL also take
