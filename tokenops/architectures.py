@@ -49,8 +49,17 @@ def supported(name: str = "") -> list[Supported]:
     """
     if not isinstance(name, str):
         raise TypeError(f"supported: name must be a str, but got {name!r}")
-    found = [read(line) for line in json.loads(FILE.read_text(encoding="utf-8"))]
+    found = [read(line) for line in _lines() if "library" in line]
     return [one for one in found if any(name.lower() in part.lower() for part in one[:3])]
+
+
+def tried_with() -> dict[str, str]:
+    """The versions of the libraries that the architectures were tried with."""
+    return next(line["versions"] for line in _lines() if "versions" in line)
+
+
+def _lines() -> list[dict]:
+    return json.loads(FILE.read_text(encoding="utf-8"))
 
 
 def read(line: dict) -> Supported:

@@ -1,9 +1,11 @@
 """What was found of all architectures: the package's file, the section of docs/models.md, the matrix, what changed."""
 
+import contextlib
 import json
 import textwrap
 from collections import Counter
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 from support.zoo.entry import Entry
@@ -41,9 +43,20 @@ def in_order(all_found: Iterable[Supported]) -> list[Supported]:
     return sorted(all_found, key=lambda one: one[:2])
 
 
-def file_of(all_found: Iterable[Supported]) -> str:
-    """The text of supported.json: an architecture a line."""
-    lines = []
+def installed() -> dict[str, str]:
+    """The versions of the libraries that are here."""
+    found = {}
+    for library in ("open_clip", "timm", "torchvision", "transformers"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[library] = metadata.version("open_clip_torch" if library == "open_clip" else library).partition("+")[
+                0
+            ]
+    return found
+
+
+def file_of(all_found: Iterable[Supported], versions: dict[str, str]) -> str:
+    """The text of supported.json: the versions of libraries, and an architecture a line."""
+    lines = [json.dumps({"versions": versions})]
     for one in in_order(all_found):
         outcomes: dict[str, list[str]] = {}
         for method, text in one.methods.items():
@@ -160,5 +173,5 @@ def page_with(text: str, page: str) -> str:
 
 
 def written(all_found: list[Supported]) -> None:
-    architectures.FILE.write_text(file_of(all_found), encoding="utf-8")
+    architectures.FILE.write_text(file_of(all_found, installed()), encoding="utf-8")
     PAGE.write_text(page_with(section(all_found), PAGE.read_text(encoding="utf-8")), encoding="utf-8")
