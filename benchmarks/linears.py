@@ -105,6 +105,8 @@ def frozen(layer: Layer) -> Callable[[Tensor], Tensor]:
         if not gelu:
             return lambda x: linear(x, packed, weight, bias, rows)
         return lambda x: F.gelu(linear(x, packed, weight, bias, rows), approximate=gelu)
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # then nothing is packed
+        return lambda x: F.gelu(F.linear(x, weight, bias), approximate=gelu) if gelu else F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
     pointwise = torch.ops.mkldnn._linear_pointwise
     name = "gelu" if gelu else "none"

@@ -244,8 +244,9 @@ def test_demo_with_weights_predicts(photographs, tmp_path, capsys):
     assert "top 1" in out and "only illustrative" not in out
 
 
+@pytest.mark.slow
 def test_demo_leaves_out_what_a_model_does_not_take(photographs, tmp_path, capsys):
-    model = ["--model", "vit_small_patch16_dinov3", "--device", "cpu", "-b", "1", "--repeats", "1"]
+    model = ["--model", "naflexvit_base_patch16_gap", "--device", "cpu", "-b", "1", "--repeats", "1"]
     assert main(["demo", str(photographs[0]), *model, "--output", str(tmp_path / "demo.png")]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "cait is left out: " in out and "needs a fixed grid" in out and " evo_vit " in out and " tome " in out

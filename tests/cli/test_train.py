@@ -169,7 +169,7 @@ def test_a_compacted_model_takes_no_other_method(tmp_path):
             "--teacher: timm knows no model 'resnet_50'; near it are: resnet50",
         ),
         ("--objective frd", "--teacher is missing"),
-        ("--r 4", "--r belongs to --method tome, not to none"),
+        ("--r 4", "--r belongs to --method tome or random, not to none"),
         ("--method tome", "--method tome needs --r"),
         ("--teacher deit_tiny_patch16_224", "give --teacher-pretrained or --teacher-checkpoint"),
         ("--batch-size 0", "--batch-size=0"),

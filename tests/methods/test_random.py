@@ -92,10 +92,3 @@ def test_maps_gradients_and_a_compiler():
 def test_merging_and_dropping_are_two_things(more):
     with pytest.raises(ValueError, match="random: r=3 merges in every block, but keep_rate, .* give r or these"):
         apply_patch(model_of("plain"), "random", r=3, **more)
-
-
-def test_rotary_positions_are_refused():
-    with pytest.raises(
-        ValueError, match="random: the model has rotary or relative positions, but a merged token has no position"
-    ):
-        apply_patch(model_of("rope"), "random", r=3)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import tokenops
 from support.models import close
 from tokenops.nn import Attention, compact_channels, convert_attention
+from tokenops.ops.masked_channel_attention import faster
 
 TimmAttention = timm.layers.Attention
 
@@ -147,7 +148,7 @@ def test_a_whole_timm_model(name, ran_kernels, chosen):
         assert convert_attention(model) == 2
         with ran_kernels() as names:
             close(model(x), expected)
-    assert names == chosen("masked_channel_attention_fwd")
+    assert names == chosen(*["masked_channel_attention_fwd"] * (faster(x) > 0))  # else torch's own is not slower
     assert list(model.state_dict()) == names_before
     with pytest.raises(ValueError, match="VisionTransformer has no timm.layers.Attention within"):
         convert_attention(model)

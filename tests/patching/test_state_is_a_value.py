@@ -237,7 +237,7 @@ def test_checkpointing_that_loses_a_state_is_refused(method, which):
     else:
         found, _ = gradients(model, x)
         for name, grad in expected.items():
-            torch.testing.assert_close(found[name], grad)
+            torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs")

@@ -51,6 +51,10 @@ class Choosing(PartRole):
     def idle(self) -> bool:
         return self.part >= 1
 
+    @property
+    def pads(self) -> bool:
+        return self.scores != "random"
+
     def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         x, state = flow
         here = positions if state is None else state.positions(positions)

@@ -58,6 +58,10 @@ class Evolving(PartRole):
         return not (self.begins or self.needed)
 
     @property
+    def pads(self) -> bool:
+        return True
+
+    @property
     def mapped(self) -> bool:
         return True
 

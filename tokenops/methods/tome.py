@@ -59,6 +59,10 @@ class Merging(Role):
         return self.r == 0
 
     @property
+    def pads(self) -> bool:
+        return True
+
+    @property
     def mapped(self) -> bool:
         return self.unmerge
 

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..ops.masked_channel_attention import WIDEST_HEAD
-from .around import PatchedGrid, PatchedMaskless, PatchedTail
+from .around import PatchedCollector, PatchedGrid, PatchedModel, PatchedTail
 from .dressing import Patched, dress, place_of, refuse_wrapped, undress
 from .engine import METHODS, Method, PatchedAttention, PatchedBlock
-from .families import head_width
+from .families import Family, head_width
 from .modules import is_sharded, unwrapped
 from .site import Site, Where, is_patched
 from .trunks import tail_of
@@ -176,13 +176,17 @@ def apply_patch(
     mixins: tuple[type, ...] = (PatchedTransformer,) if site.timm else ()
     if not site.timm and hasattr(site.owner, "forward_intermediates"):
         mixins = (PatchedUnmapped,)
-    named = list(inspect.signature(type(site.owner).forward).parameters)[1:]
-    shared = getattr(getattr(site.owner, "config", None), "use_shared_relative_position_bias", False)
-    if not site.timm and "attention_mask" in named and not shared:  # to which a mask is added
-        site.owner.tokenops_mask, mixins = named.index("attention_mask"), (PatchedMaskless,)
+    if hasattr(site.owner, "embeddings"):  # transformers'
+        named = list(inspect.signature(type(site.owner).forward).parameters)[1:]
+        site.owner.tokenops_mask = named.index("attention_mask") if "attention_mask" in named else None
+        shared = getattr(site.owner.config, "use_shared_relative_position_bias", False)
+        site.owner.tokenops_biased = "attention_mask" in site.families[0].tables, shared
+        mixins = (PatchedModel,)
     if tail := tail_of(site.owner):
         site.owner.encoder.tokenops_tail = tail
         dress(site.owner.encoder, (PatchedTail,))
+    if site.families[0].handed is not Family.handed:
+        dress(site.owner.encoder, (PatchedCollector,))
     if site.owner is not model:
         site.owner.tokenops_patch, site.owner.tokenops_within = patch, type(model).__name__
         dress(site.owner, mixins, None, how.setting)

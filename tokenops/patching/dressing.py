@@ -1,5 +1,6 @@
 """Classes of patched modules: derived from a module's own, under the same name, and taken off again."""
 
+import inspect
 import types
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -61,6 +62,7 @@ def dressed(
             forward.__code__.replace(), forward.__globals__, "forward", forward.__defaults__, forward.__closure__
         )
         code.__kwdefaults__ = forward.__kwdefaults__
+        code.__signature__ = inspect.signature(plain.forward)  # type: ignore[attr-defined]  # which trainers look at
         space["forward"] = code
     return type(plain.__name__, (*mixins, Patched, plain), space)
 

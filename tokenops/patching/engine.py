@@ -122,6 +122,11 @@ class Role:
         """Whether every patch has a token again where the model takes them, by `spread`."""
         return False
 
+    @property
+    def pads(self) -> bool:
+        """Whether it knows padding from patches."""
+        return False
+
     def run(self, block: Any, flow: Flow, positions: Positions | None, record: Record | None) -> Flow:
         """The block with the method in it."""
         raise NotImplementedError
@@ -144,6 +149,14 @@ class Role:
         ``prefix`` of them, none or all that the model has, are not patches.
         """
         return None
+
+    def refuse_padding(self) -> None:
+        """ValueError where the method, or what the model makes of the tokens, would take padding for patches."""
+        if not self.pads or not (self.mapped or self.alone):
+            raise ValueError(
+                "padded images were given to a patched model, whose method knows no padding, or which pools patches by"
+                " a mask of all: use 'tome' or 'evo_vit', which give every patch a token again, or images of one size"
+            )
 
     def shown(self, flow: Flow) -> Flow:
         """What the model takes behind the block, and what the next one is given beside."""
@@ -268,11 +281,8 @@ class PatchedBlock:
         if isinstance(x.state, Aside):
             x = Flow(*x.state)
         positions = families.positions(self, args, kwargs, role.prefix)
-        if positions is not None and positions.hidden is not None and not (role.mapped or role.alone):
-            raise ValueError(
-                "padded images were given to a patched model, which pools them by a mask of all patches: use 'tome' or"
-                " 'evo_vit', which give every patch a token again, or images of one size"
-            )
+        if positions is not None and positions.hidden is not None:
+            role.refuse_padding()
         flow = role.shown(role.run(self, x, positions, record))
         if record is not None:
             record.flow = flow
@@ -308,13 +318,15 @@ class PatchedAttention:
         """
         family = type(self).tokenops_family  # type: ignore[attr-defined]
         positions = kwargs.pop("positions", None)
+        x, *more = args or list(kwargs.values())[:1]  # transformers' layers may name the tokens
         if ask is None:
-            named = {name: value for name, value in kwargs.items() if value is not None and value is not False}
-            others = [*args[1:], *(value for name, value in named.items() if name not in family.tables)]
-            if not _swift(family, self, args[0] if args else None) or any(other is not None for other in others):
+            named = dict(list(kwargs.items())[not args :])
+            named = {name: value for name, value in named.items() if value is not None and value is not False}
+            others = [*more, *(value for name, value in named.items() if name not in family.tables)]
+            if not _swift(family, self, x) or any(other is not None for other in others):
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
             ask, positions = Ask(), family.positions(None, named, 0)
-        return family.returned(attended(family, self, ask, args[0], positions))
+        return family.returned(attended(family, self, ask, x, positions))
 
 
 def _swift(family: Any, attention: Any, x: Any) -> bool:

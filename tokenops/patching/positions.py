@@ -52,6 +52,8 @@ class Positions(NamedTuple):
             tokens: n.
         """
         into = source.unsqueeze(1) == torch.arange(tokens, device=source.device).unsqueeze(1)
+        if self.hidden is not None:
+            into = into & ~self.hidden[:, None, self.prefix :]  # padding is of no size
         known = self.tables[0] if self.tables else self.bias
         into = into.to(torch.float32 if known is None else accumulation_dtype(known.dtype))
         return self.mixed(into / into.sum(dim=2, keepdim=True).clamp(min=1))

@@ -42,6 +42,7 @@ _OF_TIMM = ("FeatureGetterNet", "TimmBackbone")
 #: what the names of classes have in them that make a map, or a value for every patch
 _MAPPING = (
     "DepthEstimation",
+    "DepthPro",
     "ForPreTraining",
     "ImageMatting",
     "ImageSegmentation",
@@ -115,6 +116,7 @@ def passed_by(speaker: Any) -> int:
 _LAYERS: dict[str, Callable[[Any], Any]] = {
     "backbone_out_indices": lambda layers: layers or (),
     "extract_layers": lambda layers: layers,
+    "intermediate_hook_ids": lambda layers: layers or (),
     "out_indices": lambda layers: [i - 2 for i in layers or ()],
 }
 

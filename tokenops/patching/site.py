@@ -13,6 +13,8 @@ from .trunks import is_timm, is_trunk, pads, trunk_of
 
 #: what makes the tokens of vision transformers as `trunk_of` says
 _MAKERS = ("timm.", "torchvision.", "open_clip.", "transformers.", "tokenops.", "torch.")
+#: the methods that make them, beside a forward
+_MAKING = ("forward_features", "_pos_embed", "_embeds", "_process_input")
 
 
 class Where(NamedTuple):
@@ -146,15 +148,15 @@ def _around(model: Any, path: str) -> list[Any]:
 
 def _refuse_prompts(owner: Any) -> None:
     """ValueError where a class of somebody's own makes the tokens of a vision transformer, and may add some."""
-    for kind in type(owner if is_timm(owner) else getattr(owner, "embeddings", owner)).__mro__:
-        makes = [name for name in ("forward_features", "_pos_embed") if name in vars(kind)]
-        makes += ["forward"] if not is_timm(owner) and "forward" in vars(kind) else []
-        if kind.__module__.startswith(_MAKERS) or not makes:
-            continue
-        raise ValueError(
-            f"apply_patch: {kind.__name__} has a {makes[0]} of its own, which may add tokens (prompts): say how many"
-            " come before the patches' in all, apply_patch(..., prefix=1) for a class token alone"
-        )
+    parts: list[tuple[Any, tuple[str, ...]]] = [(owner, _MAKING if is_timm(owner) else ("forward", *_MAKING))]
+    parts += [(getattr(owner, name), ("forward",)) for name in ("embeddings", "encoder") if hasattr(owner, name)]
+    for kind, names in ((kind, names) for part, names in parts for kind in type(part).__mro__):
+        makes = [name for name in names if name in vars(kind)]
+        if makes and not kind.__module__.startswith(_MAKERS):
+            raise ValueError(
+                f"apply_patch: {kind.__name__} has a {makes[0]} of its own, which may add tokens (prompts): say how"
+                " many come before the patches' in all, apply_patch(..., prefix=1) for a class token alone"
+            )
 
 
 def _find(model: nn.Module, part: str | None) -> tuple[str, str, str]:

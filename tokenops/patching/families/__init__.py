@@ -28,12 +28,10 @@ def positions(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], prefix:
         ValueError: there is a mask, or attention weights are asked for.
     """
     family = family_of(block)
-    if not args and not kwargs and not family.tables:  # timm's loop
-        return family.positions(block, {}, prefix)
-    given = {**dict(zip(family.arguments, args)), **kwargs}
-    config = getattr(next(iter(family.attentions_of(block)), None), "config", None)
+    config = getattr(next(map(family.core, family.attentions_of(block)), None), "config", None)
     if getattr(config, "output_attentions", False):
         raise ValueError("config.output_attentions is on, but a patched model has no attention weights of all tokens")
+    given = {**dict(zip(family.arguments, args)), **kwargs}
     for name in _REFUSED:
         if given.get(name) is not None and given[name] is not False and name not in family.tables:
             padded = " (of padded patches, by images of one size)" if name == "attn_mask" else ""

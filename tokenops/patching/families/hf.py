@@ -126,7 +126,7 @@ class Dino3(Dino):
         if positions is not None:
             ask.look_at(k)
             prefix = k.shape[2] - positions.tables[0].shape[-2]
-            q, k = (_turned(t, prefix, *positions.tables) for t in (q, k))
+            q, k = (_turned(t, prefix, *positions.tables).to(v.dtype) for t in (q, k))  # of wider tables
         return q, k, v
 
 
@@ -320,7 +320,7 @@ class Janus(Clip):
     @classmethod
     def heads(cls, attention: Any, x: Tensor, ask: Any, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().heads(attention, x, ask, positions)
-        return attention.q_norm(q), attention.k_norm(k), v
+        return attention.q_norm(q).to(v.dtype), attention.k_norm(k).to(v.dtype), v
 
     @classmethod
     def project(cls, attention: Any, x: Tensor, out: Tensor) -> Tensor:
@@ -349,7 +349,7 @@ class InternVL(ViT):
     @classmethod
     def heads(cls, attention: Any, x: Tensor, ask: Any, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = attention.q_proj(x[:, : ask.rows]), attention.k_proj(x), attention.v_proj(x)
-        normed = attention.q_norm(q), attention.k_norm(k), v
+        normed = attention.q_norm(q).to(v.dtype), attention.k_norm(k).to(v.dtype), v
         return tuple(split_heads(t, width=attention.head_dim) for t in normed)  # type: ignore[return-value]
 
     @classmethod

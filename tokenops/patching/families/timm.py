@@ -135,7 +135,7 @@ class Scaling(Family):
     def heads(attention: Any, x: Tensor, ask: Any, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
         _, q, k, v = x.split(attention.in_split, dim=-1)
         q, k, v = (split_heads(t, width=attention.head_dim) for t in (q[:, : ask.rows], k, v))
-        return attention.q_norm(q), attention.k_norm(k), v
+        return attention.q_norm(q).to(v.dtype), attention.k_norm(k).to(v.dtype), v
 
     @staticmethod
     def project(attention: Any, x: Tensor, out: Tensor) -> Tensor:
