@@ -320,7 +320,7 @@ class PatchedAttention:
         positions = kwargs.pop("positions", None)
         x, *more = args or list(kwargs.values())[:1]  # transformers' layers may name the tokens
         if ask is None:
-            named = dict(list(kwargs.items())[not args :])
+            named = dict(list(kwargs.items())[0 if args else 1 :])
             named = {name: value for name, value in named.items() if value is not None and value is not False}
             others = [*more, *(value for name, value in named.items() if name not in family.tables)]
             if not _swift(family, self, x) or any(other is not None for other in others):
