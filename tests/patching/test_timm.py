@@ -88,21 +88,6 @@ def test_images_of_any_size_with_rotary_positions():
     assert [tokens_behind(model, images(side=side))[-1] for side in (48, 32)] == [10, 7]
 
 
-def test_sequences_of_patches_without_padding_alone():
-    model = made("naflex")
-    patches, size = torch.randn(2, 5, 192), torch.arange(5)
-    given = dict(
-        patches=patches,
-        patch_coord=torch.stack((size * 0, size), dim=-1).expand(2, -1, -1),
-        patch_valid=torch.tensor([[True] * 5, [True] * 3 + [False] * 2]),
-    )
-    expected = model(given)
-    apply_patch(model, "tome", r=1)
-    with pytest.raises(ValueError, match="attn_mask was given .* leave it out .of padded patches, by images of one"):
-        model(given)
-    assert torch.equal(remove_patch(model)(given), expected)
-
-
 def test_parallel_attentions_are_called_and_told_of():
     model, x, seen = made("side_by_side"), images(), []
     for path in model.blocks[0].attns:
