@@ -118,7 +118,8 @@ def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, position
     turns = positions is not None and len(positions.tables) > 0
     told = ask.key_mean and not turns  # turned keys would favour neighbours
     of_pairs = None if positions is None or positions.bias is None else positions.bias[:, :, : ask.rows]
-    seen = None if hiding is None or ask.scores != "received" else positions.hidden.logical_not()  # type: ignore[union-attr]
+    hidden = None if positions is None or ask.scores != "received" else positions.hidden
+    seen = None if hidden is None else ~hidden
     written = bool(dropped) or family.mixes or of_pairs is not None or seen is not None  # the matrix
     if written or (not ask.more and family.width(attention) > WIDEST_HEAD):
         q, k, v = family.heads(attention, x, ask, positions)

@@ -42,7 +42,8 @@ class Layer(Family):
     def heads(cls, attention: Any, x: Tensor, ask: Any, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
         core, width = cls.core(attention), cls.width(attention)
         q, k, v = (getattr(core, name) for name in cls.qkv)
-        return tuple(split_heads(t, width=width) for t in (q(x[:, : ask.rows]), k(x), v(x)))  # type: ignore[return-value]
+        made = q(x[:, : ask.rows]), k(x), v(x)
+        return tuple(split_heads(t, width=width) for t in made)  # type: ignore[return-value]
 
     @classmethod
     def project(cls, attention: Any, x: Tensor, out: Tensor) -> Tensor:
