@@ -12,6 +12,7 @@ from .ops.backends import use_backend
 from .ops.masked_channel_attention import masked_channel_attention, masked_channel_attention_qkv
 from .ops.merge_bipartite import Merged, match_bipartite, merge_bipartite, unmerge_bipartite
 from .ops.merge_neighbours import merge_neighbours, unmerge_neighbours
+from .ops.packed import kept_counts, split_like
 from .ops.restore_tokens import restore_tokens
 from .ops.select_tokens import Selection, select_tokens
 from .ops.soft_aggregate import soft_aggregate
@@ -24,6 +25,7 @@ __all__ = [
     "Merged",
     "Selection",
     "apply_patch",
+    "kept_counts",
     "load_patched",
     "masked_channel_attention",
     "masked_channel_attention_qkv",
@@ -37,6 +39,7 @@ __all__ = [
     "select_tokens",
     "soft_aggregate",
     "soft_scatter",
+    "split_like",
     "supported",
     "token_mlp",
     "tokens_left",
