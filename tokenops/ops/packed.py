@@ -79,8 +79,8 @@ def kept_counts(
     .. math:: \mathrm{count} = \min\bigl(n,\; m \cdot \max(\lceil \mathrm{rate} \cdot \lfloor n / m \rfloor \rceil,
         \lceil \mathrm{minimum} / m \rceil)\bigr)
 
-    of n tokens in units of m = ``multiple``. The rate is taken as the fraction that its decimals say (0.07 is 7/100), so
-    nothing depends on how a product is rounded, and who sizes a prompt before the encoder runs gets the encoder's count.
+    of n tokens in units of m = ``multiple``. The rate is taken as the fraction that its decimals say (0.07 is 7/100),
+    so nothing depends on how a product is rounded, and who sizes a prompt before the encoder runs gets its count.
 
     Args:
         lengths: n of each sequence: a list (or any sequence) of ints, or an integer tensor of any shape.
