@@ -17,11 +17,13 @@ struct Rows {
   int64_t stride_b, stride_h, stride_n;
 };
 
-// One call. Masks, bias, lengths, lse and scores may be null. Scores are the probabilities of query 0 or, `received`,
-// the mean over the queries. The queries of a head are worked on in `splits` parts.
+// One call, or one sequence of a packed one. Masks, bias, lengths, lse and scores may be null. Scores are the
+// probabilities of query 0 or, `received`, the mean over the queries. The queries of a head are worked on in `splits`
+// parts. A head has lse and its gradient `across_m` behind those of the head before, scores and gradients of the bias
+// `across_n`: M and N, or the rows of all sequences.
 struct Problem {
   Type type;
-  int64_t H, M, N, DK, DV, splits;
+  int64_t H, M, N, DK, DV, splits, across_m, across_n;
   Rows q, k, v, out;
   const float *qk_mask, *v_mask, *bias;
   int64_t bias_b, bias_h, bias_n;

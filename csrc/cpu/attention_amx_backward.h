@@ -136,12 +136,12 @@ INLINE void attend_backward_block(const Problem& p, const Gradients& g, const Ba
   __m512 base[V], delta[V], total[V];
   for (int v = 0; v < V; ++v) {
     const __mmask16 here = first_of_16(count - v * SIDE);
-    const __m512 lse = _mm512_maskz_loadu_ps(here, p.lse + bh * p.M + m + v * SIDE);
+    const __m512 lse = _mm512_maskz_loadu_ps(here, p.lse + bh * p.across_m + m + v * SIDE);
     const __mmask16 empty = _mm512_cmp_ps_mask(lse, _mm512_set1_ps(NONE), _CMP_EQ_OQ);
     base[v] = _mm512_mask_mul_ps(_mm512_set1_ps(NONE), here, lse, _mm512_set1_ps(-LOG2_E));
     base[v] = _mm512_mask_mov_ps(base[v], empty, _mm512_setzero_ps());
     delta[v] = _mm512_setzero_ps(), total[v] = _mm512_setzero_ps();
-    if (g.dlse) delta[v] -= _mm512_maskz_loadu_ps(here & ~empty, g.dlse + bh * p.M + m + v * SIDE);
+    if (g.dlse) delta[v] -= _mm512_maskz_loadu_ps(here & ~empty, g.dlse + bh * p.across_m + m + v * SIDE);
   }
   const bool scored = g.dscores && (p.received || m == 0);
   const __m512 scale = _mm512_set1_ps(p.scale * LOG2_E);
@@ -240,7 +240,7 @@ static void attend_backward(const Problem& p, const Gradients& g, int32_t* base,
     const float* v_mask = p.v_mask ? p.v_mask + h * p.DV : nullptr;
     for (int64_t n = 0; n < rows; ++n) {
       s.bias[n] = n >= N ? NONE : bias ? bias[n * p.bias_n] * LOG2_E : 0.0f;
-      if (g.dscores) s.dscores[n] = n < N && s.bias[n] != NONE ? g.dscores[bh * p.N + n] : 0.0f;
+      if (g.dscores) s.dscores[n] = n < N && s.bias[n] != NONE ? g.dscores[bh * p.across_n + n] : 0.0f;
     }
     copy_rows(head(p.k), p.k.stride_n, N, p.DK, s.bias, rows, width_k, s.keys);
     copy_rows(head(p.v), p.v.stride_n, N, p.DV, s.bias, rows, width_v, s.values);
@@ -291,7 +291,7 @@ static void attend_backward(const Problem& p, const Gradients& g, int32_t* base,
       std::memset(head(g.dv) + n * g.dv.stride_n, 0, 2 * p.DV);
     }
     for (int64_t n = 0; g.dbias && n < p.N; ++n) {
-      g.dbias[bh * p.N + n] = n < N ? _mm512_reduce_add_ps(_mm512_load_ps(s.dbias + n * SIDE)) : 0.0f;
+      g.dbias[bh * p.across_n + n] = n < N ? _mm512_reduce_add_ps(_mm512_load_ps(s.dbias + n * SIDE)) : 0.0f;
     }
   }
 }

@@ -299,7 +299,7 @@ static __attribute__((noinline)) void do_carefully(const Problem& p, const Scrat
   steps_of_logits(s, block, steps);
   while (steps.all()) step(steps);
   const __m512 c = _mm512_set1_ps(p.scale), none = _mm512_set1_ps(NONE);
-  float* lse = !p.lse ? nullptr : p.lse + (head.b * p.H + head.h) * p.M + block.m;
+  float* lse = !p.lse ? nullptr : p.lse + (head.b * p.H + head.h) * p.across_m + block.m;
   for (int64_t i = 0; i < block.count; ++i) {
     const auto logit = [&](int64_t n) {
       const __m512 add = head.bias ? _mm512_loadu_ps(head.bias + n) : _mm512_setzero_ps();
@@ -333,7 +333,7 @@ static __attribute__((noinline)) void do_carefully(const Problem& p, const Scrat
 
 // What is left of a block once its weights are summed up.
 INLINE void finish_weights(const Problem& p, const Scratch& s, Chunk& block) {
-  float* lse = !p.lse ? nullptr : p.lse + (block.head->b * p.H + block.head->h) * p.M + block.m;
+  float* lse = !p.lse ? nullptr : p.lse + (block.head->b * p.H + block.head->h) * p.across_m + block.m;
   bool fair = true;
   const bool scores = p.scores && (p.received || block.first);
   for (int64_t i = 0; i < block.count; i += SIDE) {
@@ -355,13 +355,13 @@ INLINE void finish_weights(const Problem& p, const Scratch& s, Chunk& block) {
 static void store_nothing(const Problem& p, int64_t b, int64_t h, int64_t from, int64_t to) {
   for (int64_t m = from; m < to; ++m) {
     std::memset(p.head(p.out, b, h) + 2 * m * p.out.stride_n, 0, 2 * p.DV);
-    if (p.lse) p.lse[(b * p.H + h) * p.M + m] = NONE;
+    if (p.lse) p.lse[(b * p.H + h) * p.across_m + m] = NONE;
   }
 }
 
 static void load_head(const Problem& p, const Scratch& s, int i, int64_t b, int64_t h, Head& head) {
   head = {b, h, p.lengths ? p.lengths[b] : p.N, s.keys[i], s.values[i], nullptr, nullptr, nullptr};
-  if (p.scores) head.scores = p.scores + (b * p.H + h) * p.N;
+  if (p.scores) head.scores = p.scores + (b * p.H + h) * p.across_n;
   const uint16_t *k = reinterpret_cast<const uint16_t*>(p.head(p.k, b, h)),
                  *v = reinterpret_cast<const uint16_t*>(p.head(p.v, b, h));
   pack_transposed(k, p.k.stride_n, head.N, p.DK, s.keys[i]);
@@ -402,7 +402,7 @@ static void attend(const Problem& p, int32_t* base, int64_t begin, int64_t end) 
         const int64_t part = task % p.splits, bh = task / p.splits, b = bh / p.H, h = bh % p.H;
         block = blocks * part / p.splits, last = blocks * (part + 1) / p.splits;
         const int64_t N = p.lengths ? p.lengths[b] : p.N;
-        if (p.scores && part == 0) std::memset(p.scores + bh * p.N + N, 0, 4 * (p.N - N));
+        if (p.scores && part == 0) std::memset(p.scores + bh * p.across_n + N, 0, 4 * (p.N - N));
         if (N == 0) {
           store_nothing(p, b, h, block * BLOCK, last * BLOCK < p.M ? last * BLOCK : p.M);
           block = last;

@@ -76,12 +76,12 @@ template <int V>
 INLINE void attend_backward_block(const Problem& p, const Gradients& g, const BackwardScratch& s, const float* bias,
                                   int64_t N, int64_t b, int64_t h, int64_t m, int64_t count) {
   const int64_t bh = b * p.H + h, size = p.size_of_element();
-  const float* dscores = g.dscores && (p.received || m == 0) ? g.dscores + bh * p.N : nullptr;
+  const float* dscores = g.dscores && (p.received || m == 0) ? g.dscores + bh * p.across_n : nullptr;
   Floats base[V], delta[V], first = {};
   for (int64_t i = 0; i < V * LANES; ++i) {
-    const float lse = i < count ? p.lse[bh * p.M + m + i] : -NONE;  // without a query there are no weights
+    const float lse = i < count ? p.lse[bh * p.across_m + m + i] : -NONE;  // without a query there are no weights
     base[i / LANES][i % LANES] = lse == NONE ? 0.0f : lse;
-    delta[i / LANES][i % LANES] = i < count && g.dlse ? -g.dlse[bh * p.M + m + i] : 0.0f;
+    delta[i / LANES][i % LANES] = i < count && g.dlse ? -g.dlse[bh * p.across_m + m + i] : 0.0f;
   }
   first[0] = 1.0f;
 
@@ -227,7 +227,7 @@ static void attend_backward(const Problem& p, const Gradients& g, int32_t* base,
     for (int64_t n = 0; g.dbias && n < p.N; ++n) {
       float sum = 0.0f;
       for (int64_t l = 0; l < LANES; ++l) sum += s.dbias[n * LANES + l];
-      g.dbias[bh * p.N + n] = sum;
+      g.dbias[bh * p.across_n + n] = sum;
     }
   }
 }

@@ -129,7 +129,7 @@ static void attend(const Problem& p, int32_t* base, int64_t begin, int64_t end) 
     const char* q = p.head(p.q, b, h);
     char* out = p.head(p.out, b, h);
     const float* bias = p.bias ? p.bias + b * p.bias_b + h * p.bias_h : nullptr;
-    float* scores = p.scores ? p.scores + bh * p.N : nullptr;
+    float* scores = p.scores ? p.scores + bh * p.across_n : nullptr;
     if (task == begin || part == 0) {
       pack_by_rows(p.type, p.head(p.k, b, h), p.k.stride_n * size, N, p.DK, s.words_k, s.row, s.keys);
       pack_by_channels(p.type, p.head(p.v, b, h), p.v.stride_n * size, N, p.DV, nullptr, ROWS, s.words_v, s.row,
@@ -142,7 +142,7 @@ static void attend(const Problem& p, int32_t* base, int64_t begin, int64_t end) 
       load_columns(p.type, q + m * p.q.stride_n * size, p.q.stride_n * size, count, wide, p.DK, mask, s.words_k, s.row,
                    s.queries, WIDTH);
       const auto call = wide == WIDTH ? &attend_block<2> : &attend_block<1>;
-      call(p, s, bias, N, count, h, block == 0, p.lse ? p.lse + bh * p.M + m : nullptr, scores);
+      call(p, s, bias, N, count, h, block == 0, p.lse ? p.lse + bh * p.across_m + m : nullptr, scores);
       transpose(s.result, s.rows_d, wide, WIDTH, s.row, s.rows_d);
       const float* rows = reinterpret_cast<const float*>(s.row);
       for (int64_t i = 0; i < count; ++i) {

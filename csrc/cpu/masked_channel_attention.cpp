@@ -4,6 +4,7 @@
 #include "../common.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <string>
@@ -58,15 +59,22 @@ Tensor heads_inside(const Tensor& like, int64_t B, int64_t H, int64_t N, int64_t
 const float* floats(const Tensor& x) { return static_cast<const float*>(x.data_ptr()); }
 float* filled(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
+// The rows of a sequence, of queries and of keys.
+struct Sequence {
+  int64_t m, m_end, n, n_end;
+};
+
 // What both passes take: checked, and with the tensors that the pointers lead into.
 struct Call {
   Tensor q;
   Maybe k, v, qk_mask, v_mask, bias, lengths;
   int64_t B;
   Problem p{};
+  std::vector<Sequence> sequences;  // of the one image, if it is packed
+  bool packed;
 
   Call(Tensor q_, Maybe k_, Maybe v_, Maybe qk_mask_, Maybe v_mask_, Maybe bias_, Maybe lengths_, int64_t heads,
-       int64_t channels, double scale)
+       int64_t channels, double scale, const Maybe& cu_q, const Maybe& cu_k)
       : q(dense(q_)), B(q.dim() ? q.size(0) : 0) {
     p.type = type_of(q), p.scale = static_cast<float>(scale), p.splits = 1;
     STD_TORCH_CHECK(!q.is_cuda(), "q must be on the CPU");
@@ -100,6 +108,42 @@ struct Call {
                         ", but it must be between 0 and the ", p.N, " keys there are");
       }
     }
+    p.across_m = p.M, p.across_n = p.N;
+    packed = cu_q.has_value();
+    if (packed) read_boundaries(*cu_q, cu_k);
+  }
+
+  void read_boundaries(const Tensor& cu_q, const Maybe& cu_k) {
+    STD_TORCH_CHECK(B == 1 && !lengths && cu_k, "boundaries are of queries and of keys, of one image without lengths");
+    const auto ends = [](const char* name, const Tensor& cu, int64_t rows) {
+      STD_TORCH_CHECK(!cu.is_cuda() && cu.dim() == 1 && cu.size(0) > 0 && cu.scalar_type() == ScalarType::Int, name,
+                      " must be int32 (S+1,)");
+      std::vector<int64_t> found(cu.size(0));
+      const int32_t* at = static_cast<const int32_t*>(cu.data_ptr());
+      for (size_t i = 0; i < found.size(); ++i) {
+        found[i] = at[i * cu.stride(0)];
+        STD_TORCH_CHECK(found[i] >= (i ? found[i - 1] : 0) && found[i] <= rows && (i || found[i] == 0), name,
+                        " must begin with 0, not fall, and end within the rows");
+      }
+      return found;
+    };
+    const std::vector<int64_t> of_q = ends("cu_q", cu_q, p.M), of_k = ends("cu_k", *cu_k, p.N);
+    STD_TORCH_CHECK(of_q.size() == of_k.size(), "cu_q and cu_k must be of as many sequences");
+    for (size_t i = 0; i + 1 < of_q.size(); ++i) sequences.push_back({of_q[i], of_q[i + 1], of_k[i], of_k[i + 1]});
+  }
+
+  // The sequence as a problem of its own.
+  Problem alone(const Sequence& s) const {
+    Problem own = p;
+    const int64_t size = p.size_of_element();
+    own.M = s.m_end - s.m, own.N = s.n_end - s.n;
+    own.q.data += s.m * p.q.stride_n * size, own.k.data += s.n * p.k.stride_n * size;
+    own.v.data += s.n * p.v.stride_n * size;
+    if (p.out.data) own.out.data += s.m * p.out.stride_n * size;
+    if (p.bias) own.bias += s.n * p.bias_n;
+    if (p.lse) own.lse += s.m;
+    if (p.scores) own.scores += s.n;
+    return own;
   }
 
   const float* mask(const char* name, const Maybe& given, Maybe& kept, int64_t channels) {
@@ -125,6 +169,42 @@ void for_tasks(int64_t tasks, int64_t words, const F& body) {
   });
 }
 
+// A sequence's tasks are its heads, or parts of them. Those of few logits are dealt out together.
+constexpr int64_t TOGETHER = 1 << 18;
+
+// Calls body(i, scratch, begin, end) for tasks of the i-th problem in parallel: who is done takes the next ones, as
+// sequences are of unequal length.
+template <typename F>
+void for_sequences(const std::vector<Problem>& problems, int64_t words, const F& body) {
+  struct Share {
+    size_t problem;
+    int64_t begin, end;
+  };
+  std::vector<Share> shares;
+  for (size_t i = 0; i < problems.size(); ++i) {
+    const Problem& p = problems[i];
+    const int64_t tasks = p.H * p.splits, logits = std::max<int64_t>(1, p.M * p.N / p.splits);
+    const int64_t step = std::max<int64_t>(1, TOGETHER / logits);
+    for (int64_t at = 0; at < tasks; at += step) shares.push_back({i, at, std::min(tasks, at + step)});
+  }
+  std::atomic<size_t> next{0};
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), shares.size());
+  for_tasks(workers, words, [&](int32_t* scratch, int64_t, int64_t) {
+    for (size_t i; (i = next.fetch_add(1)) < shares.size();) {
+      body(shares[i].problem, scratch, shares[i].begin, shares[i].end);
+    }
+  });
+}
+
+template <typename F>
+int64_t most_words(const std::vector<Problem>& problems, const F& words) {
+  int64_t most = 0;
+  for (const Problem& p : problems) most = std::max(most, words(p));
+  return most;
+}
+
+void zero(const Tensor& x) { std::memset(x.data_ptr(), 0, x.numel() * x.element_size()); }
+
 // (B,H,N) to the mean over the heads, (B,N)
 void mean_over_heads(const float* each, int64_t B, int64_t H, int64_t N, float* mean) {
   for (int64_t b = 0; b < B; ++b, mean += N) {
@@ -137,8 +217,9 @@ void mean_over_heads(const float* each, int64_t B, int64_t H, int64_t N, float* 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Maybe k, Maybe v, Maybe qk_mask, Maybe v_mask, Maybe bias,
                                                    Maybe lengths, double scale, std::string scores, bool mean,
-                                                   bool key_mean, int64_t heads, int64_t channels, bool keep) {
-  Call call(q, k, v, qk_mask, v_mask, bias, lengths, heads, channels, scale);
+                                                   bool key_mean, int64_t heads, int64_t channels, bool keep,
+                                                   Maybe cu_q, Maybe cu_k, int64_t, int64_t) {
+  Call call(q, k, v, qk_mask, v_mask, bias, lengths, heads, channels, scale, cu_q, cu_k);
   Problem& p = call.p;
   const Variant chosen = attention::choose(p.type);
   const int64_t B = call.B, of_all = B * p.H;
@@ -151,7 +232,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Maybe k, Maybe v, M
   std::vector<float> each(scored && mean ? of_all * p.N : 0);
   p.out = rows_of("out", out, out, p.M, p.DV), p.lse = keep ? filled(lse) : nullptr;
   if (scored) p.scores = mean ? each.data() : filled(found), p.received = scores == "received";
-  if (of_all * p.M > 0) {
+  if (call.packed) {
+    if (scored && !mean) zero(found);  // keys of no query
+    std::vector<Problem> problems;
+    for (const Sequence& s : call.sequences) {
+      if (s.m_end > s.m) problems.push_back(call.alone(s));
+    }
+    const int64_t m = call.sequences.empty() ? 0 : call.sequences.back().m_end, size = p.size_of_element();
+    char* out_rows = static_cast<char*>(out.data_ptr());
+    std::memset(out_rows + m * p.H * p.DV * size, 0, (p.M - m) * p.H * p.DV * size);
+    for (int64_t h = 0; keep && h < p.H; ++h) std::fill(p.lse + h * p.M + m, p.lse + (h + 1) * p.M, attention::NONE);
+    const int64_t of_heads = problems.size() * p.H, threads = torch::stable::get_num_threads();
+    for (Problem& own : problems) {
+      const int64_t blocks = (own.M + chosen.width - 1) / chosen.width;
+      if (!p.received) own.splits = std::max<int64_t>(1, std::min(blocks, (threads + of_heads - 1) / of_heads));
+    }
+    for_sequences(problems, most_words(problems, chosen.words),
+                  [&](size_t i, int32_t* scratch, int64_t begin, int64_t end) {
+                    chosen.attend(problems[i], scratch, begin, end);
+                  });
+  } else if (of_all * p.M > 0) {
     const int64_t blocks = (p.M + chosen.width - 1) / chosen.width, threads = torch::stable::get_num_threads();
     // few heads: several threads to each, of which every one packs the keys and values
     if (!p.received) p.splits = std::max<int64_t>(1, std::min(blocks, (threads + of_all - 1) / of_all));
@@ -163,6 +263,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Maybe k, Maybe v, M
   Tensor keys = key_mean ? new_tensor(q, {B, p.N, p.DK}) : new_tensor(q, {0});
   if (key_mean) {
     char* to = static_cast<char*>(keys.data_ptr());
+    const int64_t rows = call.sequences.empty() ? 0 : call.sequences.back().n_end;
+    if (call.packed) p.lengths = &rows;
     const auto part = [&](int64_t begin, int64_t end) { chosen.mean_keys(p, to, begin, end); };
     torch::stable::parallel_for(0, B * p.N, 64, part);
   }
@@ -170,16 +272,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Maybe k, Maybe v, M
 }
 
 // What a gradient of scores (or of their mean over the heads) gives each query's probabilities, (B,H,Nk).
-std::vector<float> of_each_query(const Tensor& dscores, const Problem& p, int64_t B, bool mean) {
+std::vector<float> of_each_query(const Tensor& dscores, const Call& call, bool mean) {
+  const Problem& p = call.p;
+  const int64_t B = call.B;
   const Tensor given = as(dscores, ScalarType::Float);
   STD_TORCH_CHECK(given.dim() == (mean ? 2 : 3) && given.numel() == B * p.N * (mean ? 1 : p.H),
                   "dscores has the wrong shape");
-  const float share = 1.0f / static_cast<float>((p.received ? p.M : 1) * (mean ? p.H : 1));
   std::vector<float> each(B * p.H * p.N);
-  for (int64_t bh = 0; bh < B * p.H; ++bh) {
-    const float* row = floats(given) + (mean ? bh / p.H : bh) * p.N;
-    for (int64_t n = 0; n < p.N; ++n) each[bh * p.N + n] = row[n] * share;
-  }
+  const auto share_out = [&](int64_t queries, int64_t begin, int64_t end) {
+    const float share = 1.0f / static_cast<float>((p.received ? queries : 1) * (mean ? p.H : 1));
+    for (int64_t bh = 0; bh < B * p.H; ++bh) {
+      const float* row = floats(given) + (mean ? bh / p.H : bh) * p.N;
+      for (int64_t n = begin; n < end; ++n) each[bh * p.N + n] = row[n] * share;
+    }
+  };
+  if (!call.packed) share_out(p.M, 0, p.N);
+  for (const Sequence& s : call.sequences) share_out(s.m_end - s.m, s.n, s.n_end);
   return each;
 }
 
@@ -194,8 +302,9 @@ Tensor of_mask(const std::vector<float>& each, const Maybe& mask, const Tensor& 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Tensor dout, Maybe dscores, Maybe dlse, Tensor q, Maybe k, Maybe v, Maybe qk_mask, Maybe v_mask, Maybe bias,
-    Maybe lengths, Tensor, Tensor lse, double scale, std::string scores, bool mean, int64_t heads, int64_t channels) {
-  Call call(q, k, v, qk_mask, v_mask, bias, lengths, heads, channels, scale);
+    Maybe lengths, Tensor, Tensor lse, double scale, std::string scores, bool mean, int64_t heads, int64_t channels,
+    Maybe cu_q, Maybe cu_k, int64_t, int64_t) {
+  Call call(q, k, v, qk_mask, v_mask, bias, lengths, heads, channels, scale, cu_q, cu_k);
   Problem& p = call.p;
   const Variant chosen = attention::choose(p.type);
   const int64_t B = call.B, of_all = B * p.H;
@@ -210,7 +319,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                   "dout has the wrong shape or dtype");
   g.dout = rows_of("dout", dout, dout, p.M, p.DV);
   std::vector<float> each;
-  if (dscores) each = of_each_query(*dscores, p, B, mean), g.dscores = each.data();
+  if (dscores) each = of_each_query(*dscores, call, mean), g.dscores = each.data();
   if (dlse) {
     dlse = as(*dlse, ScalarType::Float);
     STD_TORCH_CHECK(dlse->dim() == 3 && dlse->numel() == of_all * p.M, "dlse has the wrong shape");
@@ -226,14 +335,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   } else {
     unpack(dq, p, g.dq, g.dk, g.dv);
   }
-  std::vector<float> dqk_mask(qk_mask ? of_all * p.DK : 0), dv_mask(v_mask ? of_all * p.DV : 0);
+  const int64_t of_masks = call.packed ? call.sequences.size() * p.H : of_all;
+  std::vector<float> dqk_mask(qk_mask ? of_masks * p.DK : 0), dv_mask(v_mask ? of_masks * p.DV : 0);
   if (qk_mask) g.dqk_mask = dqk_mask.data();
   if (v_mask) g.dv_mask = dv_mask.data();
   Tensor dbias = bias ? torch::stable::new_zeros(*bias, {B, p.H, p.N}, ScalarType::Float) : nothing();
   if (bias) g.dbias = filled(dbias);
-  for_tasks(of_all, chosen.words_backward(p), [&](int32_t* scratch, int64_t begin, int64_t end) {
-    chosen.attend_backward(p, g, scratch, begin, end);
-  });
+  if (call.packed) {
+    zero(dq), zero(dk), zero(dv);  // rows of no sequence, and keys of no query
+    std::vector<Problem> problems;
+    std::vector<Gradients> gradients;
+    for (const Sequence& s : call.sequences) {
+      if (s.m_end == s.m) continue;
+      Gradients own = g;
+      const int64_t size = p.size_of_element(), before = problems.size() * p.H;
+      own.dout.data += s.m * g.dout.stride_n * size, own.dq.data += s.m * g.dq.stride_n * size;
+      own.dk.data += s.n * g.dk.stride_n * size, own.dv.data += s.n * g.dv.stride_n * size;
+      if (g.dscores) own.dscores += s.n;
+      if (g.dlse) own.dlse += s.m;
+      if (g.dbias) own.dbias += s.n;
+      if (g.dqk_mask) own.dqk_mask += before * p.DK;
+      if (g.dv_mask) own.dv_mask += before * p.DV;
+      problems.push_back(call.alone(s)), gradients.push_back(own);
+    }
+    for_sequences(problems, most_words(problems, chosen.words_backward),
+                  [&](size_t i, int32_t* scratch, int64_t begin, int64_t end) {
+                    chosen.attend_backward(problems[i], gradients[i], scratch, begin, end);
+                  });
+  } else {
+    for_tasks(of_all, chosen.words_backward(p), [&](int32_t* scratch, int64_t begin, int64_t end) {
+      chosen.attend_backward(p, g, scratch, begin, end);
+    });
+  }
   if (bias && bias->scalar_type() != ScalarType::Float) dbias = torch::stable::to(dbias, bias->scalar_type());
   return {dq, dk, dv, of_mask(dqk_mask, qk_mask, q), of_mask(dv_mask, v_mask, q), dbias};
 }

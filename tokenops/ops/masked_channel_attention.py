@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, checks, native, reference
+from . import backends, checks, native, packed, reference
 from .autograd import Operator, gradients, needs_grad
 from .backends import choose
 from .schemas import kernel
@@ -43,6 +43,10 @@ def masked_channel_attention(
     heads: str = "each",
     return_lse: bool = False,
     return_key_mean: bool = False,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     r"""Attention for token and channel pruning: scores without the matrix, uneven head dims, key bias, ragged batches.
 
@@ -68,6 +72,15 @@ def masked_channel_attention(
         heads: ``"each"`` gives scores ``(B, H, Nk)``, ``"mean"`` their mean over the heads, ``(B, Nk)``.
         return_lse: also return the log-sum-exp of each row of S, ``(B, H, Nq)``.
         return_key_mean: also return the mean of ``k`` over the heads, ``(B, Nk, Dk)`` (ToMe's similarity features).
+        cu_seqlens: ``(S+1,)`` int32, where each of S packed sequences begins and the last ends, on the tokens' device:
+            every sequence attends to itself. Tokens are then ``(T, H, D)``, ``key_bias`` is ``(T,)`` or ``(H, T)``,
+            without ``key_lengths``, and the results are ``(T, H, Dv)``, scores ``(H, T)`` or ``(T,)``, log-sum-exp
+            ``(H, T)`` and mean key ``(T, Dk)``. "class" is a sequence's first query, "received" the mean over its own
+            queries, so that a sequence's scores sum to 1 (to 0 without a query). Rows behind the last sequence are not
+            read; their results and gradients are 0. Windows are boundaries, too.
+        max_seqlen: no sequence has more rows; where it is larger than that nothing but speed may depend on it.
+        cu_seqlens_k: the same of keys and values that are other rows, as many sequences; None: ``cu_seqlens``.
+        max_seqlen_k: of ``cu_seqlens_k``.
 
     Returns:
         ``out (B, H, Nq, Dv)`` in ``q.dtype``; behind it in this order, as asked for: scores and log-sum-exp, fp32 (fp64
@@ -77,7 +90,8 @@ def masked_channel_attention(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit together, a head is wider than 128, ``scores`` or ``heads`` has another
-            value, scores are asked for without a query, or (on a CPU) a length is outside of 0..Nk.
+            value, scores are asked for without a query, or (on a CPU) a length is outside of 0..Nk, boundaries do not
+            begin with 0, fall, end behind the rows or are further apart than ``max_seqlen``.
 
     Softmax and sums are fp32 (fp64 for fp64 tokens), under autocast too: autocast changes no dtype here. Deterministic;
     in bfloat16 on AMX the last bit of ``out`` may be another where gradients, scores or the log-sum-exp are asked for.
@@ -95,8 +109,11 @@ def masked_channel_attention(
     (torch.Size([2, 6, 197, 64]), torch.Size([2, 6, 197]))
     """
     op = "masked_channel_attention"
-    sizes = _sizes(op, q, k, v)
+    bounds = _Bounds(cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
     given = _Given(qk_mask, v_mask, key_bias, key_lengths, scale, scores, heads, return_lse, return_key_mean)
+    if bounds.given(op, key_lengths):
+        return _of_sequences(op, q, k, v, bounds, given)
+    sizes = _sizes(op, q, k, v)
     given.check(op, q, *sizes)
     return _attended(op, q, k, v, sizes, given)
 
@@ -159,11 +176,60 @@ def masked_channel_attention_qkv(
     return _attended(op, qkv, None, None, sizes, given)
 
 
-def _attended(op: str, q: Tensor, k: Any, v: Any, sizes: Any, given: "_Given") -> Any:
+class _Bounds(NamedTuple):
+    """Boundaries of packed sequences, of queries and of keys, and their longest, as the kernels take them."""
+
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    max_q: Any
+    max_k: Any
+
+    def given(self, op: str, key_lengths: Any) -> bool:
+        packed.not_with_boundaries(op, self.cu_q, self.max_q, key_lengths=key_lengths)
+        if self.cu_q is None and self.cu_k is not None:
+            raise ValueError(f"{op}: cu_seqlens_k needs cu_seqlens, the boundaries of the queries")
+        if self.cu_k is None and self.max_k is not None:
+            raise ValueError(f"{op}: max_seqlen_k={self.max_k!r}, but it needs cu_seqlens_k")
+        return self.cu_q is not None
+
+    def checked(self, op: str, q: Tensor, k: Tensor) -> "_Bounds":
+        """With those of the keys, for queries (T,H,Dk) and keys."""
+        sequences = packed.boundaries(op, self.cu_q, self.max_q, q.shape[0], q, tokens="q")
+        if self.cu_k is None:
+            checks.same(op, "rows", "k", k.shape[0], "q", q.shape[0])
+            return _Bounds(self.cu_q, self.cu_q, self.max_q, self.max_q)
+        of_keys = packed.boundaries(op, self.cu_k, self.max_k, k.shape[0], q, "_k", "k")
+        checks.same(op, "sequences", "cu_seqlens_k", of_keys, "cu_seqlens", sequences)
+        return self
+
+
+def _of_sequences(op: str, q: Tensor, k: Tensor, v: Tensor, bounds: _Bounds, given: "_Given") -> Any:
+    """Tokens (T,H,D) are one image, of which the kernels get the boundaries besides."""
+    for name, tokens, shape in (("q", q, "T,H,Dk"), ("k", k, "T,H,Dk"), ("v", v, "T,H,Dv")):
+        checks.tensor(op, name, tokens, shape)
+    bounds = bounds.checked(op, q, k)
+    bias, (rows, H, _) = given.key_bias, k.shape
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dim() not in (1, 2):
+            got = f"shape {tuple(bias.shape)}" if isinstance(bias, Tensor) else type(bias).__name__
+            raise (ValueError if isinstance(bias, Tensor) else TypeError)(
+                f"{op}: key_bias must be a tensor ({rows},) or ({H}, {rows}) with cu_seqlens, but got {got}"
+            )
+        given = given._replace(key_bias=bias.view(1, -1 if bias.dim() == 2 else 1, 1, bias.shape[-1]))
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    sizes = _sizes(op, q, k, v)
+    given.check(op, q, *sizes, queries=max(1, sizes[2]))
+    results = _attended(op, q, k, v, sizes, given, bounds)
+    if isinstance(results, Tensor):
+        return results[0].transpose(0, 1)
+    return results[0][0].transpose(0, 1), *(t[0] for t in results[1:])
+
+
+def _attended(op: str, q: Tensor, k: Any, v: Any, sizes: Any, given: "_Given", bounds: _Bounds | tuple[()] = ()) -> Any:
     """By whoever serves; q alone is the packed projection."""
     B, H, _, Nk, Dk, _ = sizes
-    packed = (0, 0) if k is not None else (H, Dk)
-    served = given.plain and sdpa_serves(q, k, v, sizes)
+    side_by_side = (0, 0) if k is not None else (H, Dk)
+    served = not bounds and given.plain and sdpa_serves(q, k, v, sizes)
     backend = "reference" if served else choose("masked_channel_attention", q.device.type, q.dtype)
     if backend == "reference":
         apart = (q, k, v) if k is not None else reference.heads_of(q, H, Dk)
@@ -171,19 +237,20 @@ def _attended(op: str, q: Tensor, k: Any, v: Any, sizes: Any, given: "_Given") -
             out = _sdpa(*apart, scale=None if given.scale is None else float(given.scale))
             return out.transpose(1, 2).contiguous().transpose(1, 2)
         checks.lengths(op, "key_lengths", given.key_lengths, Nk)
-        return reference.masked_channel_attention(*apart, **given._asdict())
+        sequences = {"boundaries": bounds[:2]} if bounds else {}
+        return reference.masked_channel_attention(*apart, **given._asdict(), **sequences)
     scale = Dk**-0.5 if given.scale is None else given.scale
     bias = None if given.key_bias is None else given.key_bias.expand(B, H, 1, Nk).squeeze(2)
     tensors = q, k, v, given.qk_mask, given.v_mask, bias
-    options = scale, given.scores or "none", given.heads == "mean", given.return_key_mean, *packed
+    options = scale, given.scores or "none", given.heads == "mean", given.return_key_mean, *side_by_side
     if backend == "native":
         checks.lengths(op, "key_lengths", given.key_lengths, Nk)
         if native.attention_isa(q.dtype) is None:
             backend = "composed"
     if needs_grad(*tensors):
-        results = _MaskedChannelAttention.of(*tensors, given.key_lengths, *options, backend)
+        results = _MaskedChannelAttention.of(*tensors, given.key_lengths, *options, backend, *bounds)
     else:
-        arguments = *tensors, given.key_lengths, *options, given.return_lse
+        arguments = *tensors, given.key_lengths, *options, given.return_lse, *bounds
         results = kernel("masked_channel_attention_fwd", backend)(*arguments)
     asked = given.scores is not None, given.return_lse, given.return_key_mean
     return tuple(compress(results, (True, *asked))) if any(asked) else results[0]
@@ -228,8 +295,10 @@ class _Given(NamedTuple):
         return not (masked or self.key_lengths is not None or self.scores or self.return_lse or self.return_key_mean)
 
     def check(
-        self, op: str, q: Tensor, B: int, H: int, Nq: int, Nk: int, Dk: int, Dv: int, of_q: str = "q", of_v: str = "v"
-    ) -> None:
+        self, op: str, q: Tensor, B: int, H: int, Nq: int, Nk: int, Dk: int, Dv: int, of_q: str = "q",
+        of_v: str = "v", queries: int | None = None,
+    ) -> None:  # fmt: skip
+        """For `queries`, if that is not Nq."""
         for name, mask, other, channels in (("qk_mask", self.qk_mask, of_q, Dk), ("v_mask", self.v_mask, of_v, Dv)):
             if mask is not None:
                 sizes = checks.tensor(op, name, mask, "H,D", like=q)
@@ -255,7 +324,7 @@ class _Given(NamedTuple):
         checks.flag(op, "return_key_mean", self.return_key_mean)
         if self.heads not in ("each", "mean"):
             raise ValueError(f"{op}: heads={self.heads!r}, but it must be 'each' or 'mean'")
-        if self.scores is not None and Nq == 0:
+        if self.scores is not None and (Nq if queries is None else queries) == 0:
             raise ValueError(f"{op}: scores={self.scores!r} needs a query, but {of_q} has none")
 
 
@@ -285,35 +354,42 @@ def _widths(op: str, *widths: tuple[str, int]) -> None:
 
 class _MaskedChannelAttention(Operator):
     @staticmethod
-    def forward(q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads, channels, backend):
+    def forward(
+        q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads, channels, backend, *bounds
+    ):
         return kernel("masked_channel_attention_fwd", backend)(
-            q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads, channels
-        )
+            q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads, channels,
+            *((True, *bounds) if bounds else ()),
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
-        *tensors, ctx.scale, ctx.scores, ctx.mean, ctx.key_mean, heads, channels, ctx.backend = inputs
-        ctx.packed = heads, channels
+        *tensors, ctx.scale, ctx.scores, ctx.mean, ctx.key_mean, heads, channels, ctx.backend = inputs[:14]
+        ctx.side_by_side, (*boundaries, ctx.max_q, ctx.max_k) = (heads, channels), inputs[14:] or (0, 0)
         out, _, lse, _ = output
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, out, lse)
+        ctx.save_for_backward(*tensors, out, lse, *boundaries)
 
     @staticmethod
     def backward(ctx, dout, dscores, dlse, dkey_mean):
-        *tensors, out, lse = ctx.saved_tensors
-        scale, scores, mean, packed = ctx.scale, ctx.scores, ctx.mean, ctx.packed
+        tensors, (out, lse, *boundaries) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        scale, scores, mean, side_by_side = ctx.scale, ctx.scores, ctx.mean, ctx.side_by_side
+        longest = (ctx.max_q, ctx.max_k) if boundaries else ()
         backward = kernel("masked_channel_attention_bwd", ctx.backend)
         # torch.compile makes gradients for what was not asked for
         dscores, dkey_mean = dscores if scores != "none" else None, dkey_mean if ctx.key_mean else None
 
         def run(inputs, cotangents, constants):
-            (dout, dscores, dlse, dkey_mean), (lengths, out, lse) = cotangents, constants
+            (dout, dscores, dlse, dkey_mean), (lengths, out, lse, *boundaries) = cotangents, constants
             found = [None] * len(inputs)
             if dout is not None or dscores is not None or dlse is not None:
                 dout = torch.zeros_like(out) if dout is None else dout
-                found = list(backward(dout, dscores, dlse, *inputs, lengths, out, lse, scale, scores, mean, *packed))
+                options = scale, scores, mean, *side_by_side, *boundaries, *longest
+                found = list(backward(dout, dscores, dlse, *inputs, lengths, out, lse, *options))
+            if boundaries:
+                lengths = boundaries[1][-1:]
             if dkey_mean is not None and inputs[1] is None:
-                found[0] = _with_key_mean(found[0], dkey_mean, inputs[0], lengths, *packed)
+                found[0] = _with_key_mean(found[0], dkey_mean, inputs[0], lengths, *side_by_side)
             elif dkey_mean is not None:
                 found[1] = _with_key_mean(found[1], dkey_mean, inputs[1], lengths)
             found = [None if t is None else g for t, g in zip(inputs, found)]
@@ -321,15 +397,16 @@ class _MaskedChannelAttention(Operator):
 
         def plain(inputs, constants):
             q, k, v, qk_mask, v_mask, bias = inputs
-            q, k, v = (q, k, v) if k is not None else reference.heads_of(q, *packed)
+            q, k, v = (q, k, v) if k is not None else reference.heads_of(q, *side_by_side)
             made = reference.masked_channel_attention(
                 q, k, v, qk_mask=qk_mask, v_mask=v_mask, key_bias=None if bias is None else bias.unsqueeze(2),
                 key_lengths=constants[0], scale=scale, scores=None if scores == "none" else scores,
                 heads="mean" if mean else "each", return_lse=True, return_key_mean=True,
+                boundaries=constants[3:] or None,
             )  # fmt: skip
             return made if scores != "none" else (made[0], None, *made[1:])
 
-        inputs, constants = dict(enumerate(tensors[:6])), (tensors[6], out, lse)
+        inputs, constants = dict(enumerate(tensors[:6])), (tensors[6], out, lse, *boundaries)
         return tuple(gradients(ctx, run, plain, inputs, (dout, dscores, dlse, dkey_mean), constants))
 
 

@@ -23,14 +23,16 @@ _SCHEMAS = {
     "token_mlp_fwd": "(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2) -> Tensor",
     "token_mlp_bwd": "(Tensor dy, Tensor z, Tensor w1, Tensor? b1, Tensor w2)"
     " -> (Tensor dz, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
-    # without k and v, q is all three side by side, of so many heads with so many channels of q; lse is empty or kept
+    # without k and v, q is all three side by side, of so many heads with so many channels of q; lse is empty or kept;
+    # with boundaries there is one image, whose rows are sequences
     "masked_channel_attention_fwd": "(Tensor q, Tensor? k, Tensor? v, Tensor? qk_mask, Tensor? v_mask, Tensor? bias,"
     " Tensor? lengths, float scale, str scores, bool mean, bool key_mean, SymInt heads=0, SymInt channels=0,"
-    " bool keep=True)"
+    " bool keep=True, Tensor? cu_q=None, Tensor? cu_k=None, SymInt max_q=0, SymInt max_k=0)"
     " -> (Tensor out, Tensor scores, Tensor lse, Tensor key_mean)",
     "masked_channel_attention_bwd": "(Tensor dout, Tensor? dscores, Tensor? dlse, Tensor q, Tensor? k, Tensor? v,"
     " Tensor? qk_mask, Tensor? v_mask, Tensor? bias, Tensor? lengths, Tensor out, Tensor lse, float scale, str scores,"
-    " bool mean, SymInt heads=0, SymInt channels=0)"
+    " bool mean, SymInt heads=0, SymInt channels=0, Tensor? cu_q=None, Tensor? cu_k=None, SymInt max_q=0,"
+    " SymInt max_k=0)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dqk_mask, Tensor dv_mask, Tensor dbias)",
     "select_tokens_fwd": "(Tensor x, Tensor scores, SymInt k, Tensor? counts, Tensor[] companions, Tensor? weight,"
     " Tensor? bias, SymInt prefix, str rest, bool best_first, bool norm, float eps)"
@@ -123,8 +125,9 @@ def parts_of(q, k, v, heads, channels):
 
 
 def _masked_channel_attention_fwd(
-    q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0, keep=True
-):
+    q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0, keep=True, cu_q=None,
+    cu_k=None, max_q=0, max_k=0,
+):  # fmt: skip
     q, k, v = parts_of(q, k, v, heads, channels)
     (B, H, M, _), (N, D) = q.shape, k.shape[2:]
     wide = accumulation_dtype(q.dtype)
@@ -144,8 +147,9 @@ def attention_gradients(q, k, v):
 
 
 def _masked_channel_attention_bwd(
-    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean, heads=0, channels=0
-):
+    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean, heads=0, channels=0,
+    cu_q=None, cu_k=None, max_q=0, max_k=0,
+):  # fmt: skip
     return (
         *attention_gradients(q, k, v),
         *(q.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (qk_mask, v_mask, bias)),

@@ -16,18 +16,24 @@ SHARED = {
     "merge_neighbours": ("first", "second", "weight", "bias"),
     "merge_bipartite": ("weight", "bias"),
 }
+#: boundaries of sequences within the one image: where they are given every sample takes a call of its own
+BOUNDARIES = ("cu_q", "cu_k")
 
 
 def rule(name: str, backend: str, kernel: Any) -> Callable[..., tuple[Any, Any]]:
     """What torch.library.register_vmap takes for the kernel `name` of a backend."""
     operator, _, direction = name.rpartition("_")
-    shared = [argument.name in SHARED.get(operator, ()) for argument in kernel._schema.arguments]
+    shared = [argument.name in (*SHARED.get(operator, ()), *BOUNDARIES) for argument in kernel._schema.arguments]
+    bounds = [argument.name in BOUNDARIES for argument in kernel._schema.arguments]
     places = [_image_dim(argument.name, backend) for argument in kernel._schema.arguments]
     of_results = [_image_dim(result.name, backend) for result in kernel._schema.returns]
 
     def call(info, dims, *arguments):
         samples, given = info.batch_size, list(zip(shared, dims, arguments))
-        if any(own and isinstance(a, Tensor) and (direction == "bwd" or d is not None) for own, d, a in given):
+        packed = any(bound and isinstance(a, Tensor) for bound, a in zip(bounds, arguments))
+        if packed or any(
+            own and isinstance(a, Tensor) and (direction == "bwd" or d is not None) for own, d, a in given
+        ):
             calls = [kernel(*(_map(_sample, a, d, s) for a, d in zip(arguments, dims))) for s in range(samples)]
             return tree_map(lambda *of_each: _stack(of_each), *calls), 0
         folded = (a if own else _map(_fold, a, d, place, samples) for (own, d, a), place in zip(given, places))

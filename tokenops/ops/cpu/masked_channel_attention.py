@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import checks
+from .. import checks, packed
 from ..reference import accumulation_dtype, heads_of
 from ..schemas import attention_gradients, heads_inside, parts_of
 
@@ -75,9 +75,12 @@ def _composed(q, k, v, bias, lengths, scale, received, out, lse, scores):
 
 
 def masked_channel_attention_fwd(
-    q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0, keep=True
-):
+    q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0, keep=True, cu_q=None,
+    cu_k=None, max_q=0, max_k=0,
+):  # fmt: skip
     q, k, v = parts_of(q, k, v, heads, channels)
+    if cu_q is not None:
+        return _sequences_fwd(q, k, v, qk_mask, v_mask, bias, scale, scores, mean, key_mean, keep, cu_q, cu_k)
     (B, H, M, _), N, DV = q.shape, k.shape[2], v.shape[3]
     checks.lengths("masked_channel_attention", "key_lengths", lengths, N)
     wide = accumulation_dtype(q.dtype)
@@ -100,11 +103,15 @@ def _within(x, lengths):
 
 
 def masked_channel_attention_bwd(
-    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean, heads=0, channels=0
-):
+    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean, heads=0, channels=0,
+    cu_q=None, cu_k=None, max_q=0, max_k=0,
+):  # fmt: skip
     made = attention_gradients(q, k, v)
     dq, dk, dv = made if k is not None else heads_of(made[0], heads, channels)
     q, k, v = parts_of(q, k, v, heads, channels)
+    if cu_q is not None:
+        given = dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, out, lse, scale, scores, mean
+        return *made, *_sequences_bwd(*given, dq, dk, dv, cu_q, cu_k)
     (B, H, M, _), N = q.shape, k.shape[2]
     wide = accumulation_dtype(q.dtype)
     dout, q, k, v, out = _dense(dout, q, k, v, out)  # torch 2.11's kernel takes it for granted
@@ -172,3 +179,59 @@ def _composed_bwd(
         dv_mask += (wide_dv * _within(v, lengths)).sum(dim=2)
         wide_dv *= v_mask.unsqueeze(1)
     dk.copy_(wide_dk), dv.copy_(wide_dv)
+
+
+def _sequences(cu_q, cu_k):
+    """A function that takes the rows of queries of a tensor, and one that takes those of keys, of each sequence."""
+    for queries, keys in zip(packed.each(cu_q), packed.each(cu_k)):
+        yield (
+            lambda t, rows=queries: None if t is None else t[:, :, rows],
+            lambda t, rows=keys: None if t is None else t[:, :, rows],
+        )
+
+
+def _sequences_fwd(q, k, v, qk_mask, v_mask, bias, scale, scores, mean, key_mean, keep, cu_q, cu_k):
+    """Of the sequences in one image, one behind the other."""
+    H, wide = q.shape[1], accumulation_dtype(q.dtype)
+    out, lse = heads_inside(q, q.shape[2], v.shape[3]).zero_(), q.new_full(q.shape[:3], float("-inf"), dtype=wide)
+    scored = scores != "none"
+    each = q.new_zeros((1, 1 if mean else H, k.shape[2]) if scored else (0,), dtype=wide)
+    mean_k = k.new_zeros((1, 1, k.shape[2], k.shape[3]) if key_mean else (0,))
+    for of_q, of_k in _sequences(cu_q, cu_k):
+        options = scale, scores if of_q(q).shape[2] else "none", mean, key_mean
+        given = (of_q(q), of_k(k), of_k(v), qk_mask, v_mask, of_k(bias), None, *options)
+        one, received, one_lse, one_mean = masked_channel_attention_fwd(*given)
+        of_q(out).copy_(one), of_q(lse).copy_(one_lse)
+        if scored and received.numel():
+            of_k(each).copy_(received.unsqueeze(1) if mean else received)
+        if key_mean:
+            of_k(mean_k).copy_(one_mean.unsqueeze(1))
+    each, mean_k = each[:, 0] if scored and mean else each, mean_k[:, 0] if key_mean else mean_k
+    return out, each, lse if keep else lse.new_empty(0), mean_k
+
+
+def _sequences_bwd(
+    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, out, lse, scale, scores, mean, dq, dk, dv, cu_q, cu_k
+):
+    """Fills the gradients of q, k and v of the sequences in one image; gives those of masks and bias."""
+    if dscores is not None and mean:
+        dscores = dscores.unsqueeze(1)
+    dq.zero_(), dk.zero_(), dv.zero_()
+    wide = accumulation_dtype(q.dtype)
+    of_masks = [q.new_zeros(0 if mask is None else mask.shape, dtype=wide) for mask in (qk_mask, v_mask)]
+    dbias = q.new_empty(0) if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
+    for of_q, of_k in _sequences(cu_q, cu_k):
+        if of_q(q).shape[2] == 0:
+            continue
+        given = of_k(dscores)
+        given = (of_q(dout), given.squeeze(1) if given is not None and mean else given, of_q(dlse))
+        given = (*given, of_q(q), of_k(k), of_k(v), qk_mask, v_mask, of_k(bias), None, of_q(out), of_q(lse))
+        *made, dqk_mask, dv_mask, one = masked_channel_attention_bwd(*given, scale, scores, mean)
+        for whole, part in zip((of_q(dq), of_k(dk), of_k(dv)), made):
+            whole.copy_(part)
+        for whole, part in zip(of_masks, (dqk_mask, dv_mask)):
+            whole += part
+        if bias is not None:
+            of_k(dbias).copy_(one)
+    of_masks = [q.new_empty(0) if m is None else of.to(m.dtype) for of, m in zip(of_masks, (qk_mask, v_mask))]
+    return *of_masks, dbias
