@@ -191,6 +191,30 @@ def masked_channel_attention_cases(dtype):
 
         yield f"M{M}-N{N}-D{DK}-{DV}-{scores}{f'-{extras}' if extras else ''}", run
 
+    boundaries = _meta(65, dtype=torch.int32)
+    for T, longest, H, D, scores, mean, optional in (
+        (16384, 4096, 12, 64, "received", True, False),  # photographs of mixed sizes
+        (16384, 64, 16, 80, "none", False, False),  # windows of Qwen2.5-VL
+        (16384, 16384, 16, 80, "received", True, False),  # and an image
+        (16384, 4096, 16, 72, "class", True, True),
+    ):
+        q, k, v = _meta(T, 3, H, D, dtype=dtype).permute(1, 2, 0, 3).unsqueeze(1).unbind()
+        extra = [
+            _meta(H, D, dtype=torch.float32),
+            _meta(H, D, dtype=torch.float32),
+            _meta(1, H, T, dtype=torch.float32),
+        ]
+        extra = [*(extra if optional else [None] * 3), None]
+        bounds = 0, 0, True, boundaries, boundaries, longest, longest
+
+        def run_packed():
+            made = masked_channel_attention_fwd(q, k, v, *extra, 0.125, scores, mean, optional, *bounds)
+            dscores, lse = None if scores == "none" else made[1], made[2] if optional else None
+            given = made[0], dscores, lse, q, k, v, *extra, made[0], made[2], 0.125, scores, mean
+            masked_channel_attention_bwd(*given, 0, 0, *bounds[3:])
+
+        yield f"packed-T{T}-most{longest}-D{D}-{scores}{'-all' * optional}", run_packed
+
 
 def select_tokens_cases(dtype):
     from tokenops.ops.triton.select_tokens import select_tokens_bwd, select_tokens_fwd

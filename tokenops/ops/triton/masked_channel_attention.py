@@ -5,6 +5,9 @@ scores, whose mean over the heads is torch's. The mean of k takes programs of it
 scores need every query's log-sum-exp first, so they are a second launch over q k^T. Backward: one kernel owns queries
 (dq, and D for the other), one owns keys (dk, dv, dbias). Logits are kept times log2(e), for exp2.
 
+Packed sequences are rows of one image, of which a program finds its own (sequences.py); those behind the last are one
+more, without keys.
+
 What has the channels of a head is a list of chunks, each loaded, multiplied and summed on its own: one, of a power of
 two, or 64 channels and a tail of 16 or 32, where padding to 128 would cost more (`columns`).
 """
@@ -17,20 +20,10 @@ import triton.language as tl
 
 from ..schemas import heads_inside, parts_of
 from . import launches
-from .common import (
-    ALL_REGISTERS,
-    FUSION,
-    architecture,
-    before_hopper,
-    dot_options,
-    for_any,
-    from_units,
-    index_type,
-    rows,
-    tile,
-    unit,
-)
+from .attention_arguments import config, layout, shared_arguments, stand_ins, tail
+from .common import before_hopper, for_any, from_units, rows, tile
 from .launch import Launch, launch, planned
+from .sequences import longest, of_sequences, own, tiles_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -193,29 +186,33 @@ def _mean_key(k_ptr, lengths_ptr, key_mean_ptr, b, tile_n, H, N, stride_b, strid
     _store(key_mean_ptr, [s / H for s in sums], b, 0, n, ck, N, DK, DK, INDEX)
 
 
-@for_any("B", "M", "N", "stride_bb", "stride_bh")
+@for_any("B", "M", "N", "stride_bb", "stride_bh", "S", "leap")
 def masked_channel_attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, qk_mask_ptr, v_mask_ptr, bias_ptr, lengths_ptr, out_ptr, scores_ptr, lse_ptr, key_mean_ptr,
-    factor: tl.float64, B, H, M, N,
+    q_ptr, k_ptr, v_ptr, qk_mask_ptr, v_mask_ptr, bias_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, out_ptr, scores_ptr,
+    lse_ptr, key_mean_ptr, factor: tl.float64, B, H, M, N,
     stride_qb, stride_qh, stride_qm, stride_qc, stride_kb, stride_kh, stride_kn, stride_kc,
-    stride_vb, stride_vh, stride_vn, stride_vc, stride_bb, stride_bh, stride_bn,
+    stride_vb, stride_vh, stride_vn, stride_vc, stride_bb, stride_bh, stride_bn, S, leap,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr,
     HAS_QK_MASK: tl.constexpr, HAS_V_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    CLASS: tl.constexpr, KEY_MEAN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    SEQUENCES: tl.constexpr, CLASS: tl.constexpr, KEY_MEAN: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, TAIL_DK: tl.constexpr, TAIL_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     scale = tl.full((), factor, ACC)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    if SEQUENCES:
+        tiles_m = M // BLOCK_M + S + 1
     side = B * tiles_n if KEY_MEAN else 0
     stride_qm, stride_kn = from_units(stride_qm, UNIT, INDEX), from_units(stride_kn, UNIT, INDEX)
     stride_vn = from_units(stride_vn, UNIT, INDEX)
 
     if program < side:
+        if SEQUENCES:  # no more than those that are of one
+            lengths_ptr = cu_k_ptr + S
         _mean_key(
             k_ptr, lengths_ptr, key_mean_ptr, program // tiles_n, program % tiles_n, H, N,
-            stride_kb, stride_kh, stride_kn, stride_kc, ACC, DOT, INDEX, UNIT, HAS_LENGTHS, DK,
+            stride_kb, stride_kh, stride_kn, stride_kc, ACC, DOT, INDEX, UNIT, HAS_LENGTHS or SEQUENCES, DK,
             _chunks(BLOCK_DK, TAIL_DK), BLOCK_N,
         )  # fmt: skip
     else:
@@ -225,9 +222,19 @@ def masked_channel_attention_fwd_kernel(
         k_ptr = _head(k_ptr, b, h, stride_kb, stride_kh, UNIT)
         v_ptr = _head(v_ptr, b, h, stride_vb, stride_vh, UNIT)
         bias_ptr += b * stride_bb + tl.cast(h, tl.int64) * stride_bh
+        out_ptr += b * M * (H * DV)
+        lse_ptr += (b * H + h) * M
+        scores_ptr += (b * H + h) * N
+        length = _length(lengths_ptr, b, N, HAS_LENGTHS)
+        if SEQUENCES:
+            tile_m, first_m, M, _, first_n, N = own(cu_q_ptr, cu_k_ptr, tile_m, M, S, leap, BLOCK_M)
+            length = N
+            q_ptr, k_ptr = q_ptr + first_m * stride_qm, k_ptr + first_n * stride_kn
+            v_ptr, bias_ptr = v_ptr + first_n * stride_vn, bias_ptr + first_n * stride_bn
+            out_ptr += first_m * (H * DV)
+            lse_ptr, scores_ptr = lse_ptr + first_m, scores_ptr + first_n
         m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         ck, cv = _chunks(BLOCK_DK, TAIL_DK), _chunks(BLOCK_DV, TAIL_DV)
-        length = _length(lengths_ptr, b, N, HAS_LENGTHS)
 
         q = _rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
         q = _masked(q, qk_mask_ptr, h, ck, DK, ACC, DOT, HAS_QK_MASK)
@@ -251,12 +258,12 @@ def masked_channel_attention_fwd_kernel(
             )  # fmt: skip
         some = tl.where(total == 0.0, 1.0, total)
         lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(some))
-        tl.store(lse_ptr + (b * H + h) * M + m, lse * LN2, mask=m < M)
+        tl.store(lse_ptr + m, lse * LN2, mask=m < M)
         acc = _masked([a * (1 / some)[:, None] for a in acc], v_mask_ptr, h, cv, DV, ACC, ACC, HAS_V_MASK)
-        _store(out_ptr, acc, b, h, m, cv, M, H * DV, DV, INDEX)
+        _store(out_ptr, acc, 0, h, m, cv, M, H * DV, DV, INDEX)
 
         if CLASS:
-            if tile_m == 0:
+            if (tile_m == 0) & (M > 0):
                 first = _finite(tl.sum(tl.where(m == 0, top, 0.0), axis=0))
                 divisor = tl.sum(tl.where(m == 0, some, 0.0), axis=0)
                 one = tl.arange(0, 16)  # a dot needs so many: behind query 0 there are zeros
@@ -269,29 +276,40 @@ def masked_channel_attention_fwd_kernel(
                     s = _product(k, q_class, ACC, PRECISION) * scale
                     s = tl.sum(tl.where((one == 0)[None, :], s, 0.0), axis=1)
                     p = tl.where(bias == float("-inf"), 0.0, tl.exp2(s + bias - first) / divisor)
-                    tl.store(scores_ptr + (b * H + h) * N + n, p, mask=n < N)
+                    tl.store(scores_ptr + n, p, mask=n < N)
 
 
-@for_any("M", "N", "stride_bb", "stride_bh")
+@for_any("M", "N", "stride_bb", "stride_bh", "S", "leap")
 def masked_channel_attention_received_kernel(
-    q_ptr, k_ptr, qk_mask_ptr, bias_ptr, lengths_ptr, lse_ptr, scores_ptr, factor: tl.float64, H, GROUPS, M, N,
+    q_ptr, k_ptr, qk_mask_ptr, bias_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, lse_ptr, scores_ptr, factor: tl.float64,
+    H, GROUPS, M, N,
     stride_qb, stride_qh, stride_qm, stride_qc, stride_kb, stride_kh, stride_kn, stride_kc,
-    stride_bb, stride_bh, stride_bn,
+    stride_bb, stride_bh, stride_bn, S, leap,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr,
-    HAS_QK_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_QK_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, SEQUENCES: tl.constexpr,
     DK: tl.constexpr, BLOCK_DK: tl.constexpr, TAIL_DK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The mean over the queries, and over the heads of a group (one head, or all), of the probabilities of keys."""
     scale = tl.full((), factor, ACC)
     tiles_n = tl.cdiv(N, BLOCK_N)
+    if SEQUENCES:
+        tiles_n = N // BLOCK_N + S + 1
     program = tl.program_id(0)
-    n = (program % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_n = program % tiles_n
     group = (program // tiles_n) % GROUPS
     b = (program // (tiles_n * GROUPS)).to(tl.int64)
     c = _chunks(BLOCK_DK, TAIL_DK)
     length = _length(lengths_ptr, b, N, HAS_LENGTHS)
     stride_qm, stride_kn = from_units(stride_qm, UNIT, INDEX), from_units(stride_kn, UNIT, INDEX)
     heads = H // GROUPS
+    lse_ptr += b * H * M
+    scores_ptr += (b * GROUPS + group) * N
+    rows = M
+    if SEQUENCES:
+        tile_n, first_n, N, length, first_m, M = own(cu_k_ptr, cu_q_ptr, tile_n, N, S, leap, BLOCK_N)
+        q_ptr, k_ptr = q_ptr + first_m * stride_qm, k_ptr + first_n * stride_kn
+        bias_ptr, lse_ptr, scores_ptr = bias_ptr + first_n * stride_bn, lse_ptr + first_m, scores_ptr + first_n
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     sums = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for h in range(group * heads, group * heads + heads):
         head_q = _head(q_ptr, b, h, stride_qb, stride_qh, UNIT)
@@ -304,35 +322,10 @@ def masked_channel_attention_received_kernel(
             q = _rows(head_q, m, c, m < M, DK, stride_qm, stride_qc, DOT, INDEX)
             q = _masked(q, qk_mask_ptr, h, c, DK, ACC, DOT, HAS_QK_MASK)
             s = _product(q, k, ACC, PRECISION) * scale
-            lse = _row_lse(lse_ptr + (b * H + h) * M, m, m < M, ACC)[:, None]
+            lse = _row_lse(lse_ptr + tl.cast(h, tl.int64) * rows, m, m < M, ACC)[:, None]
             sums += tl.where(bias[None, :] == float("-inf"), 0.0, tl.exp2(s + bias[None, :] - lse))
-    received = tl.sum(sums, axis=0) / (M * heads)
-    tl.store(scores_ptr + (b * GROUPS + group) * N + n, received, mask=n < N)
-
-
-def columns(dtype, *widths):
-    """(BLOCK, TAIL) of the columns that hold the channels of heads of these widths, of which the others are padding.
-
-    With tf32x3 chunks lose more than the padding they save: three times the operands, a tail too narrow for the warps.
-    Before Hopper a tail of 32 spills.
-    """
-    chunked = dtype.itemsize == 2 and 64 < max(widths) <= (80 if before_hopper() else 96)
-    return [(64, tile(D - 64, 16, 32)) if chunked and D > 64 else (tile(D, 16, 128), 0) for D in widths]
-
-
-def layout(dtype, DK, DV):
-    """Whether heads are padded to 128 channels, and whether they are in chunks."""
-    blocks, tails = zip(*columns(dtype, DK, DV))
-    return 128 in blocks, any(tails)
-
-
-def config(dtype, DK, DV, warps, stages):
-    (BLOCK_DK, TAIL_DK), (BLOCK_DV, TAIL_DV) = columns(dtype, DK, DV)
-    options = {"num_warps": warps, "num_stages": stages, **FUSION}
-    padded, chunked = layout(dtype, DK, DV)
-    if dtype.itemsize == 2 and (chunked and architecture() != 90 or padded and before_hopper()):
-        options |= ALL_REGISTERS
-    return {"BLOCK_DK": BLOCK_DK, "BLOCK_DV": BLOCK_DV, "TAIL_DK": TAIL_DK, "TAIL_DV": TAIL_DV, **options}
+    received = tl.sum(sums, axis=0) / (tl.maximum(M, 1) * heads)
+    tl.store(scores_ptr + n, received, mask=n < N)
 
 
 def _fwd_config(dtype, M, N, DK, DV):
@@ -346,29 +339,6 @@ def _fwd_config(dtype, M, N, DK, DV):
     return sizes | config(dtype, DK, DV, warps=8 if (single or wide) and M > 16 else 4, stages=stages)
 
 
-def shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, *others):
-    """What every kernel takes: strides in units, those of the bias, constants."""
-    UNIT = unit(*(s for t in (q, k, v, *others) for s in t.stride()[:3]))
-    optional = {"QK_MASK": qk_mask, "V_MASK": v_mask, "BIAS": bias, "LENGTHS": lengths}
-    constants = {f"HAS_{name}": t is not None for name, t in optional.items()}
-    indexed = (q, k, v, *others) if bias is None else (q, k, v, *others, bias)
-    constants |= dot_options(q.dtype) | {"UNIT": UNIT, "INDEX": index_type(*indexed)}
-    constants |= {"DK": q.shape[3], "DV": v.shape[3]}
-    strides = [(*(s // UNIT for s in t.stride()[:3]), t.stride()[3]) for t in (q, k, v, *others)]
-    return strides, (0, 0, 0) if bias is None else bias.stride(), constants
-
-
-def stand_ins(q, qk_mask, v_mask, bias, lengths):
-    """The optional tensors as kernels take them: of no strides but the bias's, q for a missing one."""
-    qk_mask, v_mask, lengths = (q if t is None else t.contiguous() for t in (qk_mask, v_mask, lengths))
-    return qk_mask, v_mask, q if bias is None else bias, lengths
-
-
-def tail(rows, block, all_masked=False):
-    """The size of the tiles behind the whole ones."""
-    return tile(rows if all_masked else rows % block, 16, block)
-
-
 def _only(constants, *names):
     """The constants without those that a kernel does not take."""
     return {name: value for name, value in constants.items() if name not in names}
@@ -380,30 +350,33 @@ class _Forward(NamedTuple):
 
 
 @planned
-def _fwd_plan(q, k, v, qk_mask, v_mask, bias, lengths, scores, mean, key_mean):
+def _fwd_plan(q, k, v, qk_mask, v_mask, bias, lengths, scores, mean, key_mean, cu_q, cu_k, max_q, max_k):
     (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
     strides, bias_strides, constants = shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths)
-    default = _fwd_config(q.dtype, M, N, DK, DV)
+    constants |= {"SEQUENCES": cu_q is not None}
+    most = longest(M, cu_q, max_q), longest(N, cu_k, max_k)
+    default = _fwd_config(q.dtype, *most, DK, DV)
     given = (qk_mask is not None, v_mask is not None, bias is not None, lengths is not None)
-    call = (q.dtype, B, (M, N, DK, DV), default, given)
+    call = (q.dtype, B, (*most, DK, DV), default, given)
     sizes = launches.overlaid("masked_channel_attention_fwd", *call)
     own = {"CLASS": scores == "class", "KEY_MEAN": key_mean}
-    own["BLOCK_TAIL"] = tail(N, sizes["BLOCK_N"], lengths is not None)
-    programs = B * (triton.cdiv(N, sizes["BLOCK_N"]) * key_mean + H * triton.cdiv(M, sizes["BLOCK_M"]))
-    scalars = (B, H, M, N, *strides[0], *strides[1], *strides[2], *bias_strides)
+    own["BLOCK_TAIL"] = tail(N, sizes["BLOCK_N"], lengths is not None or cu_k is not None)
+    programs = B * (triton.cdiv(N, sizes["BLOCK_N"]) * key_mean + H * tiles_of(M, sizes["BLOCK_M"], cu_q))
+    scalars = (B, H, M, N, *strides[0], *strides[1], *strides[2], *bias_strides, *of_sequences(cu_q))
     first = Launch(programs, scalars, constants | sizes | own)
     if scores != "received":
         return _Forward(first, None)
     groups = 1 if mean else H
     sizes = launches.overlaid("masked_channel_attention_received", *call)
-    scalars = (H, groups, M, N, *strides[0], *strides[1], *bias_strides)
+    scalars = (H, groups, M, N, *strides[0], *strides[1], *bias_strides, *of_sequences(cu_q))
     constants = _only(constants, "HAS_V_MASK", "DV") | _only(sizes, "BLOCK_DV", "TAIL_DV")
-    return _Forward(first, Launch(B * groups * triton.cdiv(N, sizes["BLOCK_N"]), scalars, constants))
+    return _Forward(first, Launch(B * groups * tiles_of(N, sizes["BLOCK_N"], cu_k), scalars, constants))
 
 
 def masked_channel_attention_fwd(
-    q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0, keep=True
-):
+    q, k, v, qk_mask, v_mask, bias, lengths, scale, scores, mean, key_mean, heads=0, channels=0, keep=True, cu_q=None,
+    cu_k=None, max_q=0, max_k=0,
+):  # fmt: skip
     q, k, v = parts_of(q, k, v, heads, channels)
     (B, H, M, DK), N = q.shape, k.shape[2]
     if scale < 0:  # the kernels take the maximum before they scale
@@ -413,14 +386,16 @@ def masked_channel_attention_fwd(
     groups = (B,) if mean and scores == "received" else (B, H)
     score = q.new_empty(0, dtype=wide) if scores == "none" else q.new_empty(*groups, N, dtype=wide)
     mean_k = k.new_empty(B, N, DK) if key_mean else k.new_empty(0)
-    plan = _fwd_plan(q, k, v, qk_mask, v_mask, bias, lengths, scores, mean, key_mean)
-    qk_mask, v_mask, bias, lengths = stand_ins(q, qk_mask, v_mask, bias, lengths)
+    if cu_q is not None and scores == "class":  # keys of no query
+        score.zero_()
+    plan = _fwd_plan(q, k, v, qk_mask, v_mask, bias, lengths, scores, mean, key_mean, cu_q, cu_k, max_q, max_k)
+    qk_mask, v_mask, bias, lengths, cu_q, cu_k = stand_ins(q, qk_mask, v_mask, bias, lengths, cu_q, cu_k)
     factor = (scale * LOG2E.value,)
-    tensors = (q, k, v, qk_mask, v_mask, bias, lengths, out, score, lse, mean_k)
+    tensors = (q, k, v, qk_mask, v_mask, bias, lengths, cu_q, cu_k, out, score, lse, mean_k)
     launch(masked_channel_attention_fwd_kernel, plan.launch, tensors, factor)
     if scores == "class" and mean:
         score = score.mean(dim=1)
     if plan.received is not None:
-        tensors = (q, k, qk_mask, bias, lengths, lse, score)
+        tensors = (q, k, qk_mask, bias, lengths, cu_q, cu_k, lse, score)
         launch(masked_channel_attention_received_kernel, plan.received, tensors, factor)
     return out, score, lse if keep else lse.new_empty(0), mean_k

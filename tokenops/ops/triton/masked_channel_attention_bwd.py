@@ -13,6 +13,7 @@ import triton.language as tl
 from ..reference import heads_of
 from ..schemas import attention_gradients, parts_of
 from . import launches
+from .attention_arguments import config, layout, shared_arguments, stand_ins, tail
 from .common import ALL_REGISTERS, before_hopper, for_any, from_units, tile
 from .launch import Launch, launch, planned
 from .masked_channel_attention import (
@@ -28,12 +29,8 @@ from .masked_channel_attention import (
     _rows,
     _store,
     _zeros,
-    config,
-    layout,
-    shared_arguments,
-    stand_ins,
-    tail,
 )
+from .sequences import longest, of_sequences, own, tiles_of
 
 
 @triton.jit
@@ -91,22 +88,26 @@ def _query_gradient(acc, q, dout, lse, delta, k_ptr, v_ptr, bias_ptr, dscores_pt
     return _plus(ds.to(DOT), k, acc, ACC, PRECISION)
 
 
-@for_any("M", "N", "stride_bb", "stride_bh", "stride_sb", "stride_sh")
+@for_any("M", "N", "stride_bb", "stride_bh", "stride_sb", "stride_sh", "S", "leap")
 def masked_channel_attention_bwd_q_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, qk_mask_ptr, v_mask_ptr, bias_ptr, lengths_ptr, out_ptr, lse_ptr, dlse_ptr,
-    dscores_ptr, row_ptr, dq_ptr, dqk_mask_ptr, factor: tl.float64, rate: tl.float64, share: tl.float64, H, M, N,
+    dout_ptr, q_ptr, k_ptr, v_ptr, qk_mask_ptr, v_mask_ptr, bias_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, out_ptr,
+    lse_ptr, dlse_ptr, dscores_ptr, row_ptr, dq_ptr, dqk_mask_ptr,
+    factor: tl.float64, rate: tl.float64, share: tl.float64, H, M, N,
     stride_qb, stride_qh, stride_qm, stride_qc, stride_kb, stride_kh, stride_kn, stride_kc,
     stride_vb, stride_vh, stride_vn, stride_vc, stride_ob, stride_oh, stride_om, stride_oc,
-    stride_bb, stride_bh, stride_bn, stride_sb, stride_sh, stride_sn,
+    stride_bb, stride_bh, stride_bn, stride_sb, stride_sh, stride_sn, S, leap,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr,
     HAS_QK_MASK: tl.constexpr, HAS_V_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_DLSE: tl.constexpr, HAS_DSCORES: tl.constexpr, RECEIVED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    SEQUENCES: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_DSCORES: tl.constexpr, RECEIVED: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
     PACKED: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, TAIL_DK: tl.constexpr, TAIL_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries, its share of the channel mask's gradient, and what the other kernel takes of a query."""
     scale, share = tl.full((), factor, ACC), tl.full((), share, ACC)
     tiles_m = tl.cdiv(M, BLOCK_M)
+    if SEQUENCES:
+        tiles_m = M // BLOCK_M + S + 1
     program = tl.program_id(0)
     tile_m, head = program % tiles_m, program // tiles_m
     h, b = head % H, (head // H).to(tl.int64)
@@ -119,12 +120,25 @@ def masked_channel_attention_bwd_q_kernel(
     bias_ptr += b * stride_bb + tl.cast(h, tl.int64) * stride_bh
     dscores_ptr += b * stride_sb + tl.cast(h, tl.int64) * stride_sh
     row = (b * H + h) * M
+    out_ptr += b * M * H * DV
+    dq_ptr += b * M * (H * (2 * DK + DV) if PACKED else H * DK)
+    length, there = _length(lengths_ptr, b, N, HAS_LENGTHS), M
+    if SEQUENCES:
+        tile_m, first_m, M, there, first_n, N = own(cu_q_ptr, cu_k_ptr, tile_m, M, S, leap, BLOCK_M)
+        length = N
+        q_ptr, k_ptr = q_ptr + first_m * stride_qm, k_ptr + first_n * stride_kn
+        v_ptr, dout_ptr = v_ptr + first_n * stride_vn, dout_ptr + first_m * stride_om
+        bias_ptr, dscores_ptr = bias_ptr + first_n * stride_bn, dscores_ptr + first_n * stride_sn
+        out_ptr += first_m * (H * DV)
+        dq_ptr += first_m * (H * (2 * DK + DV) if PACKED else H * DK)
+        row += first_m
+        if RECEIVED:
+            share = share / tl.maximum(M, 1)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     ck, cv = _chunks(BLOCK_DK, TAIL_DK), _chunks(BLOCK_DV, TAIL_DV)
-    length = _length(lengths_ptr, b, N, HAS_LENGTHS)
 
     dout = _rows(dout_ptr, m, cv, m < M, DV, stride_om, stride_oc, DOT, INDEX)
-    out = _rows(out_ptr + b * M * H * DV + h * DV, m, cv, m < M, DV, H * DV, 1, ACC, INDEX)
+    out = _rows(out_ptr + h * DV, m, cv, m < M, DV, H * DV, 1, ACC, INDEX)
     delta = _sum_over_channels(dout, out, ACC)
     dout = _masked(dout, v_mask_ptr, h, cv, DV, ACC, DOT, HAS_V_MASK)
     if HAS_DLSE:
@@ -164,10 +178,10 @@ def masked_channel_attention_bwd_q_kernel(
     rate = tl.full((), rate, ACC)
     acc = [a * rate for a in acc]
     if HAS_QK_MASK:
-        q = _rows(q_ptr, m, ck, m < M, DK, stride_qm, stride_qc, ACC, INDEX)
+        q = _rows(q_ptr, m, ck, m < there, DK, stride_qm, stride_qc, ACC, INDEX)
         _store_mask_gradient(dqk_mask_ptr + program.to(tl.int64) * DK, q, acc, ck, DK)
     acc = _masked(acc, qk_mask_ptr, h, ck, DK, ACC, ACC, HAS_QK_MASK)
-    _store(dq_ptr, acc, b, h, m, ck, M, H * (2 * DK + DV) if PACKED else H * DK, DK, INDEX)
+    _store(dq_ptr, acc, 0, h, m, ck, M, H * (2 * DK + DV) if PACKED else H * DK, DK, INDEX)
 
 
 @triton.jit
@@ -205,22 +219,25 @@ def _key_gradients(dk, dv, dbias, k, v, bias, gradient, q_ptr, dout_ptr, qk_mask
     return dk, dv, dbias
 
 
-@for_any("M", "N", "stride_bb", "stride_bh", "stride_sb", "stride_sh")
+@for_any("M", "N", "stride_bb", "stride_bh", "stride_sb", "stride_sh", "S", "leap")
 def masked_channel_attention_bwd_kv_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, qk_mask_ptr, v_mask_ptr, bias_ptr, lengths_ptr, row_ptr, dscores_ptr,
-    dk_ptr, dv_ptr, dv_mask_ptr, dbias_ptr, factor: tl.float64, rate: tl.float64, share: tl.float64, H, M, N,
+    dout_ptr, q_ptr, k_ptr, v_ptr, qk_mask_ptr, v_mask_ptr, bias_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, row_ptr,
+    dscores_ptr, dk_ptr, dv_ptr, dv_mask_ptr, dbias_ptr,
+    factor: tl.float64, rate: tl.float64, share: tl.float64, H, M, N,
     stride_qb, stride_qh, stride_qm, stride_qc, stride_kb, stride_kh, stride_kn, stride_kc,
     stride_vb, stride_vh, stride_vn, stride_vc, stride_ob, stride_oh, stride_om, stride_oc,
-    stride_bb, stride_bh, stride_bn, stride_sb, stride_sh, stride_sn,
+    stride_bb, stride_bh, stride_bn, stride_sb, stride_sh, stride_sn, S, leap,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, UNIT: tl.constexpr,
     HAS_QK_MASK: tl.constexpr, HAS_V_MASK: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    HAS_DSCORES: tl.constexpr, RECEIVED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    SEQUENCES: tl.constexpr, HAS_DSCORES: tl.constexpr, RECEIVED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     PACKED: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, TAIL_DK: tl.constexpr, TAIL_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_TAIL: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and dbias of a tile of keys, and its share of the value mask's gradient."""
     scale, share = tl.full((), factor, ACC), tl.full((), share, ACC)
     tiles_n = tl.cdiv(N, BLOCK_N)
+    if SEQUENCES:
+        tiles_n = N // BLOCK_N + S + 1
     program = tl.program_id(0)
     tile_n, head = program % tiles_n, program // tiles_n
     h, b = head % H, (head // H).to(tl.int64)
@@ -233,9 +250,22 @@ def masked_channel_attention_bwd_kv_kernel(
     bias_ptr += b * stride_bb + tl.cast(h, tl.int64) * stride_bh
     dscores_ptr += b * stride_sb + tl.cast(h, tl.int64) * stride_sh
     row_ptr += (b * H + h) * M * 2
+    dbias_ptr += (b * H + h) * N
+    dk_ptr += b * N * (H * (2 * DK + DV) if PACKED else H * DK)
+    dv_ptr += b * N * (H * (2 * DK + DV) if PACKED else H * DV)
+    length = _length(lengths_ptr, b, N, HAS_LENGTHS)
+    if SEQUENCES:
+        tile_n, first_n, N, length, first_m, M = own(cu_k_ptr, cu_q_ptr, tile_n, N, S, leap, BLOCK_N)
+        q_ptr, k_ptr = q_ptr + first_m * stride_qm, k_ptr + first_n * stride_kn
+        v_ptr, dout_ptr = v_ptr + first_n * stride_vn, dout_ptr + first_m * stride_om
+        bias_ptr, dscores_ptr = bias_ptr + first_n * stride_bn, dscores_ptr + first_n * stride_sn
+        row_ptr, dbias_ptr = row_ptr + first_m * 2, dbias_ptr + first_n
+        dk_ptr += first_n * (H * (2 * DK + DV) if PACKED else H * DK)
+        dv_ptr += first_n * (H * (2 * DK + DV) if PACKED else H * DV)
+        if RECEIVED:
+            share = share / tl.maximum(M, 1)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ck, cv = _chunks(BLOCK_DK, TAIL_DK), _chunks(BLOCK_DV, TAIL_DV)
-    length = _length(lengths_ptr, b, N, HAS_LENGTHS)
 
     bias = _key_bias(bias_ptr, n, length, stride_bn, ACC, INDEX, HAS_BIAS, False)
     counts = bias > float("-inf")
@@ -269,15 +299,15 @@ def masked_channel_attention_bwd_kv_kernel(
     dv = [tl.where(counts[:, None], d, 0.0) for d in dv]
     if HAS_BIAS:
         dbias = tl.where(counts, dbias if SUMS else tl.sum(dbias, axis=1), 0.0)
-        tl.store(dbias_ptr + (b * H + h) * N + n, dbias.to(dbias_ptr.dtype.element_ty), mask=n < N)
+        tl.store(dbias_ptr + n, dbias.to(dbias_ptr.dtype.element_ty), mask=n < N)
     rate = tl.full((), rate, ACC)
     dk = [d * rate for d in dk]
-    _store(dk_ptr, dk, b, h, n, ck, N, H * (2 * DK + DV) if PACKED else H * DK, DK, INDEX)
+    _store(dk_ptr, dk, 0, h, n, ck, N, H * (2 * DK + DV) if PACKED else H * DK, DK, INDEX)
     if HAS_V_MASK:
         v = _rows(v_ptr, n, cv, n < length, DV, stride_vn, stride_vc, ACC, INDEX)
         _store_mask_gradient(dv_mask_ptr + program.to(tl.int64) * DV, v, dv, cv, DV)
     dv = _masked(dv, v_mask_ptr, h, cv, DV, ACC, ACC, HAS_V_MASK)
-    _store(dv_ptr, dv, b, h, n, cv, N, H * (2 * DK + DV) if PACKED else H * DV, DV, INDEX)
+    _store(dv_ptr, dv, 0, h, n, cv, N, H * (2 * DK + DV) if PACKED else H * DV, DV, INDEX)
 
 
 def _bwd_configs(dtype, M, N, DK, DV, qk_masked, biased):
@@ -318,30 +348,42 @@ class _Backward(NamedTuple):
 
 
 @planned
-def _bwd_plan(dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scores, mean, packed):
+def _bwd_plan(
+    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scores, mean, packed, cu_q, cu_k, max_q,
+    max_k,
+):  # fmt: skip
     (B, H, M, DK), N, DV = q.shape, k.shape[2], v.shape[3]
-    of_queries, of_keys = _bwd_configs(q.dtype, M, N, DK, DV, qk_mask is not None, bias is not None)
+    most = longest(M, cu_q, max_q), longest(N, cu_k, max_k)
+    of_queries, of_keys = _bwd_configs(q.dtype, *most, DK, DV, qk_mask is not None, bias is not None)
     received = dscores is not None and scores == "received"
     optional = (qk_mask is not None, v_mask is not None, bias is not None, lengths is not None, received)
-    call = (q.dtype, B, (M, N, DK, DV))
+    call = (q.dtype, B, (*most, DK, DV))
     of_queries = launches.overlaid("masked_channel_attention_bwd_q", *call, of_queries, optional)
     of_keys = launches.overlaid("masked_channel_attention_bwd_kv", *call, of_keys, optional)
     strides, bias_strides, constants = shared_arguments(q, k, v, qk_mask, v_mask, bias, lengths, dout)
     split = qk_mask is None and not layout(q.dtype, DK, DV)[0]  # two loops take more registers
-    tiles_m, tiles_n = triton.cdiv(M, of_queries["BLOCK_M"]), triton.cdiv(N, of_keys["BLOCK_N"])
+    tiles_m, tiles_n = tiles_of(M, of_queries["BLOCK_M"], cu_q), tiles_of(N, of_keys["BLOCK_N"], cu_k)
     score_strides = (0, 0, 0)
     if dscores is not None:
         score_strides = (dscores.stride()[0], 0, dscores.stride()[1]) if mean else dscores.stride()
     scalars = (H, M, N, *(stride for of_one in strides for stride in of_one), *bias_strides, *score_strides)
-    constants |= {"HAS_DSCORES": dscores is not None, "RECEIVED": scores == "received", "PACKED": packed}
+    scalars += of_sequences(cu_q)
+    constants |= {
+        "SEQUENCES": cu_q is not None,
+        "HAS_DSCORES": dscores is not None,
+        "RECEIVED": scores == "received",
+        "PACKED": packed,
+    }
     of_queries = of_queries | {
         "HAS_DLSE": dlse is not None,
         "SPLIT": split and lengths is None,
-        "BLOCK_TAIL": tail(N, of_queries["BLOCK_N"], not split or lengths is not None),
+        "BLOCK_TAIL": tail(N, of_queries["BLOCK_N"], not split or lengths is not None or cu_k is not None),
     }
     of_keys = of_keys | {
         "SPLIT": split,
-        "BLOCK_TAIL": tile((M - 1) % of_keys["BLOCK_M"] + 1 if split else of_keys["BLOCK_M"], 16, of_keys["BLOCK_M"]),
+        "BLOCK_TAIL": tile(
+            (M - 1) % of_keys["BLOCK_M"] + 1 if split and cu_q is None else of_keys["BLOCK_M"], 16, of_keys["BLOCK_M"]
+        ),
     }
     return _Backward(
         Launch(B * H * tiles_m, scalars, constants | of_queries),
@@ -352,22 +394,25 @@ def _bwd_plan(dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out,
 
 
 def masked_channel_attention_bwd(
-    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean, heads=0, channels=0
-):
+    dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scale, scores, mean, heads=0, channels=0,
+    cu_q=None, cu_k=None, max_q=0, max_k=0,
+):  # fmt: skip
     made, packed = attention_gradients(q, k, v), k is None
     dq, dk, dv = heads_of(made[0], heads, channels) if packed else made
     q, k, v = parts_of(q, k, v, heads, channels)
     (B, H, M, DK), DV = q.shape, v.shape[3]
-    plan = _bwd_plan(dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse, scores, mean, packed)
+    given = dout, dscores, dlse, q, k, v, qk_mask, v_mask, bias, lengths, out, lse
+    plan = _bwd_plan(*given, scores, mean, packed, cu_q, cu_k, max_q, max_k)
     # what was saved may lie otherwise: under vmap, or from where hooks of saved tensors put it
     out, lse = out.transpose(1, 2).contiguous(), lse.contiguous()
     of_rows = lse.new_empty((*lse.shape, 2))  # D, and the log-sum-exp as the kernels subtract it
     dqk_partial = lse.new_empty((B, H, plan.tiles_m, DK) if qk_mask is not None else (0,))
     dv_partial = lse.new_empty((B, H, plan.tiles_n, DV) if v_mask is not None else (0,))
     dbias = q.new_empty((0,)) if bias is None else bias.new_empty(bias.shape)
-    share = 1 / ((M if scores == "received" else 1) * (H if mean else 1))
+    # of sequences a kernel knows how many queries there are
+    share = 1 / ((M if scores == "received" and cu_q is None else 1) * (H if mean else 1))
     floats = (float(scale) * math.log2(math.e), float(scale), share)
-    given = (dout, q, k, v, *stand_ins(q, qk_mask, v_mask, bias, lengths))
+    given = (dout, q, k, v, *stand_ins(q, qk_mask, v_mask, bias, lengths, cu_q, cu_k))
     dscores_, dlse_ = lse if dscores is None else dscores, lse if dlse is None else dlse.contiguous()
     tensors = (*given, out, lse, dlse_, dscores_, of_rows, dq, dqk_partial)
     launch(masked_channel_attention_bwd_q_kernel, plan.of_queries, tensors, floats)
