@@ -4,7 +4,8 @@ import torch
 
 
 def double(tensors):
-    return {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+    floats = {name: t.double() for name, t in tensors.items() if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    return {**tensors, **floats}
 
 
 def differentiated(function, tensors, learned, upstream=None):

@@ -208,10 +208,9 @@ def masked_channel_attention_fwd_kernel(
     stride_vn = from_units(stride_vn, UNIT, INDEX)
 
     if program < side:
-        if SEQUENCES:  # no more than those that are of one
-            lengths_ptr = cu_k_ptr + S
+        ends_ptr = cu_k_ptr + S if SEQUENCES else lengths_ptr
         _mean_key(
-            k_ptr, lengths_ptr, key_mean_ptr, program // tiles_n, program % tiles_n, H, N,
+            k_ptr, ends_ptr, key_mean_ptr, program // tiles_n, program % tiles_n, H, N,
             stride_kb, stride_kh, stride_kn, stride_kc, ACC, DOT, INDEX, UNIT, HAS_LENGTHS or SEQUENCES, DK,
             _chunks(BLOCK_DK, TAIL_DK), BLOCK_N,
         )  # fmt: skip
