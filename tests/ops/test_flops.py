@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import tokenops
@@ -81,3 +82,16 @@ def test_training_counts_three_times_the_products():
 def test_operators_count_their_products(call, products):
     x, w = torch.randn(2, 8, 6), torch.randn(2, 8, 5)
     assert counted(call, x, w) == products * 2 * 2 * 8 * 5 * 6
+
+
+def test_sequences_count_their_own_pairs():
+    q = torch.randn(10, 2, 8, requires_grad=True)
+    cu = torch.tensor([0, 3, 3, 9], dtype=torch.int32)
+    run = lambda: tokenops.masked_channel_attention(q, q, q, cu_seqlens=cu, max_seqlen=6)  # noqa: E731
+    pairs = 3 * 3 + 6 * 6
+    assert counted(run) == 2 * 2 * pairs * 2 * 8
+    assert counted(lambda: run().sum().backward()) == 2 * 2 * pairs * (2 + 5) * 8
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake, bounds = mode.from_tensor(q.detach()), mode.from_tensor(cu)
+        at_most = lambda: tokenops.masked_channel_attention(fake, fake, fake, cu_seqlens=bounds, max_seqlen=6)  # noqa: E731
+        assert counted(at_most) == 2 * 2 * 10 * 6 * 2 * 8

@@ -5,6 +5,7 @@ counted before.
 """
 
 import torch
+from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from .schemas import KERNELS
@@ -35,23 +36,36 @@ def _token_mlp_bwd(dy, z, w1, b1, w2, *args, **kwargs):
     return 2 * z[0] * z[2] * w1[0] * (3 * w1[1] + 2 * w2[0])
 
 
-@register_flop_formula(_ops.masked_channel_attention_fwd)
-def _masked_channel_attention_fwd(q, k, v, *args, **kwargs):
-    return 2 * _attention(q, k, v, args[8:10], 1, 1)
+@register_flop_formula(_ops.masked_channel_attention_fwd, get_raw=True)
+def _masked_channel_attention_fwd(q, k, v, *args, out_val=None, **kwargs):
+    return 2 * _attention(q, k, v, args[8:10], args[11:], 1, 1)
 
 
-@register_flop_formula(_ops.masked_channel_attention_bwd)
-def _masked_channel_attention_bwd(dout, dscores, dlse, q, k, v, *args, **kwargs):
+@register_flop_formula(_ops.masked_channel_attention_bwd, get_raw=True)
+def _masked_channel_attention_bwd(dout, dscores, dlse, q, k, v, *args, out_val=None, **kwargs):
     # three products with the keys' width (the logits again, dq, dk), two with the values' (dP, dv)
-    return 2 * _attention(q, k, v, args[-2:], 3, 2)
+    return 2 * _attention(q, k, v, args[9:11], args[11:], 3, 2)
 
 
-def _attention(q, k, v, packed, of_keys, of_values):
+def _attention(q, k, v, side_by_side, bounds, of_keys, of_values):
     """Multiply-adds of so many products with either width; all three may be side by side in q."""
     if k is not None:
-        return q[0] * q[1] * q[2] * k[2] * (of_keys * q[3] + of_values * v[3])
-    wide = packed[0] * packed[1]
-    return q[0] * q[1] * q[1] * (of_keys * wide + of_values * (q[2] - 2 * wide))
+        heads, wide_k, wide_v = q.shape[0] * q.shape[1], q.shape[3], v.shape[3]
+        pairs = q.shape[2] * k.shape[2]
+    else:
+        heads, wide_k = q.shape[0], side_by_side[0] * side_by_side[1]
+        wide_v, pairs = q.shape[2] - 2 * wide_k, q.shape[1] ** 2
+    if bounds and bounds[0] is not None:
+        pairs = _pairs(*bounds, q.shape[2])
+    return heads * pairs * (of_keys * wide_k + of_values * wide_v)
+
+
+def _pairs(cu_q, cu_k, max_q, max_k, rows):
+    """Of queries and keys of one sequence, in all of them; at most, where the boundaries may not be looked at."""
+    if isinstance(cu_q, FakeTensor):
+        return rows * max_k
+    of_q, of_k = (cu.long().diff() for cu in (cu_q, cu_k))
+    return int((of_q * of_k).sum())
 
 
 @register_flop_formula(_ops.match_bipartite_fwd)
