@@ -137,6 +137,18 @@ def soft_aggregate_cases(dtype):
 
         yield f"N{N}-M{M}-C{C}", run
 
+    for longest, M, C, learned, masked in ((1024, 98, 384, True, False), (197, 98, 768, False, True)):
+        x, w = _meta(1, 50000, C, dtype=dtype), _meta(1, 50000, M, dtype=dtype)
+        scale = _meta(1, dtype=dtype) if learned else None
+        mask = _meta(1, 50000, dtype=torch.bool) if masked else None
+        ends = _meta(257, dtype=torch.int32)
+
+        def run():
+            y, stats = soft_aggregate_fwd(x, w, scale, 1.0, mask, 1, ends, longest)
+            soft_aggregate_bwd(y, x, w, scale, 1.0, mask, y, stats, 1, ends, longest)
+
+        yield f"N{longest}-M{M}-C{C}-packed", run
+
 
 def token_mlp_cases(dtype):
     from tokenops.ops.triton import token_mlp
@@ -199,12 +211,8 @@ def masked_channel_attention_cases(dtype):
         (16384, 4096, 16, 72, "class", True, True),
     ):
         q, k, v = _meta(T, 3, H, D, dtype=dtype).permute(1, 2, 0, 3).unsqueeze(1).unbind()
-        extra = [
-            _meta(H, D, dtype=torch.float32),
-            _meta(H, D, dtype=torch.float32),
-            _meta(1, H, T, dtype=torch.float32),
-        ]
-        extra = [*(extra if optional else [None] * 3), None]
+        given = [_meta(*size, dtype=torch.float32) if optional else None for size in ((H, D), (H, D), (1, H, T))]
+        extra = [*given, None]
         bounds = 0, 0, True, boundaries, boundaries, longest, longest
 
         def run_packed():
@@ -299,6 +307,21 @@ def match_bipartite_cases(dtype):
     yield "N196-D64-r13-turned", functools.partial(match_bipartite_fwd, turned, 13, 1)
 
 
+def match_packed_cases(dtype):
+    from tokenops.ops.triton.match_packed import match_packed_fwd
+
+    ends = _meta(65, dtype=torch.int32)
+    for N, D in (
+        (196, 64),  # photographs of DeiT-S
+        (8836, 80),  # Qwen2.5-VL's
+        (31, 24),
+        (1024, 200),  # several tiles of everything
+    ):
+        yield f"N{N}-D{D}", functools.partial(match_packed_fwd, _meta(64 * N, D, dtype=dtype), ends, N, 1)
+    turned = _meta(64, 64 * 196, dtype=dtype).transpose(0, 1)  # of a feature map
+    yield "N196-D64-turned", functools.partial(match_packed_fwd, turned, ends, 196, 1)
+
+
 def merge_bipartite_cases(dtype):
     from tokenops.ops.triton.merge_bipartite import merge_bipartite_bwd, merge_bipartite_fwd
 
@@ -332,6 +355,30 @@ def unmerge_bipartite_cases(dtype):
         yield f"N{N}-M{M}-C{C}", run
 
 
+def sum_rows_cases(dtype):
+    from tokenops.ops.triton.sum_rows import sum_rows_bwd, sum_rows_fwd
+
+    for T, M, C, weighted, mean, norm in (
+        (65536, 20000, 1152, True, True, False),
+        (65536, 20000, 1152, True, True, True),
+        (65536, 20000, 1280, False, False, True),
+        (4096, 1024, 193, False, True, False),
+        (4096, 1024, 1, True, True, False),  # of scores
+    ):
+        x, wide = _meta(T, C, dtype=dtype if C > 1 else torch.float32), torch.float32
+        dest, order, offsets = (_meta(rows, dtype=torch.int64) for rows in (T, T, M + 1))
+        weight = _meta(T, dtype=wide) if weighted else None
+        channels = _meta(C, dtype=wide) if norm else None
+
+        def run():
+            arguments = weight, order, offsets, T, channels, channels, mean, norm, 1e-6
+            y, totals, *_ = sum_rows_fwd(x, dest, M, *arguments)
+            sum_rows_bwd(y, dest, weight, totals if mean else None, x if weighted else None)
+            sum_rows_fwd(x, dest, M, None, order, offsets, 1, channels, channels, False, norm, 1e-6)  # a selection
+
+        yield f"T{T}-M{M}-C{C}{'-weighted' * weighted}{'-mean' * mean}{'-norm' * norm}", run
+
+
 CASES = {
     "soft_aggregate": soft_aggregate_cases,
     "token_mlp": token_mlp_cases,
@@ -340,8 +387,10 @@ CASES = {
     "restore_tokens": restore_tokens_cases,
     "merge_neighbours": merge_neighbours_cases,
     "match_bipartite": match_bipartite_cases,
+    "match_packed": match_packed_cases,
     "merge_bipartite": merge_bipartite_cases,
     "unmerge_bipartite": unmerge_bipartite_cases,
+    "sum_rows": sum_rows_cases,
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -361,6 +410,9 @@ QUICK = (
     ("select_tokens", "N196-k98-C384-none"),
     ("restore_tokens", "N196-k98-C384"),
     ("merge_neighbours", "H14-W14-C384-average"),
+    ("match_packed", "N196-D64"),
+    ("sum_rows", "T65536-M20000-C1152-weighted-mean"),
+    ("match_packed", "N196-D64"),
     ("merge_bipartite", "N196-r13-C384-sizes"),  # unmerge_bipartite launches the same kernels
 )
 

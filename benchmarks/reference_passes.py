@@ -22,6 +22,7 @@ LOCALS: dict[str, dict[str, str]] = {
         "last": "C",
         "of_dw": "tl.cdiv(N, BLOCK_N) * tl.cdiv(M, BLOCK_M)",
         "of_dx": "tl.cdiv(N, BLOCK_T)",
+        "stop": "C",
     },
     "masked_channel_attention_fwd_kernel": {"length": "N", "whole": "N // BLOCK_N * BLOCK_N"},
     "masked_channel_attention_bwd_q_kernel": {"length": "N", "whole": "N // BLOCK_N * BLOCK_N if SPLIT else 0"},
@@ -45,7 +46,7 @@ CONDITIONS = {
     ("soft_aggregate_bwd_kernel", "tile == 0"): "of_dx / (of_dw + of_dx) / tl.cdiv(N, BLOCK_T)",
     ("soft_aggregate_bwd_kernel", "place < of_dw"): "of_dw / (of_dw + of_dx)",
     ("masked_channel_attention_fwd_kernel", "program < side"): "0",  # no mean of k
-    ("masked_channel_attention_fwd_kernel", "tile_m == 0"): "1 / tl.cdiv(M, BLOCK_M)",
+    ("masked_channel_attention_fwd_kernel", "(tile_m == 0) & (M > 0)"): "1 / tl.cdiv(M, BLOCK_M)",
     ("match_bipartite_fwd_kernel", "scaled > 0"): "0",  # no row whose squares may overflow or vanish
     ("masked_channel_attention_bwd_q_kernel", "RECEIVED or tile_m == 0"): "1 if RECEIVED else 1 / tl.cdiv(M, BLOCK_M)",
 }
@@ -153,6 +154,9 @@ PASSES = (
         {"sum_rows_kernel": None}, "merge_bipartite_kernel<BFloat16, 8, false>",
     ),
 )  # fmt: skip
+
+#: kernels that have no floor: how long they take follows from the lengths of sequences
+UNBOUND = {"packed_tiles_kernel", "packed_sums_kernel", "packed_gather_kernel"}
 
 
 OPERATORS = sorted({one.operator for one in PASSES})

@@ -81,7 +81,7 @@ inline void check_float(const char* name, const Tensor& t) {
 // A layer norm's weight or bias
 inline void check_channels(const char* name, const Tensor& t, const Tensor& x) {
   check_float(name, t);
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == x.size(2) && t.is_cuda() == x.is_cuda() &&
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == x.size(x.dim() - 1) && t.is_cuda() == x.is_cuda() &&
                       t.get_device_index() == x.get_device_index(),
                   name, " must be (C,), on the other tensors' device");
 }

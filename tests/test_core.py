@@ -6,7 +6,8 @@ import torch
 
 import tokenops
 from tokenops import reference
-from tokenops.ops import backends
+from tokenops.ops import backends, match_packed, reference_packed
+from tokenops.ops.sum_rows import sum_rows
 
 B, N, M, C = 2, 12, 5, 16
 
@@ -25,6 +26,7 @@ def reference_merge(x, metric, r):
 
 
 INDEX = torch.tensor([[0, 4, 2, 3, 1, 4, 6, 5, 8, 7, 3, 2], [3, 1, 2, 0, 4, 4, 5, 6, 7, 8, 8, 1]])
+ENDS = torch.tensor([0, 5, 5, 14], dtype=torch.int32)
 CHOSEN = torch.stack([torch.arange(M) * 2, torch.arange(M) + 3])
 
 #: operator -> (ours, the reference, what makes its inputs); all inputs of floats get gradients, unless they are last
@@ -65,6 +67,11 @@ OPERATORS = {
         lambda m: reference.match_bipartite(m, 3),
         lambda: (tokens(),),
     ),
+    "match_packed": (
+        lambda m: tokenops.match_bipartite(m, 3, cu_seqlens=ENDS, max_seqlen=9).index,
+        lambda m: match_packed.one_by_one(m, 3, ENDS, 1).index,
+        lambda: (torch.randn(15, C),),
+    ),
     "merge_bipartite": (
         lambda x: merged(tokenops.merge_bipartite)(x, x.detach()),
         lambda x: merged(reference_merge)(x, x.detach()),
@@ -74,6 +81,11 @@ OPERATORS = {
         lambda y: tokenops.unmerge_bipartite(y, INDEX),
         lambda y: reference.unmerge_bipartite(y, INDEX),
         lambda: (tokens(1 + 9),),
+    ),
+    "sum_rows": (
+        lambda x, w: sum_rows(x, INDEX[0], 9, weight=w, mean=True)[0],
+        lambda x, w: reference_packed.sum_rows(x, INDEX[0], 9, weight=w, mean=True)[0],
+        lambda: (torch.randn(N, C), torch.rand(N) + 0.5),
     ),
 }
 PATHS = [(op, path) for op in OPERATORS for path in (*backends.TABLE[op]["cpu"], "reference")]
@@ -104,7 +116,8 @@ def test_operator(operator, path, ran_kernels, poisoned):
     if path == "reference":
         assert names == set()
     else:
-        passes = {"match_bipartite": ("fwd",), "merge_bipartite": ("matched", "bwd")}.get(operator, ("fwd", "bwd"))
+        alone = dict.fromkeys(("match_bipartite", "match_packed"), ("fwd",))
+        passes = {**alone, "merge_bipartite": ("matched", "bwd")}.get(operator, ("fwd", "bwd"))
         shared = "soft_aggregate" if operator == "soft_scatter" else operator
         assert {f"{shared}_{name}.{path}" for name in passes} <= names
         assert {name.rpartition(".")[2] for name in names} == {path}
@@ -113,7 +126,7 @@ def test_operator(operator, path, ran_kernels, poisoned):
         torch.testing.assert_close(a, right.to(a.dtype), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("operator", [op for op in OPERATORS if op not in backends.COMPILED])
+@pytest.mark.parametrize("operator", [op for op in OPERATORS if op not in backends.TRITON_FLOAT64])
 def test_float64_is_served_everywhere(operator, device, ran_kernels):
     """By the reference where no kernel takes it: on a GPU the matrix kernels do not."""
     ours, plain, make = OPERATORS[operator]

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 NEEDED = TOOLS[:2]
 PLANTED = ("memcheck", "racecheck", "initcheck")  # the tools that touch.py has a fault for
-NATIVE = ("select_tokens", "restore_tokens", "merge_neighbours", "merge_bipartite")  # with CUDA C++ kernels
+NATIVE = ("select_tokens", "restore_tokens", "merge_neighbours", "merge_bipartite", "sum_rows")  # with CUDA C++ kernels
 OPERATORS = (*NATIVE, "masked_channel_attention", "soft_aggregate", "token_mlp")  # as touch.py has them
 LEAST = 12  # seconds within which nothing is worth starting
 EXIT_CODE = 86  # of the sanitizer that found something
@@ -57,7 +57,8 @@ def triton_kernels() -> set[str]:
 
 def case_of(kernel: str, native: bool) -> str:
     """The case of touch.py that launches a kernel."""
-    operator = next((name for name in (*OPERATORS, "planted") if kernel.startswith(name)), "merge_bipartite")
+    known = {name: name for name in (*OPERATORS, "planted") if name != "sum_rows"} | {"packed": "sum_rows"}
+    operator = next((known[name] for name in known if kernel.startswith(name)), "merge_bipartite")
     return f"{operator}.{'native' if native else 'triton'}"
 
 

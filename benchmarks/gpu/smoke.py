@@ -8,7 +8,10 @@ import sys
 from . import options, sessions
 
 #: the benchmarks at these sizes
-SIZES = "batch-C384 or deit-small-forward or received or bias or (M98-C384 and not single and not middle)"
+SIZES = (
+    "batch-C384 or deit-small-forward or received or bias or (M98-C384 and not single and not middle)"
+    " or windows-scores or equal-soft_aggregate"
+)
 
 
 def main() -> int:

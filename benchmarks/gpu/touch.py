@@ -109,6 +109,18 @@ def merge_bipartite(given):
     tokenops.match_bipartite(given.leaf(1, 1 + 2 * given.many, 72, dtype=BF16), given.many // 2)
 
 
+def sum_rows(given):
+    """By the selection of packed sequences, one of which has more rows than are summed up at once."""
+    rows = 40 + 9 * given.many
+    ends = torch.tensor([0, 17, 17, rows - 5], dtype=torch.int32, device=given.device)
+    for x, norm in ((given.leaf(rows, 64, dtype=BF16), given.norm(64)), (given.leaf(rows, given.C, apart=True), None)):
+        chosen = tokenops.select_tokens(
+            x, given.leaf(rows), 9, cu_seqlens=ends, max_seqlen=rows, rest="weighted", norm=norm,
+        )  # fmt: skip
+        back(chosen.tokens, chosen.normed)
+        back(tokenops.select_tokens(x, given.leaf(rows), 9, cu_seqlens=ends, max_seqlen=rows).tokens)
+
+
 def masked_channel_attention(given):
     B, H, attend = given.B, given.heads, tokenops.masked_channel_attention
     qkv = given.leaf(1, 70, H, 192, dtype=BF16).transpose(1, 2)
@@ -129,6 +141,9 @@ def soft_aggregate(given):
     back(tokenops.soft_aggregate(x, w, scale=given.leaf(1), mask=mask, prefix=1))
     back(tokenops.soft_aggregate(given.leaf(B, 37, C, apart=True), given.leaf(B, 37, 19, turned=True), scale=0.5))
     back(tokenops.soft_scatter(given.leaf(B, 33, 64, dtype=BF16), w, scale=given.leaf(1)))
+    ends = torch.tensor([0, 35, 35, 36, 140], dtype=torch.int32, device=given.device)  # and two rows behind the last
+    options = {"prefix": 2, "cu_seqlens": ends, "max_seqlen": 110, "scale": given.leaf(1)}
+    back(tokenops.soft_aggregate(given.leaf(142, C, apart=True), given.leaf(142, 19), **options))
 
 
 def token_mlp(given):
@@ -145,6 +160,7 @@ OPERATORS = (
     restore_tokens,
     merge_neighbours,
     merge_bipartite,
+    sum_rows,
     masked_channel_attention,
     soft_aggregate,
     token_mlp,
@@ -171,6 +187,11 @@ CUDA_KERNELS = {
         "match_bipartite_choice_kernel",  # few images of many tokens
         "merge_bipartite_kernel",  # merging, and unmerging's gradient
         "unmerge_bipartite_kernel",  # unmerging, and merging's gradient
+    },
+    "sum_rows": {
+        "packed_parts_kernel",  # a row that many go to
+        "packed_sums_kernel",
+        "packed_gather_kernel",
     },
 }
 

@@ -1,5 +1,6 @@
 // soft_aggregate on a CPU: what a call takes is checked and laid out, then it runs on tiles, or as torch's products,
-// the weights made on AVX-512, or by torch's softmax, to which logits of -inf, masks and scales are brought.
+// the weights made on AVX-512, or by torch's softmax, to which logits of -inf, masks and scales are brought. Packed
+// sequences run one after the other, each as an image.
 #include "soft_aggregate.h"
 #include "isa.h"
 #include "vector_rows.h"
@@ -187,36 +188,40 @@ void multiply_behind(Tensor y, Tensor x, int64_t prefix, const Tensor& a, const 
   stable::copy_(rest, whole);
 }
 
-std::tuple<Tensor, Tensor> soft_aggregate_fwd(Tensor x, Tensor w, std::optional<Tensor> scale, double factor,
-                                              std::optional<Tensor> masked, int64_t prefix) {
+// Writes y; `room` is for the weights, where there is one
+std::tuple<Tensor, Tensor> aggregate(Tensor x, Tensor w, std::optional<Tensor> scale, double factor,
+                                     std::optional<Tensor> masked, int64_t prefix, Tensor y,
+                                     std::optional<Tensor> room) {
   const Sizes z = checked(x, w, masked, prefix);
   const Mask mask(masked);
   const double by = factor * number(scale);
   w = in_order(w, w);
-  Tensor y = new_tensor(x, {z.B, prefix + z.M, z.C}), a;
+  const bool compiled = on_avx512(x, w);
+  Tensor a = room ? *room : compiled ? like_logits(w, x.scalar_type()) : Tensor();
   if (on_tiles(x, w)) {
-    x = dense(x), a = like_logits(w, x.scalar_type());
+    x = dense(x);
     forward_on_tiles(z, Tokens(x), Logits(w), static_cast<float>(by), mask, Logits(a), Tokens(y));
   } else {
     Tensor left;  // products are faster where its rows are contiguous
-    if (on_avx512(x, w)) {
+    if (compiled) {
       const bool twice = !tokens_last(w);
-      a = like_logits(w, x.scalar_type());
       left = twice ? new_tensor(a, {z.B, z.M, z.N}) : stable::transpose(a, 1, 2);
       const Logits turned(stable::transpose(left, 1, 2));
       weights_on_avx512(z, Logits(w), static_cast<float>(by), mask, Logits(a), twice ? &turned : nullptr);
     } else {
-      a = as(weights(w, wide_type(x, w), by, mask, z), x.scalar_type(), w);
-      left = stable::transpose(a, 1, 2);
+      const Tensor made = as(weights(w, wide_type(x, w), by, mask, z), x.scalar_type(), w);
+      a = room ? stable::copy_(a, made) : made;
+      left = stable::transpose(made, 1, 2);
     }
     multiply_behind(y, x, prefix, left, counting(x, z, mask));
   }
   return {y, a};
 }
 
-std::tuple<Tensor, Tensor, Tensor> soft_aggregate_bwd(Tensor dy, Tensor x, Tensor w, std::optional<Tensor> scale,
-                                                      double factor, std::optional<Tensor> masked,
-                                                      std::optional<Tensor>, Tensor a, int64_t prefix) {
+// Writes dx; `room` is for dw, where there is one
+std::tuple<Tensor, Tensor, Tensor> aggregate_backward(Tensor dy, Tensor x, Tensor w, std::optional<Tensor> scale,
+                                                      double factor, std::optional<Tensor> masked, Tensor a,
+                                                      int64_t prefix, Tensor dx, std::optional<Tensor> room) {
   const Sizes z = checked(x, w, masked, prefix);
   STD_TORCH_CHECK(dy.dim() == 3 && !dy.is_cuda() && dy.scalar_type() == x.scalar_type() && dy.size(0) == z.B &&
                       dy.size(1) == prefix + z.M && dy.size(2) == z.C,
@@ -228,34 +233,137 @@ std::tuple<Tensor, Tensor, Tensor> soft_aggregate_bwd(Tensor dy, Tensor x, Tenso
   const double by = factor * number(scale);
   w = in_order(w, w), a = in_order(a, w);
   const ScalarType wide = wide_type(x, w);
-  Tensor dx = new_tensor(x, {z.B, prefix + z.N, z.C}), dw;
+  const bool compiled = on_avx512(x, w);
+  Tensor dw = room ? *room : compiled ? like_logits(w, w.scalar_type()) : Tensor();
   std::vector<double> shares(z.B);  // of the scale's gradient
-  std::vector<float> partial(scale && on_avx512(x, w) ? z.B * z.M : 0);
+  std::vector<float> partial(scale && compiled ? z.B * z.M : 0);
   float* const sums = partial.empty() ? nullptr : partial.data();
   if (on_tiles(x, w)) {
-    dy = dense(dy), x = dense(x), dw = like_logits(w, w.scalar_type());
+    dy = dense(dy), x = dense(x);
     backward_on_tiles(z, Tokens(dy), Tokens(x), Logits(w), static_cast<float>(by), mask, Logits(a), Tokens(dx),
                       Logits(dw), sums);
   } else {
     const Tensor tokens = counting(x, z, mask), dslots = stable::narrow(dy, 1, prefix, z.M);
     multiply_behind(dx, dy, prefix, a, dslots);
-    const bool slots_first = on_avx512(x, w) || tokens_last(w);  // in memory
+    const bool slots_first = compiled || tokens_last(w);  // in memory
     const Tensor left = slots_first ? dslots : tokens, right = slots_first ? tokens : dslots;
     Tensor da = new_tensor(x, {z.B, left.size(1), right.size(1)});
     multiply_into(da, left, stable::transpose(right, 1, 2));
     if (slots_first) da = stable::transpose(da, 1, 2);
-    if (on_avx512(x, w)) {
-      dw = like_logits(w, w.scalar_type());
+    if (compiled) {
       weights_backward_on_avx512(z, Logits(da), Logits(a), Logits(w), static_cast<float>(by), Logits(dw), sums);
     } else {
       const Tensor weights = normalized(a, wide, w);
-      dw = as(weights_backward(as(da, wide, w), weights, w, by, scale ? &shares : nullptr), w.scalar_type(), w);
+      const Tensor made = weights_backward(as(da, wide, w), weights, w, by, scale ? &shares : nullptr);
+      dw = room ? stable::copy_(dw, made) : as(made, w.scalar_type(), w);
     }
   }
   for (size_t i = 0; i < partial.size(); ++i) shares[i / z.M] += partial[i];
   if (!scale) return {dx, dw, new_tensor(x, {0}, wide)};
   Tensor dscale = new_tensor(x, {}, wide);
   const double total = factor * std::accumulate(shares.begin(), shares.end(), 0.0);
+  if (wide == ScalarType::Double) *static_cast<double*>(dscale.data_ptr()) = total;
+  else *static_cast<float*>(dscale.data_ptr()) = static_cast<float>(total);
+  return {dx, dw, dscale};
+}
+
+// Where each of the packed sequences begins, and the end of the last
+std::vector<int64_t> boundaries(const Tensor& cu_seqlens, const Tensor& x, const Tensor& w,
+                                const std::optional<Tensor>& mask, int64_t prefix) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == 1 && w.dim() == 3 && w.size(0) == 1 && w.size(1) == x.size(1) &&
+                      !x.is_cuda() && !w.is_cuda() && prefix >= 0,
+                  "x and w of packed sequences must be one image of as many rows, on the CPU");
+  if (mask) {
+    STD_TORCH_CHECK(mask->dim() == 2 && mask->size(0) == 1 && mask->size(1) == x.size(1), "mask must be (1, T) bool");
+  }
+  STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1 &&
+                      !cu_seqlens.is_cuda(),
+                  "cu_seqlens must be (S+1,) int32, on the CPU");
+  const auto* const data = static_cast<const int32_t*>(cu_seqlens.data_ptr());
+  std::vector<int64_t> ends(cu_seqlens.size(0));
+  for (size_t s = 0; s < ends.size(); ++s) {
+    ends[s] = data[static_cast<int64_t>(s) * cu_seqlens.stride(0)];
+    STD_TORCH_CHECK(s == 0 ? ends[s] == 0 : ends[s] >= ends[s - 1], "cu_seqlens must begin with 0 and not fall");
+  }
+  STD_TORCH_CHECK(ends.back() <= x.size(1), "cu_seqlens must end within the rows there are");
+  return ends;
+}
+
+void clear(const Tensor& t) {  // without gaps
+  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+  if (bytes) std::memset(t.data_ptr(), 0, bytes);
+}
+Tensor rows_of(Tensor t, int64_t dim, int64_t begin, int64_t end) { return stable::narrow(t, dim, begin, end - begin); }
+std::optional<Tensor> rows_of(const std::optional<Tensor>& t, int64_t begin, int64_t end) {
+  return t ? std::optional<Tensor>(rows_of(*t, 1, begin, end)) : std::nullopt;
+}
+void copy_rows(Tensor to, int64_t dim, int64_t begin, const Tensor& from) {
+  to = rows_of(to, dim, begin, begin + from.size(dim));
+  stable::copy_(to, from);
+}
+
+std::tuple<Tensor, Tensor> soft_aggregate_fwd(Tensor x, Tensor w, std::optional<Tensor> scale, double factor,
+                                              std::optional<Tensor> mask, int64_t prefix,
+                                              std::optional<Tensor> cu_seqlens, int64_t) {
+  if (!cu_seqlens) {
+    STD_TORCH_CHECK(x.dim() == 3 && w.dim() == 3 && prefix >= 0, "x and w must be 3D, and prefix 0 or more");
+    const Tensor y = new_tensor(x, {x.size(0), prefix + w.size(2), x.size(2)});
+    return aggregate(x, w, scale, factor, mask, prefix, y, std::nullopt);
+  }
+  const std::vector<int64_t> ends = boundaries(*cu_seqlens, x, w, mask, prefix);
+  check_float("x", x), check_float("w", w);
+  const int64_t sequences = static_cast<int64_t>(ends.size()) - 1;
+  const Tensor y = new_tensor(x, {sequences, prefix + w.size(2), x.size(2)}), a = like_logits(w, x.scalar_type());
+  clear(a);
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t begin = ends[s], end = ends[s + 1], tokens = begin + prefix;
+    const Tensor slim = rows_of(y, 0, s, s + 1);
+    if (tokens >= end) {  // no token behind the prefix
+      clear(slim);
+      copy_rows(slim, 1, 0, rows_of(x, 1, begin, end));
+      continue;
+    }
+    aggregate(rows_of(x, 1, begin, end), rows_of(w, 1, tokens, end), scale, factor, rows_of(mask, tokens, end), prefix,
+              slim, rows_of(a, 1, tokens, end));
+  }
+  return {y, a};
+}
+
+std::tuple<Tensor, Tensor, Tensor> soft_aggregate_bwd(Tensor dy, Tensor x, Tensor w, std::optional<Tensor> scale,
+                                                      double factor, std::optional<Tensor> mask, std::optional<Tensor>,
+                                                      Tensor a, int64_t prefix, std::optional<Tensor> cu_seqlens,
+                                                      int64_t) {
+  if (!cu_seqlens) {
+    STD_TORCH_CHECK(x.dim() == 3, "x must be 3D");
+    const Tensor dx = new_tensor(x, {x.size(0), x.size(1), x.size(2)});
+    return aggregate_backward(dy, x, w, scale, factor, mask, a, prefix, dx, std::nullopt);
+  }
+  const std::vector<int64_t> ends = boundaries(*cu_seqlens, x, w, mask, prefix);
+  check_float("x", x), check_float("w", w);
+  const int64_t sequences = static_cast<int64_t>(ends.size()) - 1, rows = x.size(1);
+  STD_TORCH_CHECK(dy.dim() == 3 && dy.scalar_type() == x.scalar_type() && dy.size(0) == sequences &&
+                      dy.size(1) == prefix + w.size(2) && dy.size(2) == x.size(2),
+                  "dy must be (S, P+M, C) in x's dtype");
+  STD_TORCH_CHECK(a.dim() == 3 && a.size(0) == 1 && a.size(1) == rows, "saved must be (1, T, M) in x's dtype");
+  const ScalarType wide = wide_type(x, w);
+  const Tensor dx = new_tensor(x, {1, rows, x.size(2)}), dw = like_logits(w, w.scalar_type());
+  double total = 0;
+  clear(rows_of(dx, 1, ends.back(), rows));  // slack
+  clear(dw);
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t begin = ends[s], end = ends[s + 1], tokens = begin + prefix;
+    const Tensor slim = rows_of(dy, 0, s, s + 1);
+    if (tokens >= end) {
+      copy_rows(dx, 1, begin, rows_of(slim, 1, 0, end - begin));
+      continue;
+    }
+    const auto [of_rows, of_logits, of_scale] = aggregate_backward(
+        slim, rows_of(x, 1, begin, end), rows_of(w, 1, tokens, end), scale, factor, rows_of(mask, tokens, end),
+        rows_of(a, 1, tokens, end), prefix, rows_of(dx, 1, begin, end), rows_of(dw, 1, tokens, end));
+    if (scale) total += number(of_scale);
+  }
+  if (!scale) return {dx, dw, new_tensor(x, {0}, wide)};
+  const Tensor dscale = new_tensor(x, {}, wide);
   if (wide == ScalarType::Double) *static_cast<double*>(dscale.data_ptr()) = total;
   else *static_cast<float*>(dscale.data_ptr()) = static_cast<float>(total);
   return {dx, dw, dscale};

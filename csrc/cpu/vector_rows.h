@@ -229,7 +229,7 @@ struct Norm {
  private:
   static void fill(const char* name, const std::optional<Tensor>& t, const Tensor& x, Wide otherwise,
                    std::vector<Wide>& values) {
-    const int64_t C = x.size(2);
+    const int64_t C = x.size(x.dim() - 1);
     values.resize((C + PAIRED - 1) / PAIRED * PAIRED, otherwise);
     if (!t) return;
     check_channels(name, *t, x);

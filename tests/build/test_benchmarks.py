@@ -37,7 +37,7 @@ def results(tmp_path_factory):
     """One session over the operators, a second one over a model: its rows are merged into the same file."""
     folder = tmp_path_factory.mktemp("results")
     operators = sorted(path.name for path in BENCHMARKS.glob("bench_*.py") if path.name != "bench_models.py")
-    bench(folder, *operators, "-k", "single or M98-C384")
+    bench(folder, *operators, "-k", "single or M98-C384 or photographs")
     (file,) = folder.glob("*.json")
     before = json.loads(file.read_text())
     bench(folder, "bench_models.py", "-k", "sit_lvvit_xsmall and B8 and eager", "--compile", "none")
@@ -57,7 +57,11 @@ def test_every_row_is_complete(results):
     _, _, after = results
     operators = {row["operator"] for row in after["rows"].values()}
     assert operators >= {"soft_aggregate", "soft_scatter", "restore_tokens", "token_mlp", "sit_lvvit_xsmall eager"}
-    assert operators >= {"attention class"}
+    assert operators >= {
+        "attention class",
+        "attention packed photographs received",
+        "soft_aggregate packed photographs",
+    }
     for name, row in after["rows"].items():
         assert name.startswith(f"{row['operator']} {row['passes']} ") and name.endswith(f"{row['dtype']} 1 thread")
         assert row["run"] in after["runs"] and row["dtype"] == "float32"

@@ -13,13 +13,12 @@ from tokenops.ops import native
 
 PACKAGE = Path(tokenops.__file__).parent
 #: each imports itself and those before it
-ROOMS = ("ops", "measuring", "nn", "patching", "methods", "training", "cli")
+ROOMS = ("ops", "measuring", "nn", "patching", "vlm", "methods", "training", "cli")
 #: modules in no room, and the highest they import: all public names, methods only when asked for one; ToMe's own names
-#: for operators; what fits processors to patched models; the list of architectures; and the door of the command line
+#: for operators; the list of architectures; and the door of the command line
 OUTSIDE = {
     "__init__.py": "methods",
     "tome.py": "ops",
-    "vlm.py": "patching",
     "architectures.py": "ops",
     "__main__.py": "cli",
 }

@@ -48,6 +48,7 @@ def test_matrix_unit(compiled):
     kernels = [row for row in compiled if row["operator"] in PRODUCTS]
     assert {row["operator"] for row in kernels} == set(PRODUCTS)
     assert [row["kernel"] for row in kernels if not row["matrix"]] == []
+    assert [row["matrix"] for row in compiled if row["kernel"] == "match_packed_kernel"] == [True]
 
 
 NUMBERS = """

@@ -213,6 +213,36 @@ def merge_bipartite(source, target):
     np.savez(target, **results)
 
 
+def sum_rows(source, target):
+    """Of every run the sums and their gradients, of x as one image."""
+    data, results = np.load(source), {}
+    for number, (mean, eps, norm, layout, multiprocessors, seed) in runs_of(data):
+        names = ("x", "dy", "dest", "order", "offsets")
+        x, dy, dest, order, offsets = (data[f"{name}{number}"] for name in names)
+        wide, (_, T, C), M = np.float64 if x.dtype == np.float64 else np.float32, x.shape, dy.shape[1]
+        each = {"each": data[f"each{number}"]} if f"each{number}" in data else {}
+        made = {"y": lay(poison(dy.shape, x.dtype), layout if layout.isdigit() else "0"), "totals": poison(M, wide)}
+        given = {}
+        if norm:
+            made |= {"normed": poison(dy.shape, x.dtype), "mean": poison(M, wide), "deviation": poison(M, wide)}
+            given = {name: data[f"{name}{number}"] for name in ("weight", "bias")}
+        windows = order.shape[0] // 128
+        parts = {"parts": poison((windows, C), wide), "shares": poison(windows, wide)} if windows else {}
+        options = dict(multiprocessors=multiprocessors, seed=seed)
+        rows = {"dest": dest, "order": order, "offsets": offsets}
+        forward = {"x": lay(x, layout), **rows, **made, **parts, **each, **given}
+        width, blocks, threads, _ = emulated(forward, back=False, averaged=mean, eps=eps, **options)
+        gradients = {"dx": poison(x.shape, x.dtype), "dots": poison(T, wide)}
+        totals = {"totals": made["totals"]} if mean else {}
+        backward = {"dy": lay(dy, layout), "dest": dest, **gradients, **each, **totals}
+        emulated(backward | {"x": lay(x, layout)}, back=True, **options)
+        alone = poison(x.shape, x.dtype)
+        emulated({"dy": lay(dy, layout), "dest": dest, "dx": alone}, back=True, **options)
+        made |= {**gradients, "gathered": alone, "width": width, "blocks": blocks, "threads": threads}
+        results |= {f"{name}{number}": value for name, value in made.items()}
+    np.savez(target, **results)
+
+
 def mma(source, target):
     data, results = np.load(source), {}
     for number, (half, seed) in runs_of(data):

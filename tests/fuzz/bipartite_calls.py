@@ -62,8 +62,9 @@ def merge_bipartite(draw: Draw) -> Call:
 
     def invoke(api, t):
         found = api.merge_bipartite(t["x"], t["metric"], r, prefix=prefix, sizes=t.get("sizes"), norm=norm(t))
-        assert found._fields == ("tokens", "index", "sizes", "log_sizes", "normed")
-        return {name: value for name, value in found._asdict().items() if value is not None}
+        names = "tokens", "index", "sizes", "log_sizes", "normed"
+        assert found._fields[:5] == names and all(not t for t in found[5:])  # what packed sequences have besides
+        return {name: value for name, value in zip(names, found) if value is not None}
 
     options = {"r": r, "prefix": prefix}
     return Call("merge_bipartite", tensors, invoke, "x", ("x", "weight", "bias"), ("index", "sizes"), options=options)

@@ -13,6 +13,18 @@ MUTANTS = [
         ),
         ("usable(Isa::Amx)", "usable(Isa::Amx) && false", "tiles are not used", "on_tiles"),
         (
+            "  clear(rows_of(dx, 1, ends.back(), rows));  // slack\n",
+            "",
+            "rows behind the last packed sequence have no gradient written",
+            "packed_is_a_loop and native and float32",
+        ),
+        (
+            "  clear(dw);\n",
+            "",
+            "logits of a packed prefix have no gradient written",
+            "packed_is_a_loop and native and float32",
+        ),
+        (
             "  stable::copy_(first, stable::narrow(x, 1, 0, prefix));\n",
             "",
             "the prefix is not written where tiles are not used",
@@ -324,6 +336,12 @@ MUTANTS = [
             "of equal goals the last is taken",
             "test_matching or far_apart",
         ),
+        (
+            "= first + sides.odd(edges.places[i]);",
+            "= sequence.begin + sides.odd(edges.places[i]);",
+            "of packed sequences the prefix does not count",
+            "test_table",
+        ),
     ),
     *of_file(
         "csrc/cpu/match_tiles.h",
@@ -375,6 +393,11 @@ MUTANTS = [
             "the mean's gradient is of N - k, whatever the counts",
             "forward_and_backward and B3",
         ),
+    ),
+    *of_file(
+        "csrc/cpu/sum_rows.cpp",
+        ("first + parts.of(m) * PART, last", "first, last", "rows of whole parts are added twice", ""),
+        ("if (m < 0 || m >= M) {", "if (m >= M) {", "what goes nowhere has a gradient", ""),
     ),
     *of_file(
         "csrc/cpu/vector_rows.h",

@@ -74,6 +74,11 @@ MUTANTS = [
         ("(widen(y.of[i]) - mean) * deviation", "widen(y.of[i]) * deviation", "a norm leaves the mean in"),
     ),
     *of_file(
+        "csrc/cuda/sum_rows.cuh",
+        ("i = begin + parts * PART; i", "i = begin; i", "rows of whole parts are added twice", ""),
+        ("goes = m >= 0 && m < p.given", "goes = m >= 0 && m <= p.given", "a row behind the last is read", ""),
+    ),
+    *of_file(
         "csrc/cuda/select_tokens.cuh",
         (
             "    __syncthreads();  // the sums of the units before have been read\n",

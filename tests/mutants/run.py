@@ -57,6 +57,9 @@ OPERATORS = {
     "tokenops/ops/triton/common.py": ("masked_channel_attention", "merge_neighbours", "soft_aggregate"),
     "tokenops/ops/triton/masked_channel_attention*.py": ("masked_channel_attention", "launches"),
     "tokenops/ops/triton/match_bipartite.py": ("merge_bipartite",),
+    "tokenops/ops/triton/attention_arguments.py": ("masked_channel_attention", "launches"),
+    "tokenops/ops/triton/sequences.py": ("masked_channel_attention_packed",),
+    "tokenops/ops/triton/match_packed.py": ("merge_bipartite_packed",),
 }
 #: which tests of the emulation do, as pytest -k has it
 EMULATED = {
@@ -71,6 +74,7 @@ EMULATED = {
     "restore_tokens.cuh": "restore_tokens",
     "rows.cuh": "bipartite and not match",
     "select_tokens.cuh": "select_tokens",
+    "sum_rows.cuh": "sum_rows",
 }
 #: and which of an operator's do for a CPU, whatever instruction set they run by
 NATIVE = "native or composed or amx or on_tiles or instruction_set"

@@ -60,6 +60,16 @@ MUTANTS = [
         ),
     ),
     *of_file(
+        "tokenops/ops/triton/match_packed.py",
+        ("here > best", "here >= best", "of equals in two tiles the last is taken", "far_apart"),
+        (
+            "metric_ptr += first * stride_n",
+            "metric_ptr += 0 * stride_n",
+            "every sequence is compared by the first one's rows",
+            "test_table",
+        ),
+    ),
+    *of_file(
         "tokenops/ops/triton/match_bipartite.py",
         ("here > best", "here >= best", "of equals in two tiles the last is taken", "far_apart"),
         (
@@ -186,6 +196,18 @@ MUTANTS = [
         ),
         ("a * (da - delta[None, :])", "a * da", "dS loses the mean of dA", "as_good_as_plain and N12 and float32"),
         (
+            "read = tl.where(found < B, N, 0)",
+            "read = N",
+            "rows behind the last packed sequence are read",
+            "packed_is_a_loop and triton and float32",
+        ),
+        (
+            "for p in range(own if tile == 0 else 0):",
+            "for p in range(0):",
+            "logits of a packed prefix have no gradient written",
+            "packed_is_a_loop and triton and float32",
+        ),
+        (
             "dscale -= mean * tl.sum(ds, axis=0)",
             "pass",
             "an error of D reaches the scale's gradient",
@@ -273,12 +295,41 @@ MUTANTS = [
             "test_as_good_as_plain and DK72 and bfloat16",
         ),
         (
+            "/ (tl.maximum(M, 1) * heads)",
+            "/ tl.maximum(M, 1)",
+            "scores are summed over the heads",
+            "everything_as_good and N5 and received-mean",
+        ),
+        ("if (tile_m == 0) & (M > 0):", "if tile_m == 0:", "no query scores keys", "packed and as_if_alone and class-each"),
+    ),
+    *of_file(
+        "tokenops/ops/triton/attention_arguments.py",
+        (
             "chunked = dtype.itemsize == 2 and",
             "chunked = False and",
             "heads of 72 are padded to 128",
             "test_heads_of_65_to_96",
         ),
-        ("/ (M * heads)", "/ M", "scores are summed over the heads", "everything_as_good and N5 and received-mean"),
+    ),
+    *of_file(
+        "tokenops/ops/triton/sequences.py",
+        (
+            "begins // BLOCK + at <= tile",
+            "begins // BLOCK + at < tile",
+            "the first tile of a sequence is the last one's",
+            "as_if_alone and received-each",
+        ),
+        (
+            "others = tl.where((s < S) & (tile * BLOCK < count), others, 0)",
+            "others = tl.where(s <= S, others, 0)",
+            "a tile too many has queries",
+            "as_if_alone",
+        ),
+    ),
+    *of_file(
+        "tokenops/ops/triton/sum_rows.py",
+        ("if first + TILE <= end:", "if first + TILE < end:", "a tile that ends with its row is not summed", ""),
+        ("single += tiles * TILE", "single += 0 * tiles", "rows of tiles are added twice", ""),
     ),
     *of_file(
         "tokenops/ops/triton/masked_channel_attention_bwd.py",

@@ -20,7 +20,9 @@ def given(device):
     w1, b1, w2, b2 = (torch.rand(shape, device=device) for shape in weights)
     norm = dict(weight=channels, bias=channels)
     return {
-        "soft_aggregate_fwd": dict(x=x, w=metric[:, 1:], scale=one, factor=1.0, mask=n > 0, prefix=1),
+        "soft_aggregate_fwd": dict(
+            x=x, w=metric[:, 1:], scale=one, factor=1.0, mask=n > 0, prefix=1, cu_seqlens=None, max_seqlen=0
+        ),
         "token_mlp_fwd": dict(z=x[:, 1:], w1=w1, b1=b1, w2=w2, b2=b2),
         "masked_channel_attention_fwd": dict(
             q=q, k=q, v=q, qk_mask=masks, v_mask=masks, bias=rows, lengths=torch.tensor([3, 4], device=device),
@@ -38,16 +40,39 @@ def given(device):
             alpha=1.0, beta=1.0, norm=True, eps=1e-5,
         ),
         "match_bipartite_fwd": dict(metric=metric, r=1, prefix=1),
+        "match_packed_fwd": dict(
+            metric=metric.flatten(0, 1), cu_seqlens=torch.tensor([0, 3, 10], device=device).int(), max_seqlen=7,
+            prefix=1,
+        ),
+        "match_packed_places": dict(
+            best=metric.flatten(0, 1)[:, 0].contiguous(), target=torch.arange(10, device=device) // 2 * 2 + 1,
+            counts=torch.tensor([1, 2], device=device), cu_seqlens=torch.tensor([0, 4, 10], device=device).int(),
+            prefix=0,
+        ),
         "merge_bipartite_fwd": dict(x=x, index=index, tokens=4, sizes=wide, **norm, prefix=1, norm=True, eps=1e-5),
         "merge_bipartite_matched": dict(x=x, metric=metric, r=2, sizes=wide, **norm, prefix=1, norm=True, eps=1e-5),
         "unmerge_bipartite_fwd": dict(y=x, index=index, prefix=1),
+        "sum_rows_fwd": dict(
+            x=metric[0], dest=torch.tensor([1, 0, -1, 1, 2], device=device), rows=3, weight=wide[0],
+            order=torch.tensor([1, 0, 3, 4, 2], device=device), offsets=torch.tensor([0, 1, 3, 4], device=device),
+            most=5, factor=n[0], bias=n[1], mean=True, norm=True, eps=1e-5,
+        ),
     }  # fmt: skip
 
 
 #: with other options: some are not there
 ALONE = dict(weight=None, bias=None, norm=False)
 VARIANTS = {
-    "soft_aggregate_fwd": [dict(w=torch.randn(2, 4, 4).mT, scale=None, mask=None)],
+    "soft_aggregate_fwd": [
+        dict(
+            x=torch.randn(1, 12, 3),
+            w=torch.randn(1, 12, 4),
+            mask=torch.arange(12)[None] != 2,
+            cu_seqlens=torch.tensor([0, 3, 3, 4, 10], dtype=torch.int32),
+            max_seqlen=7,
+        ),
+        dict(w=torch.randn(2, 4, 4).mT, scale=None, mask=None),
+    ],
     "token_mlp_fwd": [dict(b1=None, b2=None)],
     "masked_channel_attention_fwd": [
         dict(qk_mask=None, v_mask=None, bias=None, lengths=None, scores="class", key_mean=False),
@@ -58,6 +83,10 @@ VARIANTS = {
     "merge_neighbours_fwd": [dict(first=None, second=None, sizes=None, alpha=0.5, beta=0.5, **ALONE)],
     "merge_bipartite_fwd": [dict(sizes=None, **ALONE), dict(weight=None, bias=None)],
     "merge_bipartite_matched": [dict(sizes=None, **ALONE)],
+    "sum_rows_fwd": [
+        dict(weight=None, factor=None, bias=None, norm=False, mean=False, order=torch.arange(5)),
+        dict(bias=None, order=torch.arange(4)),
+    ],
 }
 
 
@@ -82,14 +111,17 @@ def arguments(name, backend, device, change):
 
 
 def without_images(values):
-    """The same of no images."""
-    alone = {"scale", "first", "second", "weight", "qk_mask", "v_mask", "w1", "b1", "w2", "b2"}
+    """The same of no images, or rows."""
+    if "offsets" in values:  # as many places as before, to which nothing goes
+        values = values | {"offsets": torch.zeros_like(values["offsets"])}
+    alone = {"offsets", "factor", "scale", "first", "second", "weight", "qk_mask", "v_mask", "w1", "b1", "w2", "b2"}
     alone |= {"bias"} if "weight" in values else set()
+    alone -= {"weight"} if "dest" in values else set()
 
     def cut(value):
         return [cut(v) for v in value] if isinstance(value, list) else value[:0] if isinstance(value, Tensor) else value
 
-    return {n: v if n in alone else cut(v) for n, v in values.items()}
+    return {n: v if n in alone else v[:1] if n == "cu_seqlens" else cut(v) for n, v in values.items()}
 
 
 def paths(device):
@@ -142,10 +174,12 @@ TAKEN = {
     ("select_tokens_bwd", "dcompanions", "int16"),
     *(("restore_tokens_bwd", *free) for free in (("dy", 2), ("dy", "int16"), ("index", 1), ("dcompanions", "int16"))),
     *(("match_bipartite_fwd", "metric", dim) for dim in range(3)),
+    *(("match_packed_fwd", *free) for free in (("metric", 1), ("cu_seqlens", 0))),
     ("merge_bipartite_matched", "metric", 2),
     ("merge_bipartite_bwd", "dy", 2),
     *(("unmerge_bipartite_fwd", *free) for free in (("y", 2), ("index", 1))),
     ("unmerge_bipartite_bwd", "dx", 2),
+    ("sum_rows_fwd", "order", 0),  # the last row goes nowhere
     *(("token_mlp_tiles_fwd", "z", dim) for dim in (0, 2)),
 }
 
@@ -177,11 +211,19 @@ REFUSED = {
     ],
     "merge_neighbours_bwd": [dict(first=torch.ones(2, 4)), dict(x=torch.ones(2, 5, 3).half())],
     "match_bipartite_fwd": [dict(r=3), dict(r=-1), dict(prefix=8), dict(prefix=-1)],
+    "match_packed_fwd": [
+        dict(prefix=-1), *(dict(cu_seqlens=torch.tensor(ends).int()) for ends in ([1, 3], [0, 3, 2], [0, 11], []))
+    ],
+    "match_packed_places": [
+        dict(prefix=-1), dict(prefix=3), *(dict(counts=torch.tensor(r)) for r in ([-1, 2], [1, 4], [1, 2, 0])),
+    ],
     "merge_bipartite_fwd": [dict(tokens=-1), dict(prefix=2)],
     "merge_bipartite_matched": [dict(r=3), dict(r=-1), dict(prefix=8)],
     "merge_bipartite_bwd": [dict(merged=torch.ones(2, 5).double()), dict(prefix=8)],
     "unmerge_bipartite_fwd": [dict(prefix=-1)],
     "unmerge_bipartite_bwd": [dict(tokens=-1), dict(prefix=2)],
+    "sum_rows_fwd": [dict(rows=-1), dict(rows=2), dict(weight=torch.ones(5).double())],
+    "sum_rows_bwd": [dict(x=torch.ones(5, 4).half()), dict(totals=torch.ones(3).double())],
 }  # fmt: skip
 
 

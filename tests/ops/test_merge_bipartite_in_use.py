@@ -38,7 +38,7 @@ def test_threads_change_nothing():
         def call(x=x):
             merged = merge_bipartite(x, x, 90, norm=(None, None, 1e-6))
             back = unmerge_bipartite(merged.normed, merged.index)
-            return *merged, back, *torch.autograd.grad(back.square().sum() + merged.tokens.sum(), x)
+            return *merged[:5], back, *torch.autograd.grad(back.square().sum() + merged.tokens.sum(), x)
 
         by_threads(call, 1, 2, 4)
 
@@ -49,7 +49,7 @@ def test_gradients_that_nobody_asked_for(backend, device):
     merged = merge_bipartite(x, metric, 2, sizes=sizes)
     assert not any(t.requires_grad for t in merged[:4])
     merged = merge_bipartite(x, metric, 2, sizes=sizes, norm=(w.requires_grad_(), None, 1e-6))
-    assert [t.requires_grad for t in merged] == [False, False, False, False, True]
+    assert [t.requires_grad for t in merged[:5]] == [False, False, False, False, True]
     merged = merge_bipartite(x.requires_grad_(), metric, 2, sizes=sizes, norm=(w, w, 1e-6))
     dx, dw, *none = torch.autograd.grad(merged.normed.square().sum(), (x, w, metric, sizes), allow_unused=True)
     assert none == [None, None]

@@ -67,7 +67,7 @@ def run(function, tensors, r, prefix, upstream=None):
 
     def merged(t):
         norm = (t["weight"], t["bias"], EPS) if "weight" in t else None
-        found = function(t["x"], t["metric"], r, prefix=prefix, sizes=t.get("sizes"), norm=norm)
+        found = function(t["x"], t["metric"], r, prefix=prefix, sizes=t.get("sizes"), norm=norm)[:5]
         results = dict(zip(("tokens", "index", "sizes", "log_sizes", "normed"), found, strict=True))
         learned = ["tokens", "normed"] if norm is not None else ["tokens"]
         assert [name for name, t in results.items() if t is not None and t.requires_grad] == learned

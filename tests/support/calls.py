@@ -71,6 +71,13 @@ def masked(x, w, scale):
     return tokenops.soft_aggregate(x, w, scale=scale, mask=mask.t())
 
 
+def packed(x, w, scale):
+    """Sequences of 3, 0, 1 and 6 rows, and 2 rows of none."""
+    ends = torch.tensor([0, 3, 3, 4, 10], dtype=torch.int32, device=x.device)
+    mask = torch.arange(12, device=x.device) != 2
+    return tokenops.soft_aggregate(x, w, scale=scale, mask=mask, prefix=1, cu_seqlens=ends, max_seqlen=7)
+
+
 class Call(NamedTuple):
     operator: str
     function: object
@@ -91,6 +98,7 @@ CALLS = {
     "soft_aggregate without a scale": Call(
         "soft_aggregate", partial(tokenops.soft_aggregate, prefix=1), ((B, 1 + N, C), (B, N, 3)), 2
     ),
+    "soft_aggregate, packed": Call("soft_aggregate", packed, ((12, C), (12, 3), (1,)), 2),
     "soft_scatter": Call(
         "soft_scatter", lambda z, w, s: tokenops.soft_scatter(z, w, scale=s), ((B, 3, C), (B, N, 3), (1,)), 2
     ),

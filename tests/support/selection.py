@@ -44,7 +44,7 @@ def run(function, tensors, k, prefix, option, upstream=None):
         tokens, index, (size, source), normed, lengths = function(
             t["x"], t["scores"], k, prefix=prefix, rest=rest, normalize=normalize, order=order, counts=t.get("counts"),
             companions=(t["size"], t["source"]), norm=(t["weight"], t["bias"], EPS) if "weight" in t else None,
-        )  # fmt: skip
+        )[:5]  # fmt: skip
         return dict(tokens=tokens, size=size, normed=normed, index=index, source=source, lengths=lengths)
 
     learned = ("x", "scores", "size", "weight", "bias")

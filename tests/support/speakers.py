@@ -26,10 +26,10 @@ SPEAKERS = {
 }
 
 
-def speaker(name, **more):
+def speaker(name, side=32, vision=None, **more):
     torch.manual_seed(0)
     tower, words, own = SPEAKERS[name]
-    vision = dict(SIZES, model_type=tower, projection_dim=32)
+    vision = {**SIZES, "model_type": tower, "projection_dim": 32, "image_size": side, **(vision or {})}
     if tower == "siglip_vision_model":
         vision["vision_use_head"] = False
     config = getattr(transformers, f"{name}Config")(

@@ -15,6 +15,7 @@ from ..patching.engine import Flow, Method, Record, Role, sources_of
 from ..patching.modules import fusable
 from ..patching.positions import Positions, at
 from .options import PartRole, block_indices, per_block, quarters
+from .units import choosing_units
 
 
 class Kept(NamedTuple):
@@ -119,15 +120,19 @@ class EViT(Method):
     those of all patches in it, which is ours. Choice, gather, fusion and the MLP's norm are one launch. Without a class
     token the mean attention that tokens receive is the score, which is ours.
 
+    In towers that pack their images whole units of 2 x 2 patches are chosen, by the sum of what they receive:
+    :math:`\lceil r u \rceil` of the u units of every image (`tokenops.kept_counts`), in blocks that see whole images.
+
     Args:
         keep_rate: r, above 0 and at most 1: a number for the blocks of ``reduction_loc``, or one number a block.
         reduction_loc: the blocks that drop tokens, from 0; a quarter, half and three quarters of the depth if None.
-        fuse_token: whether the dropped tokens are fused into one; without, they are gone.
+        fuse_token: whether the dropped tokens are fused into one; without, they are gone. Packed towers take no other.
 
     Source: Liang et al., EViT: Expediting Vision Transformers via Token Reorganizations (ICLR 2022), section 3.
     """
 
     name, setting = "evit", "keep_rate"
+    packs = True
 
     def __init__(
         self,
@@ -138,11 +143,21 @@ class EViT(Method):
         self.value, self.reduction_loc, self.fuse_token = keep_rate, reduction_loc, fuse_token
 
     def roles(self, site: Any) -> list[Role]:
+        if site.packs:
+            return self._units(site)
         site.needs_no_map(self.name)
         where = block_indices("reduction_loc", quarters(site.depth, self.reduction_loc), 0, site.depth)
         rates = per_block("keep_rate", self.value, where, site.depth)
         shares = [float(rate).as_integer_ratio() for rate in rates]
         return [Choosing(site.prefix, False, share, self.fuse_token, self.scored_by(site)) for share in shares]
+
+    def _units(self, site: Any) -> list[Role]:
+        if self.fuse_token:
+            raise ValueError(
+                f"{self.name}: fuse_token=True, but {type(site.owner).__name__} makes one token of every 2 x 2 patches,"
+                " which a fused one is not among: give fuse_token=False"
+            )
+        return choosing_units(site, self.value, self.reduction_loc, self.scored_by(site))
 
     def scored_by(self, site: Any) -> str:
         return "class" if site.has_class else "received"

@@ -65,6 +65,8 @@ class Random(EViT):
     def roles(self, site: Any) -> list[Role]:
         if self.setting == "keep_rate":
             return super().roles(site)
+        if site.packs:
+            raise ValueError("random: r merges patches one by one, before a packed tower's units: give keep_rate")
         return merging_roles(site, self.value, True, not site.pools_class(), kind=RandomMerging)
 
     def scored_by(self, site: Any) -> str:

@@ -24,16 +24,20 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "restore_tokens": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
     "merge_neighbours": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
     "match_bipartite": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
+    "match_packed": {"cpu": ("native", "triton"), "cuda": ("triton",)},
     "merge_bipartite": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
     "unmerge_bipartite": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
+    "sum_rows": {"cpu": ("native", "triton"), "cuda": ("native", "triton")},
 }
 
 #: operators whose native path is compiled code on a GPU too
 COMPILED = frozenset(
-    {"select_tokens", "restore_tokens", "merge_neighbours", "match_bipartite", "merge_bipartite", "unmerge_bipartite"}
+    "select_tokens restore_tokens merge_neighbours match_bipartite merge_bipartite unmerge_bipartite sum_rows".split()
 )
 #: those whose native path on a CPU is (the others compose torch's own kernels, which are always there)
-COMPILED_ON_CPU = COMPILED | {"masked_channel_attention", "soft_aggregate", "soft_scatter"}
+COMPILED_ON_CPU = COMPILED | {"masked_channel_attention", "soft_aggregate", "soft_scatter", "match_packed"}
+#: those that Triton takes in fp64 on a GPU
+TRITON_FLOAT64 = COMPILED | {"match_packed"}
 #: of them, those composed of torch's kernels for what is not compiled: fp64, and where there is no compiler
 COMPOSED = frozenset({"masked_channel_attention"})
 
@@ -99,7 +103,7 @@ def why_not(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
         if device == "cpu" and not INTERPRETED:
             return "Triton runs on a CPU only interpreted: set TRITON_INTERPRET=1 before importing triton"
         if device == "cuda" and not INTERPRETED:
-            if dtype == torch.float64 and op not in COMPILED:
+            if dtype == torch.float64 and op not in TRITON_FLOAT64:
                 return "the Triton matrix kernels take no float64 on a GPU"
             if native.gpu_capability() < (8, 0):
                 return f"the Triton kernels need compute capability 8.0, this GPU has {native.gpu_capability()}"

@@ -66,9 +66,14 @@ def same(op: str, what: str, name: str, value: int, other: str, expected: int) -
         raise ValueError(f"{op}: {name} has {value} {what}, but {other} has {expected}")
 
 
-def prefix(op: str, name: str, value: Any, tokens: int) -> None:
+def prefix(op: str, name: str, value: Any, tokens: int | None) -> None:
+    """An int that is at most the tokens there are; of packed sequences, which may be shorter, `tokens` is None."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int, but got {value!r}")
+    if tokens is None:
+        if value < 0:
+            raise ValueError(f"{op}: {name}={value}, but it must be 0 or more")
+        return
     if value < 0 or value > tokens:
         raise ValueError(f"{op}: {name}={value}, but it must be between 0 and the {tokens} tokens there are")
 
@@ -85,6 +90,15 @@ def companion(op: str, name: str, value: Any, shape: str, images: int, tokens: i
         raise TypeError(f"{op}: {name} must be real or integer, but got {value.dtype}")
     if sizes[0] != images or sizes[1] != tokens:
         raise ValueError(f"{op}: {name} must have shape ({images}, {tokens}), but got {tuple(sizes)}")
+
+
+def companion_rows(op: str, name: str, value: Any, shape: str, rows: int, other: str, like: Tensor) -> None:
+    """A tensor `shape` (rows,) or (rows, E) of any dtype that follows the rows of `other`, packed sequences."""
+    wide = isinstance(value, Tensor) and value.dim() == 2
+    sizes = tensor(op, name, value, f"{shape},E" if wide else shape, like=like, floating=False)
+    if value.dtype.itemsize not in (1, 2, 4, 8) or value.is_complex():
+        raise TypeError(f"{op}: {name} must be real or integer, but got {value.dtype}")
+    same(op, "rows", name, sizes[0], other, rows)
 
 
 def looked_at(values: Tensor) -> bool:

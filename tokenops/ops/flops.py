@@ -75,6 +75,11 @@ def _match_bipartite_fwd(metric, r, prefix, *args, **kwargs):
     return 2 * b * (n // 2) * (n - n // 2) * d if r else 0
 
 
+@register_flop_formula(_ops.match_packed_fwd)
+def _match_packed_fwd(metric, cu_seqlens, max_seqlen, *args, **kwargs):
+    return metric[0] * max_seqlen // 2 * metric[1]  # as if all sequences were as long as the longest
+
+
 @register_flop_formula(_ops.merge_bipartite_matched)
 def _merge_bipartite_matched(x, metric, r, sizes, weight, bias, prefix, *args, **kwargs):
     return _match_bipartite_fwd(metric, r, prefix)

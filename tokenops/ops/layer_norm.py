@@ -20,7 +20,7 @@ def arguments(op: str, norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | No
         if value is None:
             continue
         (channels,) = checks.tensor(op, f"norm's {name}", value, "C", like=x)
-        checks.same(op, "channels", f"norm's {name}", channels, "x", x.shape[2])
+        checks.same(op, "channels", f"norm's {name}", channels, "x", x.shape[-1])
     checks.number(op, "norm's eps", norm[2], "a number of at least 0")
     if not norm[2] >= 0:
         raise ValueError(f"{op}: norm's eps must be a number of at least 0, but got {norm[2]!r}")
@@ -61,7 +61,7 @@ def backward(
         dnormed.to(wide), tokens.to(wide), tokens.shape[-1:], mean, deviation, w, None if alone else b, mask
     )
     if alone:
-        dbias = dnormed.to(wide).sum(dim=(0, 1))
+        dbias = dnormed.to(wide).flatten(0, -2).sum(dim=0)
     return (
         dtokens.to(tokens.dtype),
         None if weight is None else dweight.to(weight.dtype),

@@ -1,5 +1,6 @@
 """masked_channel_attention: attention that also says how much each token got, for pruned channels and ragged tokens."""
 
+import functools
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, checks, native, packed, reference
+from . import backends, checks, native, packed, reference, reference_packed
 from .autograd import Operator, gradients, needs_grad
 from .backends import choose
 from .schemas import kernel
@@ -215,7 +216,9 @@ def _of_sequences(op: str, q: Tensor, k: Tensor, v: Tensor, bounds: _Bounds, giv
             raise (ValueError if isinstance(bias, Tensor) else TypeError)(
                 f"{op}: key_bias must be a tensor ({rows},) or ({H}, {rows}) with cu_seqlens, but got {got}"
             )
-        given = given._replace(key_bias=bias.view(1, -1 if bias.dim() == 2 else 1, 1, bias.shape[-1]))
+        given = given._replace(
+            key_bias=bias.reshape(1, *(bias.shape[:1] if bias.dim() == 2 else (1,)), 1, bias.shape[-1])
+        )
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
     sizes = _sizes(op, q, k, v)
     given.check(op, q, *sizes, queries=max(1, sizes[2]))
@@ -237,8 +240,9 @@ def _attended(op: str, q: Tensor, k: Any, v: Any, sizes: Any, given: "_Given", b
             out = _sdpa(*apart, scale=None if given.scale is None else float(given.scale))
             return out.transpose(1, 2).contiguous().transpose(1, 2)
         checks.lengths(op, "key_lengths", given.key_lengths, Nk)
-        sequences = {"boundaries": bounds[:2]} if bounds else {}
-        return reference.masked_channel_attention(*apart, **given._asdict(), **sequences)
+        if bounds:
+            return reference_packed.masked_channel_attention(*apart, bounds[:2], **given._asdict())
+        return reference.masked_channel_attention(*apart, **given._asdict())
     scale = Dk**-0.5 if given.scale is None else given.scale
     bias = None if given.key_bias is None else given.key_bias.expand(B, H, 1, Nk).squeeze(2)
     tensors = q, k, v, given.qk_mask, given.v_mask, bias
@@ -372,7 +376,8 @@ class _MaskedChannelAttention(Operator):
 
     @staticmethod
     def backward(ctx, dout, dscores, dlse, dkey_mean):
-        tensors, (out, lse, *boundaries) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # once: what checkpointing computes again is there for one look
+        tensors, (out, lse, *boundaries) = saved[:7], saved[7:]
         scale, scores, mean, side_by_side = ctx.scale, ctx.scores, ctx.mean, ctx.side_by_side
         longest = (ctx.max_q, ctx.max_k) if boundaries else ()
         backward = kernel("masked_channel_attention_bwd", ctx.backend)
@@ -398,11 +403,14 @@ class _MaskedChannelAttention(Operator):
         def plain(inputs, constants):
             q, k, v, qk_mask, v_mask, bias = inputs
             q, k, v = (q, k, v) if k is not None else reference.heads_of(q, *side_by_side)
-            made = reference.masked_channel_attention(
+            boundaries = constants[3:]
+            specified = reference.masked_channel_attention
+            if boundaries:
+                specified = functools.partial(reference_packed.masked_channel_attention, boundaries=boundaries)
+            made = specified(
                 q, k, v, qk_mask=qk_mask, v_mask=v_mask, key_bias=None if bias is None else bias.unsqueeze(2),
                 key_lengths=constants[0], scale=scale, scores=None if scores == "none" else scores,
                 heads="mean" if mean else "each", return_lse=True, return_key_mean=True,
-                boundaries=constants[3:] or None,
             )  # fmt: skip
             return made if scores != "none" else (made[0], None, *made[1:])
 

@@ -1,13 +1,14 @@
 """merge_bipartite: tokens that are most alike become one, ToMe's way; the matching by itself, and the way back."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from . import checks, layer_norm, reference
+from . import checks, layer_norm, match_packed, merge_packed, packed, reference
 from .autograd import Operator, apart, gradients, needs_grad, zeros_like_tokens
 from .backends import choose
+from .match_packed import Matching
 from .schemas import kernel
 
 
@@ -20,6 +21,11 @@ class Merged(NamedTuple):
         sizes: ``(B, P+M)``: how many each row stands for; fp32, fp64 for fp64 tokens.
         log_sizes: their logarithms: ``log_sizes[:, None, None]`` is the ``key_bias`` of proportional attention.
         normed: the layer norm of the tokens, None where none was asked for.
+        companions: of packed sequences, the means of what was given, ``(capacity, ...)``.
+        cu_seqlens: of packed sequences, the boundaries of the merged ones, ``(S+1,)`` int32. Then tokens are
+            ``(capacity, C)``, sequences one behind the other, zeros behind the last; index is ``(T,)``, the row of
+            tokens that each row went into, also those of a prefix, -1 for slack and what was cut; sizes and log_sizes
+            are ``(capacity,)``, 0 and -inf behind the last.
     """
 
     tokens: Tensor
@@ -27,9 +33,24 @@ class Merged(NamedTuple):
     sizes: Tensor
     log_sizes: Tensor
     normed: Tensor | None
+    companions: tuple[Tensor, ...] = ()
+    cu_seqlens: Tensor | None = None
 
 
-def match_bipartite(metric: Tensor, r: int, *, prefix: int = 1) -> Tensor:
+@overload
+def match_bipartite(metric: Tensor, r: int, *, prefix: int = 1) -> Tensor: ...
+@overload
+def match_bipartite(
+    metric: Tensor, r: int | Tensor, *, prefix: int = 1, cu_seqlens: Tensor, max_seqlen: int
+) -> Matching: ...
+def match_bipartite(
+    metric: Tensor,
+    r: int | Tensor,
+    *,
+    prefix: int = 1,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor | Matching:
     r"""Which token each token goes into when r of them are merged: bipartite soft matching.
 
     The rows behind the prefix are split by the parity of their number (the prefix counted): A has the even ones, B the
@@ -43,11 +64,19 @@ def match_bipartite(metric: Tensor, r: int, *, prefix: int = 1) -> Tensor:
     Args:
         metric: ``(B, P+N, D)``, of any float dtype and strides; rows of the prefix are not looked at.
         r: how many to merge, from 0 to the number of rows in A (0 if B is empty). On a GPU the CUDA
-            kernels take up to 16384 tokens.
+            kernels take up to 16384 tokens. Of packed sequences also ``(S,)`` int64 or int32, on the device. A sequence
+            that has fewer in A merges those: an r that is too large is no error there.
         prefix: P, leading rows (class, distillation, registers) that are never merged.
+        cu_seqlens: ``(S+1,)`` int32, the first row of every sequence and the end: then metric is ``(T, D)``, and every
+            sequence is matched by itself, its rows counted from its first. One that is shorter than the prefix is all
+            prefix. Rows behind the last sequence are slack, which is not read. There is no limit to N, and no matrix of
+            N by N anywhere: the best are found tile by tile.
+        max_seqlen: with them, the rows of the longest sequence or more.
 
     Returns:
-        ``(B, N)`` int64, 0 to M - 1. Not differentiated.
+        ``(B, N)`` int64, 0 to M - 1. Not differentiated. Of packed sequences a NamedTuple: index ``(T,)`` int64, the
+        row of the merged sequences, one behind the other, that each row goes into, also those of a prefix, -1 for
+        slack; cu_seqlens ``(S+1,)`` int32, their boundaries. On a GPU no value reaches the host.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -62,10 +91,14 @@ def match_bipartite(metric: Tensor, r: int, *, prefix: int = 1) -> Tensor:
     [[1, 0, 2, 2]]
     """
     op = "match_bipartite"
+    packed.not_with_boundaries(op, cu_seqlens, max_seqlen)
+    if cu_seqlens is not None:
+        checks.tensor(op, "metric", metric, "T,D")
+        longest = match_packed.checked(op, metric, "metric", r, cu_seqlens, max_seqlen, prefix)
+        return match_packed.matched(metric, r, cu_seqlens, longest, prefix)
     _, rows, _ = checks.tensor(op, "metric", metric, "B,P+N,D")
     checks.prefix(op, "prefix", prefix, rows)
-    _check_r(op, r, rows, prefix)
-    return _matched(metric, r, prefix)
+    return _matched(metric, _checked_r(op, r, rows, prefix), prefix)
 
 
 def _matched(metric: Tensor, r: int, prefix: int) -> Tensor:
@@ -80,11 +113,15 @@ def _matched(metric: Tensor, r: int, prefix: int) -> Tensor:
 def merge_bipartite(
     x: Tensor,
     metric: Tensor,
-    r: int,
+    r: int | Tensor,
     *,
     prefix: int = 1,
     sizes: Tensor | None = None,
     norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    capacity: int | None = None,
+    companions: tuple[Tensor, ...] = (),
 ) -> Merged:
     r"""Merge the r tokens that are most like another one into it, by the mean of all that they stand for.
 
@@ -102,6 +139,14 @@ def merge_bipartite(
             dtype; not differentiated. None: 1.
         norm: ``(weight, bias, eps)``: the layer norm of the result over C is returned as well; weight and bias are
             ``(C,)`` or None.
+        cu_seqlens, max_seqlen: of packed sequences, as in :func:`match_bipartite`: then x is ``(T, C)``, metric
+            ``(T, D)`` and sizes ``(T,)``, and r may be ``(S,)``; one that is too large for a sequence merges what can
+            be.
+        capacity: with them, the rows of the result; by default T. On a GPU no value reaches the host: what does not fit
+            is cut, later sequences first.
+        companions: with them, up to 4 float tensors ``(T,)`` or ``(T, E)``, of which each token gets the mean by sizes
+            too: positions, or the rows of rotary tables. The mean of these is exact for keys that are equal: of it and
+            them the logit is the mean of the members' (with ``log_sizes`` as key bias).
 
     Returns:
         `Merged`.
@@ -109,9 +154,10 @@ def merge_bipartite(
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit together, or there are not r tokens to merge.
+        IndexError: a capacity is too small (on a CPU).
 
-    Sums are fp32, fp64 for fp64. Deterministic. Differentiable twice in ``x`` and the norm's weight and bias; matching
-    and sizes are not differentiated, as in the paper.
+    Sums are fp32, fp64 for fp64. Deterministic. Differentiable twice in ``x``, companions and the norm's weight and
+    bias; matching and sizes are not differentiated, as in the paper.
 
     Source: Bolya et al., Token Merging: Your ViT But Faster (ICLR 2023), sections 3 and 3.1.
 
@@ -121,12 +167,27 @@ def merge_bipartite(
     ([[[9.0, 9.0], [1.0, 0.10000000149011612], [1.0, 0.0], [0.0, 2.0]]], [[1.0, 1.0, 1.0, 2.0]])
     """
     op = "merge_bipartite"
+    packed.not_with_boundaries(op, cu_seqlens, max_seqlen)
+    if cu_seqlens is not None:
+        longest = merge_packed.checked(
+            op, x, metric, r, cu_seqlens, max_seqlen, capacity, prefix, sizes, companions, norm
+        )
+        return Merged(
+            *merge_packed.merged(
+                x, metric, r, cu_seqlens, longest, capacity, prefix=prefix, sizes=sizes, norm=norm,
+                companions=tuple(companions),
+            )
+        )  # fmt: skip
+    if capacity is not None:
+        raise ValueError(f"{op}: capacity={capacity!r}, but it needs cu_seqlens")
+    if not isinstance(companions, (tuple, list)) or companions:
+        raise ValueError(f"{op}: companions are given, but they need cu_seqlens")
     B, rows, _ = checks.tensor(op, "x", x, "B,P+N,C")
     of_metric = checks.tensor(op, "metric", metric, "B,P+N,D", like=x)
     checks.prefix(op, "prefix", prefix, rows)
     checks.same(op, "images", "metric", of_metric[0], "x", B)
     checks.same(op, "tokens", "metric", of_metric[1], "x", rows)
-    _check_r(op, r, rows, prefix)
+    r = _checked_r(op, r, rows, prefix)
     sizes, weight, bias, eps = _arguments(op, x, sizes, norm)
     backend = choose(op, x.device.type, x.dtype)
     if backend == "reference":
@@ -181,12 +242,14 @@ def unmerge_bipartite(y: Tensor, index: Tensor, *, prefix: int = 1) -> Tensor:
     .. math:: x = [y_{1..P},\\; y_{P + index_n}]
 
     Args:
-        y: ``(B, P+M, C)``; fp16, bf16, fp32 or fp64, any strides.
-        index: ``(B, N)`` int64, 0 to M - 1: of one merge, or composed (``second.index.gather(1, first.index)``).
-        prefix: P, how many leading tokens are copied.
+        y: ``(B, P+M, C)``; fp16, bf16, fp32 or fp64, any strides. Of packed sequences ``(K, C)``.
+        index: ``(B, N)`` int64, 0 to M - 1: of one merge, or composed (``second.index.gather(1, first.index)``). Of
+            packed sequences ``(T,)``, rows of y, 0 to K - 1, or -1, whose token is 0 (composed:
+            ``second.index[first.index].masked_fill(first.index < 0, -1)``); boundaries and a prefix are in it.
+        prefix: P, how many leading tokens are copied; of packed sequences not looked at.
 
     Returns:
-        ``(B, P+N, C)``, contiguous.
+        ``(B, P+N, C)``, contiguous; of packed sequences ``(T, C)``.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -199,6 +262,8 @@ def unmerge_bipartite(y: Tensor, index: Tensor, *, prefix: int = 1) -> Tensor:
     Hoffman, Token Merging for Fast Stable Diffusion (2023).
     """
     op = "unmerge_bipartite"
+    if isinstance(y, Tensor) and y.dim() == 2 and isinstance(index, Tensor) and index.dim() == 1:
+        return merge_packed.unmerged(op, y, index)
     B, rows, _ = checks.tensor(op, "y", y, "B,P+M,C")
     checks.prefix(op, "prefix", prefix, rows)
     images, _ = checks.tensor(op, "index", index, "B,N", like=y, floating=False)
@@ -227,7 +292,7 @@ def most_merged(rows: int, prefix: int) -> int:
     return even if even < rows - prefix else 0
 
 
-def _check_r(op: str, r: Any, rows: int, prefix: int) -> None:
+def _checked_r(op: str, r: Any, rows: int, prefix: int) -> int:
     if isinstance(r, bool) or not isinstance(r, (int, torch.SymInt)):
         raise TypeError(f"{op}: r must be an int, but got {r!r}")
     most = most_merged(rows, prefix)
@@ -236,6 +301,7 @@ def _check_r(op: str, r: Any, rows: int, prefix: int) -> None:
             f"{op}: r={r}, but of {rows - prefix} tokens after a prefix of {prefix} at most {most} can be merged:"
             f" 0 to {most} is allowed"
         )
+    return r  # type: ignore[return-value]
 
 
 def _check_places(op: str, index: Tensor, tokens: int) -> None:

@@ -3,11 +3,11 @@
 ``cu_seqlens`` is int32 ``(S+1,)`` on the tokens' device: sequence s has rows ``cu_seqlens[s]`` to ``cu_seqlens[s+1]``,
 from 0 on, in order; sequences may be empty, and rows behind the last (slack) are of none. ``max_seqlen`` is a number on
 the host that no sequence is longer than. No value of a boundary reaches the host on a GPU, so that a CUDA graph that is
-captured for so many rows runs any sequences in them. On a CPU boundaries are looked at, and checked.
+captured for so many rows runs any sequences in them; the specification of attention alone looks at them, which serves
+fp64 and gradients of gradients there. On a CPU boundaries are looked at, and checked.
 """
 
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 from typing import Any, overload
 
 import torch
@@ -67,6 +67,14 @@ def sequence_of(cu_seqlens: Tensor, rows: int) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
 
 
+def padded(tensor: Tensor, cu_seqlens: Tensor, rows: int) -> Tensor:
+    """The sequences of (T, ...) apart, (S, rows, ...), zeros behind their ends. Looks at nothing, reads no slack."""
+    spare = torch.cat((tensor, tensor.new_zeros(1, *tensor.shape[1:])))
+    row = cu_seqlens[:-1, None] + torch.arange(rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    places = row.masked_fill(row >= cu_seqlens[1:, None], tensor.shape[0])
+    return spare.index_select(0, places.flatten()).unflatten(0, places.shape)
+
+
 @overload
 def kept_counts(lengths: Tensor, keep_rate: float, *, minimum: int = 1, multiple: int = 1) -> Tensor: ...
 @overload
@@ -99,6 +107,8 @@ def kept_counts(
     >>> kept_counts([256, 64, 4, 0], 0.3, multiple=4)
     [80, 20, 4, 0]
     """
+    from fractions import Fraction  # not with `import tokenops`
+
     op = "kept_counts"
     checks.number(op, "keep_rate", keep_rate, "a number")
     if not 0 < keep_rate <= 1:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import packed
+
 
 def keeps_dtypes(function: Callable[..., Any]) -> Callable[..., Any]:
     """Under autocast too the tensors' own dtypes decide."""
@@ -65,9 +67,20 @@ def aggregation_weights(w: Tensor, scale: Tensor | float | None = None, mask: Te
 
 @keeps_dtypes
 def soft_aggregate(
-    x: Tensor, w: Tensor, *, scale: Tensor | float | None = None, mask: Tensor | None = None, prefix: int = 0
-) -> Tensor:
-    """y = [x[:, :P], A^T x[:, P:]], (B,P+M,C): SiT's token slimming (TSM), class token carried along."""
+    x: Tensor, w: Tensor, *, scale: Tensor | float | None = None, mask: Tensor | None = None, prefix: int = 0,
+    cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+) -> Tensor:  # fmt: skip
+    """y = [x[:, :P], A^T x[:, P:]], (B,P+M,C): SiT's token slimming (TSM), class token carried along.
+
+    Packed sequences are padded, and what they are padded with is masked.
+    """
+    if cu_seqlens is not None and max_seqlen is not None:
+        counts = w.new_ones(w.shape[:1], dtype=torch.bool) if mask is None else mask
+        most, ahead = min(max_seqlen, x.shape[0]), min(prefix, x.shape[0])  # no more than there are rows
+        x, w, counts = (packed.padded(t, cu_seqlens, max(most, ahead)) for t in (x, w, counts))
+        y = soft_aggregate(x, w[:, ahead:], scale=scale, mask=counts[:, ahead:], prefix=ahead)
+        missing = y.new_zeros(y.shape[0], prefix - ahead, y.shape[2])
+        return torch.cat((y[:, :ahead], missing, y[:, ahead:]), dim=1)
     a = aggregation_weights(w.to(accumulation_dtype(torch.promote_types(x.dtype, w.dtype))), scale, mask).to(x.dtype)
     tokens = x[:, prefix:]
     if mask is not None:
@@ -414,21 +427,13 @@ def masked_channel_attention(
     heads: str = "each",
     return_lse: bool = False,
     return_key_mean: bool = False,
-    boundaries: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """O = softmax(S) V * v_mask, (B,H,Nq,Dv), S of `attention_logits`: attention that tells what it attended to.
 
     Behind O come, as asked for: the scores (the probabilities of query 0, or their mean over the queries; (B,H,Nk), or
     (B,Nk) averaged over the heads), log sum exp S (B,H,Nq), and the mean of k over the heads (B,Nk,Dk). A query without
     any key that counts gives zeros, and -inf as its log-sum-exp. Keys beyond a length are not looked at.
-
-    With boundaries, (S+1,) of queries and of keys, the rows of the one image are S sequences, each alone.
     """
-    if boundaries is not None:
-        return _each_sequence(
-            q, k, v, key_bias, boundaries, qk_mask=qk_mask, v_mask=v_mask, scale=scale, scores=scores, heads=heads,
-            return_lse=return_lse, return_key_mean=return_key_mean,
-        )  # fmt: skip
     logits, valid = attention_logits(q, k, qk_mask=qk_mask, key_bias=key_bias, key_lengths=key_lengths, scale=scale)
     some = valid.any(dim=3, keepdim=True)
     logits = logits.masked_fill(~valid & some, float("-inf"))
@@ -445,33 +450,4 @@ def masked_channel_attention(
         results.append(torch.logsumexp(logits, dim=3).masked_fill(~some.squeeze(3), float("-inf")))
     if return_key_mean:
         results.append(k.mean(dim=1))
-    return results[0] if len(results) == 1 else tuple(results)
-
-
-def _each_sequence(
-    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, boundaries: tuple[Tensor, Tensor], **options: Any
-) -> Tensor | tuple[Tensor, ...]:
-    """`masked_channel_attention` of sequences in one image; rows of none give zeros, and -inf as log-sum-exp."""
-    wide = accumulation_dtype(q.dtype)
-    scores, lse, key_mean = (options.pop(name) for name in ("scores", "return_lse", "return_key_mean"))
-    of_heads = (1,) if options["heads"] == "mean" else q.shape[:2]
-    of_q, of_k = (b.tolist() for b in boundaries)
-    found: list[list[Tensor]] = [[], [], [], []]
-    for m, m_end, n, n_end in zip(of_q, of_q[1:], of_k, of_k[1:]):
-        bias = None if key_bias is None else key_bias[..., n:n_end]
-        out, *received, logs, mean = masked_channel_attention(
-            q[:, :, m:m_end], k[:, :, n:n_end], v[:, :, n:n_end], key_bias=bias, scores=scores if m_end > m else None,
-            return_lse=True, return_key_mean=True, **options,
-        )  # fmt: skip
-        received = received or [q.new_zeros(*of_heads, n_end - n, dtype=wide)]  # of no query
-        for results, result in zip(found, (out, *received, logs, mean)):
-            results.append(result)
-    m, n = q.shape[2] - of_q[-1], k.shape[2] - of_k[-1]
-    found[0].append(q.new_zeros(*q.shape[:2], m, v.shape[3]))
-    found[1].append(q.new_zeros(*of_heads, n, dtype=wide))
-    found[2].append(q.new_full((*q.shape[:2], m), float("-inf"), dtype=wide))
-    found[3].append(k.new_zeros(1, n, k.shape[3]))
-    dims = (2, -1, 2, 1)
-    asked = (True, scores is not None, lse, key_mean)
-    results = [torch.cat(parts, dim=dim) for parts, dim, wanted in zip(found, dims, asked) if wanted]
     return results[0] if len(results) == 1 else tuple(results)

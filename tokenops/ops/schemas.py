@@ -16,10 +16,12 @@ from .backends import COMPILED_ON_CPU, COMPOSED, TABLE
 from .reference import accumulation_dtype, heads_of
 
 _SCHEMAS = {
-    "soft_aggregate_fwd": "(Tensor x, Tensor w, Tensor? scale, float factor, Tensor? mask, SymInt prefix)"
-    " -> (Tensor y, Tensor saved)",
+    # packed sequences are the rows of one image
+    "soft_aggregate_fwd": "(Tensor x, Tensor w, Tensor? scale, float factor, Tensor? mask, SymInt prefix,"
+    " Tensor? cu_seqlens=None, SymInt max_seqlen=0) -> (Tensor y, Tensor saved)",
     "soft_aggregate_bwd": "(Tensor dy, Tensor x, Tensor w, Tensor? scale, float factor, Tensor? mask, Tensor? y,"
-    " Tensor saved, SymInt prefix) -> (Tensor dx, Tensor dw, Tensor dscale)",
+    " Tensor saved, SymInt prefix, Tensor? cu_seqlens=None, SymInt max_seqlen=0)"
+    " -> (Tensor dx, Tensor dw, Tensor dscale)",
     "token_mlp_fwd": "(Tensor z, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2) -> Tensor",
     "token_mlp_bwd": "(Tensor dy, Tensor z, Tensor w1, Tensor? b1, Tensor w2)"
     " -> (Tensor dz, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
@@ -50,6 +52,9 @@ _SCHEMAS = {
     " SymInt height, SymInt width, bool vertical, SymInt prefix, float alpha, float beta)"
     " -> (Tensor dx, Tensor dfirst, Tensor dsecond, Tensor dlogits)",
     "match_bipartite_fwd": "(Tensor metric, SymInt r, SymInt prefix) -> Tensor",
+    "match_packed_fwd": "(Tensor metric, Tensor cu_seqlens, SymInt max_seqlen, SymInt prefix)"
+    " -> (Tensor best, Tensor target)",
+    "match_packed_places": "(Tensor best, Tensor target, Tensor counts, Tensor cu_seqlens, SymInt prefix) -> Tensor",
     "merge_bipartite_fwd": "(Tensor x, Tensor index, SymInt tokens, Tensor? sizes, Tensor? weight, Tensor? bias,"
     " SymInt prefix, bool norm, float eps)"
     " -> (Tensor y, Tensor sizes, Tensor log_sizes, Tensor normed, Tensor statistics)",
@@ -59,6 +64,11 @@ _SCHEMAS = {
     "merge_bipartite_bwd": "(Tensor dy, Tensor index, Tensor? sizes, Tensor merged, SymInt prefix) -> Tensor",
     "unmerge_bipartite_fwd": "(Tensor y, Tensor index, SymInt prefix) -> Tensor",
     "unmerge_bipartite_bwd": "(Tensor dx, Tensor index, SymInt tokens, SymInt prefix) -> Tensor",
+    # order has the rows by where they go, and offsets where those of each of `rows` begin in it, at most `most` of them
+    "sum_rows_fwd": "(Tensor x, Tensor dest, SymInt rows, Tensor? weight, Tensor order, Tensor offsets, SymInt most,"
+    " Tensor? factor, Tensor? bias, bool mean, bool norm, float eps)"
+    " -> (Tensor y, Tensor totals, Tensor normed, Tensor statistics)",
+    "sum_rows_bwd": "(Tensor dy, Tensor dest, Tensor? weight, Tensor? totals, Tensor? x) -> (Tensor dx, Tensor dots)",
 }
 
 
@@ -66,10 +76,16 @@ def _wide(x, w):
     return accumulation_dtype(torch.promote_types(x.dtype, w.dtype))
 
 
-def _soft_aggregate_fwd(x, w, scale, factor, mask, prefix):
-    y = x.new_empty((x.shape[0], prefix + w.shape[2], x.shape[2]))
+def _slim(x, w, prefix, cu_seqlens):
+    """New slim tokens."""
+    images = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty((images, prefix + w.shape[2], x.shape[2]))
+
+
+def _soft_aggregate_fwd(x, w, scale, factor, mask, prefix, cu_seqlens=None, max_seqlen=0):
+    y = _slim(x, w, prefix, cu_seqlens)
     # of each slot the largest scaled logit (times log2(e)), the inverse sum and the mean logit
-    return y, x.new_empty((3, w.shape[0], w.shape[2]), dtype=_wide(x, w))
+    return y, x.new_empty((3, y.shape[0], w.shape[2]), dtype=_wide(x, w))
 
 
 def tokens_last(w):
@@ -85,15 +101,15 @@ def like_logits(w, dtype):
     )
 
 
-def _soft_aggregate_fwd_native(x, w, scale, factor, mask, prefix):
-    return x.new_empty((x.shape[0], prefix + w.shape[2], x.shape[2])), like_logits(w, x.dtype)  # y and the weights
+def _soft_aggregate_fwd_native(x, w, scale, factor, mask, prefix, cu_seqlens=None, max_seqlen=0):
+    return _slim(x, w, prefix, cu_seqlens), like_logits(w, x.dtype)  # y and the weights
 
 
-def _soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, saved, prefix):
+def _soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, saved, prefix, cu_seqlens=None, max_seqlen=0):
     return x.new_empty(x.shape), torch.empty_like(w), x.new_empty((0,) if scale is None else (), dtype=_wide(x, w))
 
 
-def _soft_aggregate_bwd_native(dy, x, w, scale, factor, mask, y, saved, prefix):
+def _soft_aggregate_bwd_native(dy, x, w, scale, factor, mask, y, saved, prefix, cu_seqlens=None, max_seqlen=0):
     dx, _, dscale = _soft_aggregate_bwd(dy, x, w, scale, factor, mask, y, saved, prefix)
     return dx, like_logits(w, w.dtype), dscale
 
@@ -224,6 +240,15 @@ def _match_bipartite_fwd(metric, r, prefix):
     return metric.new_empty((metric.shape[0], metric.shape[1] - prefix), dtype=torch.int64)
 
 
+def _match_packed_fwd(metric, cu_seqlens, max_seqlen, prefix):
+    rows = metric.shape[:1]
+    return metric.new_empty(rows, dtype=accumulation_dtype(metric.dtype)), metric.new_empty(rows, dtype=torch.int64)
+
+
+def _match_packed_places(best, target, counts, cu_seqlens, prefix):
+    return target.new_empty(target.shape)
+
+
 def _merge_bipartite_fwd(x, index, tokens, sizes, weight, bias, prefix, norm, eps):
     (B, _, C), wide = x.shape, accumulation_dtype(x.dtype)
     rows = prefix + tokens
@@ -252,6 +277,21 @@ def _unmerge_bipartite_fwd(y, index, prefix):
 
 def _unmerge_bipartite_bwd(dx, index, tokens, prefix):
     return dx.new_empty((dx.shape[0], prefix + tokens, dx.shape[2]))
+
+
+def _sum_rows_fwd(x, dest, rows, weight, order, offsets, most, factor, bias, mean, norm, eps):
+    C, wide = x.shape[1], accumulation_dtype(x.dtype)
+    return (
+        x.new_empty((rows, C)),
+        x.new_empty((rows,), dtype=wide),
+        x.new_empty((rows, C) if norm else (0,)),
+        x.new_empty((2, rows) if norm else (0,), dtype=wide),  # mean and inverse standard deviation
+    )
+
+
+def _sum_rows_bwd(dy, dest, weight, totals, x):
+    rows, wide = dest.shape[0], accumulation_dtype(dy.dtype)
+    return dy.new_empty((rows, dy.shape[1])), dy.new_empty((0 if x is None else rows,), dtype=wide)
 
 
 #: where an implementation is not in the file of its operator's name

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, layer_norm, reference
+from . import checks, layer_norm, packed, reference, select_packed
 from .autograd import Operator, gradients, needs_grad, zeros_like_tokens
 from .backends import choose
 from .schemas import kernel
@@ -16,13 +16,14 @@ ORDERS = ("score", "index")
 
 
 class Selection(NamedTuple):
-    """What :func:`select_tokens` returns."""
+    """What :func:`select_tokens` returns; boundaries where it was given some."""
 
     tokens: Tensor
     index: Tensor  # type: ignore[assignment]  # tuple's own method of that name is not missed
     companions: tuple[Tensor, ...]
     normed: Tensor | None
     lengths: Tensor | None
+    cu_seqlens: Tensor | None = None
 
 
 def select_tokens(
@@ -37,6 +38,9 @@ def select_tokens(
     counts: Tensor | None = None,
     companions: tuple[Tensor, ...] = (),
     norm: tuple[Tensor | None, Tensor | None, float] | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    capacity: int | None = None,
 ) -> Selection:
     r"""Keep the k best tokens of each image, and fuse the others into one if asked.
 
@@ -61,18 +65,29 @@ def select_tokens(
         companions: up to 4 tensors ``(B, N)`` of any dtype that follow the tokens (sizes, sources, scores).
         norm: ``(weight, bias, eps)``: the layer norm of the result over C is returned as well; weight and bias are
             ``(C,)`` or None.
+        cu_seqlens: ``(S+1,)`` int32, the first row of every sequence and the end: then x is ``(T, C)``, scores are
+            ``(T,)`` (those of prefix rows are not looked at), counts ``(S,)``, and companions ``(T,)`` or ``(T, E)``. A
+            sequence that is shorter keeps what it has: min(P, n) and min(k, n - P) rows, and a rest token only where
+            something is left out, so that none grows. There is no limit to N. Rows behind the last sequence are slack.
+        max_seqlen: with them, the rows of the longest sequence or more.
+        capacity: with them, the rows of the result; by default min(T, S * (P + k + rest)), which is enough. On a GPU no
+            value reaches the host: what does not fit is cut, later sequences first.
 
     Returns:
         A NamedTuple: tokens ``(B, P+k, C)``, or ``(B, P+k+1, C)`` with a rest (it follows an image's last kept token);
         index ``(B, k)`` int64, the places among the N, -1 beyond a count; companions, each ``(B, k)``, 0 beyond a
         count; normed, like tokens, or None; lengths ``(B,)`` int64, how many rows of tokens count, or None without
-        counts.
+        counts; cu_seqlens, None.
+
+        Of packed sequences: tokens ``(capacity, C)``, sequences one behind the other, zeros behind the last; index
+        ``(capacity,)``, the row of x at each place, also of prefix rows, -1 for a rest and behind the last; companions
+        ``(capacity, ...)``, 0 there; normed; lengths ``(S,)``; cu_seqlens ``(S+1,)`` int32, the new boundaries.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not fit together; an option has no such value.
         IndexError: a count is not between 0 and k (on a CPU; on a GPU, where looking would synchronise, it is taken for
-            the nearest that is).
+            the nearest that is), or a capacity is too small (on a CPU).
 
     Deterministic. Differentiable twice in ``x``, float ``companions``, the norm's weight and bias, and, by way of a
     "weighted" rest, in ``scores``; the choice itself is not differentiated.
@@ -84,8 +99,22 @@ def select_tokens(
     >>> chosen = select_tokens(x, scores, 2, rest="mean")
     >>> chosen.tokens.flatten().tolist(), chosen.index.tolist()
     ([0.0, 2.0, 3.0, 2.5], [[1, 2]])
+
+    Two packed sequences, of 3 and 2 rows:
+
+    >>> x, scores = torch.arange(5.0).unsqueeze(1), torch.tensor([9, 0.1, 0.4, 9, 0.3])
+    >>> chosen = select_tokens(x, scores, 1, cu_seqlens=torch.tensor([0, 3, 5], dtype=torch.int32), max_seqlen=3)
+    >>> chosen.index.tolist(), chosen.cu_seqlens.tolist()
+    ([0, 2, 3, 4], [0, 2, 4])
     """
     op = "select_tokens"
+    packed.not_with_boundaries(op, cu_seqlens, max_seqlen)
+    if cu_seqlens is not None:
+        return _packed(
+            op, x, scores, k, cu_seqlens, max_seqlen, capacity, prefix, rest, normalize, order, counts, companions, norm
+        )
+    if capacity is not None:
+        raise ValueError(f"{op}: capacity={capacity!r}, but it needs cu_seqlens")
     B, rows, _ = checks.tensor(op, "x", x, "B,P+N,C")
     images, tokens = checks.tensor(op, "scores", scores, "B,N", like=x)
     checks.prefix(op, "prefix", prefix, rows)
@@ -99,13 +128,10 @@ def select_tokens(
         raise TypeError(f"{op}: k must be an int, but got {k!r}")
     if k < 0 or k > N:
         raise ValueError(f"{op}: k={k}, but x has {N} tokens after a prefix of {prefix}: 0 to {N} is allowed")
-    for name, value, allowed in (("rest", rest, RESTS), ("order", order, ORDERS)):
-        if value not in allowed:
-            raise ValueError(f"{op}: {name}={value!r}, but it must be one of {', '.join(map(repr, allowed))}")
-    checks.flag(op, "normalize", normalize)
+    _options(op, rest, order, normalize)
     companions = _companions(op, companions, x, scores)
     if counts is not None:
-        counts = _counts(op, counts, x)
+        counts = _counts(op, counts, x, B)
     weight, bias, eps = layer_norm.arguments(op, norm, x)
     backend = choose(op, x.device.type, x.dtype)
     if backend == "reference":
@@ -142,6 +168,46 @@ def select_tokens(
     )
 
 
+def _options(op: str, rest: Any, order: Any, normalize: Any) -> None:
+    for name, value, allowed in (("rest", rest, RESTS), ("order", order, ORDERS)):
+        if value not in allowed:
+            raise ValueError(f"{op}: {name}={value!r}, but it must be one of {', '.join(map(repr, allowed))}")
+    checks.flag(op, "normalize", normalize)
+
+
+def _packed(
+    op, x, scores, k, cu_seqlens, max_seqlen, capacity, prefix, rest, normalize, order, counts, companions, norm
+) -> Selection:
+    """`select_tokens` of packed sequences."""
+    rows, _ = checks.tensor(op, "x", x, "T,C")
+    (tokens,) = checks.tensor(op, "scores", scores, "T", like=x)
+    checks.same(op, "rows", "scores", tokens, "x", rows)
+    sequences = packed.boundaries(op, cu_seqlens, max_seqlen, rows, x, tokens="x")
+    for name, value in (("prefix", prefix), ("k", k), *([] if capacity is None else [("capacity", capacity)])):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{op}: {name} must be an int, but got {value!r}")
+        if value < 0:
+            raise ValueError(f"{op}: {name}={value}, but it must be 0 or more")
+    _options(op, rest, order, normalize)
+    if isinstance(companions, Tensor) or not isinstance(companions, (tuple, list)):
+        raise TypeError(f"{op}: companions must be a tuple of tensors, but got {type(companions).__name__}")
+    checks.companions(op, len(companions))
+    for i, companion in enumerate(companions):
+        checks.companion_rows(op, f"companions[{i}]", companion, "T", rows, "x", x)
+    if counts is not None:
+        counts = _counts(op, counts, x, sequences)
+        checks.places(op, "counts", counts, k + 1, lambda: f"it must be between 0 and k={k}")
+    layer_norm.arguments(op, norm, x)
+    if capacity is None:
+        capacity = min(rows, sequences * (prefix + k + int(rest != "none")))
+    return Selection(
+        *select_packed.selected(
+            x, scores, k, cu_seqlens, max_seqlen, capacity, prefix=prefix, rest=rest, normalize=normalize, order=order,
+            counts=counts, companions=tuple(companions), norm=norm,
+        )
+    )  # fmt: skip
+
+
 def _companions(op: str, companions: Any, x: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
     if isinstance(companions, Tensor) or not isinstance(companions, (tuple, list)):
         raise TypeError(f"{op}: companions must be a tuple of tensors, but got {type(companions).__name__}")
@@ -151,11 +217,12 @@ def _companions(op: str, companions: Any, x: Tensor, scores: Tensor) -> tuple[Te
     return tuple(companions)
 
 
-def _counts(op: str, counts: Any, x: Tensor) -> Tensor:
-    checks.tensor(op, "counts", counts, "B", like=x, floating=False)
+def _counts(op: str, counts: Any, x: Tensor, images: int) -> Tensor:
+    checks.tensor(op, "counts", counts, "B" if x.dim() == 3 else "S", like=x, floating=False)
     if counts.dtype != torch.int64:
         raise TypeError(f"{op}: counts must be int64, but got {counts.dtype}")
-    checks.same(op, "images", "counts", counts.shape[0], "x", x.shape[0])
+    what, of = ("images", "x") if x.dim() == 3 else ("sequences", "cu_seqlens")
+    checks.same(op, what, "counts", counts.shape[0], of, images)
     return counts.contiguous()
 
 

@@ -17,7 +17,9 @@ SHARED = {
     "merge_bipartite": ("weight", "bias"),
 }
 #: boundaries of sequences within the one image: where they are given every sample takes a call of its own
-BOUNDARIES = ("cu_q", "cu_k")
+BOUNDARIES = ("cu_q", "cu_k", "cu_seqlens")
+#: operators without images: a call a sample
+WITHOUT_IMAGES = frozenset({"sum_rows", "match_packed"})
 
 
 def rule(name: str, backend: str, kernel: Any) -> Callable[..., tuple[Any, Any]]:
@@ -30,10 +32,9 @@ def rule(name: str, backend: str, kernel: Any) -> Callable[..., tuple[Any, Any]]
 
     def call(info, dims, *arguments):
         samples, given = info.batch_size, list(zip(shared, dims, arguments))
+        alone = (own and isinstance(a, Tensor) and (direction == "bwd" or d is not None) for own, d, a in given)
         packed = any(bound and isinstance(a, Tensor) for bound, a in zip(bounds, arguments))
-        if packed or any(
-            own and isinstance(a, Tensor) and (direction == "bwd" or d is not None) for own, d, a in given
-        ):
+        if operator in WITHOUT_IMAGES or packed or any(alone):
             calls = [kernel(*(_map(_sample, a, d, s) for a, d in zip(arguments, dims))) for s in range(samples)]
             return tree_map(lambda *of_each: _stack(of_each), *calls), 0
         folded = (a if own else _map(_fold, a, d, place, samples) for (own, d, a), place in zip(given, places))

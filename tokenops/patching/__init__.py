@@ -6,7 +6,7 @@ A method of your own derives from `Method` and gives every block a `Role`.
 """
 
 from .apply import apply_patch, remove_patch
-from .counts import TokensLeft, tokens_left
+from .counts import TokensLeft, image_tokens_left, tokens_left
 from .engine import Flow, Method, Record, Role, Step
 from .saving import load_patched, options_of, save_patched
 from .views import Trace, trace
@@ -20,6 +20,7 @@ __all__ = [
     "TokensLeft",
     "Trace",
     "apply_patch",
+    "image_tokens_left",
     "load_patched",
     "options_of",
     "remove_patch",

@@ -13,8 +13,9 @@ from .dressing import Patched, dress, place_of, refuse_wrapped, undress
 from .engine import METHODS, Method, PatchedAttention, PatchedBlock
 from .families import Family, head_width
 from .modules import is_sharded, unwrapped
+from .packed import PatchedSpeaker, PatchedTower, dress_parts, refuse_packed
 from .site import Site, Where, is_patched
-from .trunks import tail_of
+from .trunks import packs, tail_of
 from .views import PatchedTransformer, PatchedUnmapped
 
 
@@ -118,6 +119,11 @@ def apply_patch(
     raises a ValueError. BLIP-2, whose queries attend to any number, takes all methods. Models that make a grid of the
     tokens (LLaVA-NeXT, Gemma 3, Idefics3, InternVL) or take several layers are refused with methods that drop some.
 
+    Towers that pack their images in one sequence (Qwen's, from Qwen2-VL to Qwen3.5) take "evit" with
+    ``fuse_token=False``, and "random": whole units of 2 x 2 patches stay, of every image its share, in blocks that see
+    whole images. The result's ``kept`` are their numbers among all, `image_tokens_left` says how many there are before
+    the tower runs, and `tokenops.vlm.compress` makes prompts with as many places, where the whole model was patched.
+
     Blocks are checkpointed with ``use_reentrant=False``, in transformers' ``gradient_checkpointing_enable`` too. With
     True a forward is refused where blocks hand on more than tokens: "tome", "evo_vit", and with rotary positions all.
 
@@ -153,6 +159,8 @@ def apply_patch(
         raise ValueError(f"apply_patch: the {type(model).__name__} is patched already: remove_patch comes first")
     where = Where(module, prefix)
     site = Site(model, where)
+    if site.packs:
+        refuse_packed(site, how)
     widest = max(head_width(block) for block in site.blocks)
     if how.scores and widest > WIDEST_HEAD:
         raise ValueError(f"{how.name}: the model has heads of {widest} channels, but {WIDEST_HEAD} are the most")
@@ -182,6 +190,9 @@ def apply_patch(
         shared = getattr(site.owner.config, "use_shared_relative_position_bias", False)
         site.owner.tokenops_biased = "attention_mask" in site.families[0].tables, shared
         mixins = (PatchedModel,)
+    if site.packs:
+        dress_parts(site)
+        mixins = (PatchedTower,)
     if tail := tail_of(site.owner):
         site.owner.encoder.tokenops_tail = tail
         dress(site.owner.encoder, (PatchedTail,))
@@ -190,7 +201,7 @@ def apply_patch(
     if site.owner is not model:
         site.owner.tokenops_patch, site.owner.tokenops_within = patch, type(model).__name__
         dress(site.owner, mixins, None, how.setting)
-        mixins = ()
+        mixins = (PatchedSpeaker,) if site.packs and site.speaker is model else ()
     vars(model)["tokenops_patch"] = patch  # a compiled module would pass the assignment on
     dress(model, mixins, None, how.setting)
     return model
@@ -205,6 +216,8 @@ def remove_patch(model: Any) -> Any:
     patch = getattr(model, "tokenops_patch", None)
     if patch is None:
         raise ValueError(f"remove_patch: this {type(model).__name__} is not patched")
+    if packs(model) and "tokenops_within" in vars(model):  # which takes the images of the tower apart
+        raise ValueError(f"remove_patch: the whole {model.tokenops_within} is patched: remove_patch that")
     dressed: list[Any] = [module for module in model.modules() if isinstance(module, Patched)][::-1]  # from the inside
     for module in dressed:
         refuse_wrapped(module)

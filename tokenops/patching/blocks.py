@@ -12,7 +12,7 @@ from ..ops import reference
 from ..ops.masked_channel_attention import WIDEST_HEAD
 from .families import PATCH_ANEW, UNNORMED, Family, family_of
 from .modules import name_of, unwrapped
-from .positions import Positions, at
+from .positions import Packing, Positions, at
 
 
 class Ask:
@@ -108,6 +108,8 @@ def attended(family: type[Family], attention: Any, ask: Ask, x: Tensor, position
         raise ValueError(
             "the scores that are asked of attention would lose their gradients: checkpoint it with use_reentrant=False"
         )
+    if isinstance(positions, Packing):
+        return family.attended(attention, ask, x, positions)  # type: ignore[attr-defined]
     dropped, scale = dropped_by(family, attention), family.factor(attention)
     ours = isinstance(attention, Attention)
     masks: Any = {name: getattr(attention, name) if ours else None for name in ("qk_mask", "v_mask")}

@@ -1,8 +1,12 @@
 """How many tokens a patched model has behind every block, told from its roles without running it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from .packed import units_left
 from .readers import passed_by
 from .site import Site
 from .trunks import grid_of, tubelet_of
@@ -55,6 +59,44 @@ def tokens_left(model: Any, image_size: int | tuple[int, int] | None = None) -> 
     return TokensLeft(tuple(layers), taken - passed_by(site.speaker))
 
 
+def image_tokens_left(model: Any, grid_thw: Sequence[Sequence[int]] | Tensor) -> list[int]:
+    """How many image tokens a tower that packs its images leaves of each, told without running it.
+
+    For who sizes prompts before the tower runs. Every frame of a video keeps its share, and a token is made of a unit
+    of 2 x 2 patches; of a tower or a whole model that is not patched they are all.
+
+    Args:
+        model: one of Qwen's, Qwen2-VL to Qwen3.5, or the tower of one, behind `apply_patch` or not.
+        grid_thw: ``(S, 3)`` integers: frames, rows and columns of patches of each image. A tensor on a GPU is
+            waited for.
+
+    Raises:
+        TypeError: the model has no such tower, or a grid is not three ints.
+        ValueError: a grid has no whole units.
+
+    >>> import tokenops
+    >>> from transformers.models.qwen3_vl import Qwen3VLVisionConfig, Qwen3VLVisionModel
+    >>> tower = Qwen3VLVisionModel(Qwen3VLVisionConfig(depth=4, hidden_size=32, num_heads=2, intermediate_size=32))
+    >>> tower = tokenops.apply_patch(tower, "evit", keep_rate=0.5, reduction_loc=(1, 2), fuse_token=False)
+    >>> image_tokens_left(tower, [[1, 16, 24], [1, 8, 8]])
+    [24, 4]
+    """
+    site = Site(model)
+    if not site.packs:
+        raise TypeError(f"image_tokens_left is of towers that pack their images, not of {type(site.owner).__name__}")
+    merge = site.owner.spatial_merge_size
+    if hasattr(site.owner, "tokenops_patch"):
+        site.refuse_others()
+    grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else list(grid_thw)
+    for i, grid in enumerate(grids):
+        sides = tuple(grid) if isinstance(grid, (tuple, list)) else ()
+        if len(sides) != 3 or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+            raise TypeError(f"grid_thw[{i}]={grid!r}, but it must be three ints: frames, rows and columns of patches")
+        if min(sides) < 1 or sides[1] % merge or sides[2] % merge:
+            raise ValueError(f"grid_thw[{i}]={sides}, but rows and columns must be multiples of {merge}, all 1 or more")
+    return units_left(site.owner, grids)
+
+
 def _patches(site: Site, image_size: Any) -> int:
     """How many patches of an image come into the first block; ValueError where the model does not take it."""
     embedding, grid = site.embedding, site.grid
@@ -71,8 +113,8 @@ def _grid(site: Site, image_size: Any) -> tuple[int, int]:
     embedding = site.embedding
     if not site.timm and site.img_size is None and site.grid is None:
         raise ValueError(
-            f"{type(site.owner).__name__} takes patches as rows, so the size of an image does not say how many: count"
-            " these"
+            f"{type(site.owner).__name__} takes patches as rows, so the size of an image does not say how many: "
+            + ("give tokenops.patching.image_tokens_left their grids" if site.packs else "count these")
         )
     size = _size(image_size, site.img_size)
     frames = (site.owner.config.num_frames,) if not site.timm and tubelet_of(embedding) else ()

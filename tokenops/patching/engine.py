@@ -174,6 +174,7 @@ class Method:
     Attributes:
         name: as `apply_patch` takes it; a class with a name is known by it from then on.
         scores: whether attention gives more than its result, which heads wider than the operator's cannot.
+        packs: whether it is defined for towers of images that are packed in one sequence.
         shape: whether it is for one grid of patches, which images are then checked for.
         setting: the option that becomes an attribute of the model, to be set between forwards; None without.
         entry: the name of the part that tokens pass first in a block that has it; None without.
@@ -184,6 +185,7 @@ class Method:
 
     name: ClassVar[str]
     scores: ClassVar[bool] = True
+    packs: ClassVar[bool] = False
     shape: ClassVar[bool] = False
     setting: str | None = None
     entry: ClassVar[str | None] = None
@@ -287,7 +289,7 @@ class PatchedBlock:
         if record is not None:
             record.flow = flow
         family = type(self).tokenops_family  # type: ignore[attr-defined]
-        return family.handed(flow.tokens if flow.state is None or role.last else flow)
+        return family.handed(flow.tokens if flow.state is None or (role.last and not family.packs) else flow)
 
 
 def refuse_symbols(x: Any) -> None:

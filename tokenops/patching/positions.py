@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.packed import split_like
 from ..ops.reference import accumulation_dtype, keeps_dtypes
 
 
@@ -87,6 +88,31 @@ class Positions(NamedTuple):
             return None
         zero = torch.zeros(self.hidden.shape, dtype=dtype, device=self.hidden.device)
         return zero.masked_fill(self.hidden, float("-inf"))[:, None, None]
+
+
+class Packing(NamedTuple):
+    """What attention knows of packed tokens: their rotary tables, and which are of one image or window.
+
+    Attributes:
+        tables: cosines and sines, each ``(T, D)``.
+        cu_seqlens: ``(S+1,)`` int32, the first row of every image or window, and the end.
+        max_seqlen: a number that none has more rows than, or None.
+        hidden: None: nothing is padding.
+    """
+
+    tables: tuple[Tensor, ...]
+    cu_seqlens: Tensor
+    max_seqlen: int | None = None
+    hidden: None = None
+
+    def at(self, units: Tensor, size: int) -> "Packing":
+        """Those of some units of ``size`` rows each, by ascending number; the images or windows that they are in."""
+        tables = tuple(t.unflatten(0, (-1, size)).index_select(0, units).flatten(0, 1) for t in self.tables)
+        return Packing(tables, split_like(units, self.cu_seqlens // size) * size, self.max_seqlen)
+
+    def longest(self, rows: int) -> int:
+        """What none of the sequences of so many rows is longer than."""
+        return rows if self.max_seqlen is None else min(rows, self.max_seqlen)
 
 
 def _rows(table: Tensor, places: Tensor) -> Tensor:

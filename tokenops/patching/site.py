@@ -9,7 +9,7 @@ from .families import FAMILIES, PADDED, PATCH_ANEW
 from .families.refused import why_refused
 from .modules import name_of, unwrapped
 from .readers import pools_class, reader_of
-from .trunks import is_timm, is_trunk, pads, trunk_of
+from .trunks import is_timm, is_trunk, packs, pads, trunk_of
 
 #: what makes the tokens of vision transformers as `trunk_of` says
 _MAKERS = ("timm.", "torchvision.", "open_clip.", "transformers.", "tokenops.", "torch.")
@@ -49,6 +49,7 @@ class Site:
         embedding: the module that makes the patch tokens.
         taken: the blocks behind which the model takes its tokens, mostly the last; -1 is before the first.
         maps: the class that expects every patch token in its place; None without.
+        packs: whether its images are packed in one sequence of tokens.
         speaker: the innermost model around with a prompt that has places for images; None without.
 
     Raises:
@@ -85,7 +86,7 @@ class Site:
                 raise TypeError(f"apply_patch: block {i} of {where}: {error}") from None
             self.families.append(family)
         owner = self.owner
-        self.timm = is_timm(owner)
+        self.timm, self.packs = is_timm(owner), packs(owner)
         if getattr(getattr(owner, "config", None), "use_mid_position_embeddings", False):
             raise TypeError(
                 f"apply_patch: {name_of(owner)} adds positions to all tokens between blocks: it must be without"

@@ -22,6 +22,15 @@ _TORCH = {
     "torchvision.models.vision_transformer.VisionTransformer": "conv_proj",
     "open_clip.transformer.VisionTransformer": "conv1",
 }
+#: transformers' whose images lie one behind the other in one sequence of tokens, told apart by boundaries
+_PACKED = (
+    "transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel",
+    "transformers.models.qwen3_vl.modeling_qwen3_vl.Qwen3VLVisionModel",
+    "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeVisionModel",
+    "transformers.models.qwen3_5.modeling_qwen3_5.Qwen3_5VisionModel",
+    "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe.Qwen3_5MoeVisionModel",
+)
 #: parameters of embeddings that are tokens before the patches', one or more
 _TOKENS = ("cls_token", "distillation_token", "register_tokens")
 
@@ -52,12 +61,19 @@ def trunk_of(owner: Any) -> Trunk:
     """What a vision transformer is, of timm, torchvision, open_clip or transformers."""
     if is_timm(owner):
         return _of_timm(owner)
+    if packs(owner):
+        return Trunk(owner.patch_embed, 0, False, owner.blocks[0].norm1.weight.shape[0], None, None, None)
     return _of_torch(owner, stem) if (stem := _stem_of(owner)) else _of_transformers(owner)
 
 
 def is_timm(module: Any) -> bool:
     """Whether a vision transformer has the attributes and methods of timm's."""
-    return hasattr(module, "patch_embed") or _named(module, _TIMM)
+    return (hasattr(module, "patch_embed") or _named(module, _TIMM)) and not packs(module)
+
+
+def packs(module: Any) -> bool:
+    """Whether a vision transformer takes all images in one sequence of tokens ``(T, C)``, told apart by boundaries."""
+    return _named(module, _PACKED)
 
 
 def pads(module: Any) -> bool:
@@ -89,7 +105,7 @@ def is_trunk(module: Any) -> bool | None:
     if is_timm(module):
         known = _named(module, _TIMM) and not plain_of(module).__module__.startswith("tokenops.")
         return True if known else None
-    if _stem_of(module):
+    if _stem_of(module) or packs(module):
         return True
     return _patches_of(getattr(module, "embeddings", None)) is not None
 

@@ -52,6 +52,11 @@ def trace(model: Any, images: Tensor) -> Trace:
     if patch is None:
         raise ValueError(f"trace needs a model behind apply_patch, but this {type(model).__name__} is not patched")
     site = Site(model)
+    if site.packs:
+        raise ValueError(
+            f"trace takes images of one size, but {type(site.owner).__name__} takes rows of patches: see the kept units"
+            " of its result"
+        )
     view, records = recorded(site)
     with evaluating(model):
         view.eval()

@@ -303,7 +303,7 @@ LINES: list[Line] = [
 COUNTING = ("LlavaFor", "PaliGemma", "DeepseekVL")
 #: what a patch has to refuse, by the reason
 REFUSED: dict[str, str] = {
-    PACKED: "Qwen2VLModel Qwen2_5_VLModel Qwen3VLModel Glm4vModel",
+    PACKED: "Glm4vModel",
     STAGES: "Florence2Model Mask2FormerModel",
     GRID: "AlignVisionModel GotOcr2Model",
     JOINT: "LayoutLMv3Model",

@@ -23,6 +23,27 @@ def sequence(cu_ptr, tile, S, leap, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def leap_of(S):
+    """The power of two that a search for one of S sequences begins with."""
+    leap = 1
+    while 2 * leap <= S:
+        leap *= 2
+    return leap
+
+
+@triton.jit
+def extent(cu_ptr, s, S, rows, P):
+    """The first row of a sequence, how many of its rows are its prefix of P, and how many are behind it.
+
+    Of the rows behind the last sequence none is a prefix.
+    """
+    first = tl.load(cu_ptr + s)
+    count = tl.load(cu_ptr + s + 1, mask=s < S, other=rows) - first
+    before = tl.where(s < S, tl.minimum(P, count), 0)
+    return first.to(tl.int64), before, count - before
+
+
+@triton.jit
 def own(cu_ptr, cu_other_ptr, tile, rows, S, leap, BLOCK: tl.constexpr):
     """Of a tile's sequence: the tile within it, the first row, how many there are and how many are read; and of the
     rows on the other side (keys of queries, queries of keys) the first, and how many. The rest is read by none."""

@@ -4,11 +4,11 @@ from typing import Any
 
 from ..modules import name_of, unwrapped
 from ..positions import Positions
-from . import hf, timm, torch
+from . import hf, packed, timm, torch
 from .base import PATCH_ANEW, UNNORMED, Family
 
 #: the blocks that can be patched: exactly these, as a class derived from one may compute something else
-FAMILIES: dict[str, type[Family]] = {**timm.ROWS, **torch.ROWS, **hf.ROWS}
+FAMILIES: dict[str, type[Family]] = {**timm.ROWS, **torch.ROWS, **hf.ROWS, **packed.ROWS}
 
 PADDED = timm.PADDED
 

@@ -61,6 +61,8 @@ class Family:
     mixes: bool = False
     #: whether what follows the MLP's second layer is linear, so that what is merged before it is the same as behind it
     linear: bool = True
+    #: whether images are packed in one sequence: what is left of them must be known behind the last block, too
+    packs: bool = False
     #: whether attention on all tokens may be by our operator where that is the faster, other roundings and all
     swift: bool = True
 

@@ -1,4 +1,4 @@
-"""Language models that see: a processor that makes as many image tokens as a patched tower leaves.
+"""A processor that makes as many image tokens as a patched tower leaves.
 
 It sets what transformers' processors count by, and needs nothing of transformers itself.
 """
@@ -6,8 +6,8 @@ It sets what transformers' processors count by, and needs nothing of transformer
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .patching.counts import TokensLeft, tokens_left
-from .patching.site import Site
+from ..patching.counts import TokensLeft, tokens_left
+from ..patching.site import Site
 
 
 class _Pair(NamedTuple):
