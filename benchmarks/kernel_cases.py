@@ -412,7 +412,6 @@ QUICK = (
     ("merge_neighbours", "H14-W14-C384-average"),
     ("match_packed", "N196-D64"),
     ("sum_rows", "T65536-M20000-C1152-weighted-mean"),
-    ("match_packed", "N196-D64"),
     ("merge_bipartite", "N196-r13-C384-sizes"),  # unmerge_bipartite launches the same kernels
 )
 

@@ -259,7 +259,8 @@ def select_tokens(draw: Draw) -> Call:
         found = api.select_tokens(
             t["x"], t["scores"], k, counts=t.get("counts"), companions=along, norm=norm(t), **options
         )
-        assert found._fields == ("tokens", "index", "companions", "normed", "lengths")
+        assert found._fields[:5] == ("tokens", "index", "companions", "normed", "lengths")
+        assert all(t is None for t in found[5:])  # what packed sequences have besides
         results = {**found._asdict(), **dict(zip(companions, found.companions, strict=True))}
         return {name: t for name, t in results.items() if t is not None and name != "companions"}
 

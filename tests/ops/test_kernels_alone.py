@@ -77,6 +77,18 @@ VARIANTS = {
     "masked_channel_attention_fwd": [
         dict(qk_mask=None, v_mask=None, bias=None, lengths=None, scores="class", key_mean=False),
         dict(qk_mask=None, bias=None, scores="class", mean=True),
+        dict(
+            q=torch.randn(1, 2, 7, 3),
+            k=torch.randn(1, 2, 7, 3),
+            v=torch.randn(1, 2, 7, 3),
+            v_mask=None,
+            bias=torch.randn(1, 2, 7),
+            lengths=None,
+            cu_q=torch.tensor([0, 3, 3, 6], dtype=torch.int32),
+            cu_k=torch.tensor([0, 2, 5, 6], dtype=torch.int32),
+            max_q=3,
+            max_k=3,
+        ),
         dict(q=torch.randn(2, 4, 18), k=None, v=None, v_mask=None, bias=None, heads=2, channels=3, mean=True),
     ],
     "select_tokens_fwd": [dict(rest="none", counts=None, **ALONE), dict(rest="mean", bias=None, best_first=False)],
@@ -106,7 +118,7 @@ def arguments(name, backend, device, change):
     if values.get("rest") not in (None, "normalized"):
         values["x"] = made["fused"] = None
     known = made | {f"d{n}": v for n, v in made.items()} | {"carried": 0, "tokens": 4, "merged": made.get("sizes")}
-    known |= values | {"dx": made.get("y")}
+    known |= dict(cu_q=None, cu_k=None, max_q=0, max_k=0) | values | {"dx": made.get("y")}
     return {a.name: known[a.name] for a in kernel(name, backend)._schema.arguments}
 
 
@@ -121,7 +133,8 @@ def without_images(values):
     def cut(value):
         return [cut(v) for v in value] if isinstance(value, list) else value[:0] if isinstance(value, Tensor) else value
 
-    return {n: v if n in alone else v[:1] if n == "cu_seqlens" else cut(v) for n, v in values.items()}
+    bounds = {n: v[:1] for n, v in values.items() if n in ("cu_seqlens", "cu_q", "cu_k") and v is not None}
+    return {n: v if n in alone else cut(v) for n, v in values.items()} | bounds
 
 
 def paths(device):
