@@ -300,7 +300,12 @@ MUTANTS = [
             "scores are summed over the heads",
             "everything_as_good and N5 and received-mean",
         ),
-        ("if (tile_m == 0) & (M > 0):", "if tile_m == 0:", "no query scores keys", "packed and as_if_alone and class-each"),
+        (
+            "if (tile_m == 0) & (M > 0):",
+            "if tile_m == 0:",
+            "no query scores keys",
+            "packed and as_if_alone and class-each",
+        ),
     ),
     *of_file(
         "tokenops/ops/triton/attention_arguments.py",
