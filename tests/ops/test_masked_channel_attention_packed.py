@@ -175,6 +175,12 @@ def test_nothing_at_all(lengths, backend, device):
     assert all((r == (-INF if i == 2 else 0)).all() for i, r in enumerate(results))
 
 
+@pytest.mark.parametrize("bias", [(2, 0), (0,)])
+def test_a_bias_of_no_rows(bias, backend, device):
+    q, cu = torch.zeros(0, 2, 8, device=device), boundaries((), device)
+    assert attention(q, q, q, cu_seqlens=cu, max_seqlen=0, key_bias=torch.zeros(bias, device=device)).shape == q.shape
+
+
 def test_windows_beside_a_long_sequence(backend, device):
     """Boundaries are all there is of windows; max_seqlen may be more than the longest."""
     t = packed_inputs((64,) * 3 + (130,) + (64,), torch.float32, device, H=1)

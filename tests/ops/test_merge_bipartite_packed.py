@@ -414,3 +414,13 @@ def test_vmap_calls_each_sample(backend, device):
     call = partial(match_bipartite, r=2, cu_seqlens=ends, max_seqlen=7)
     mapped = torch.vmap(lambda metric: call(metric).index)(x)
     assert torch.equal(mapped, torch.stack([call(metric).index for metric in x]))
+
+
+def test_a_row_of_no_size_has_no_say(backend, device):
+    """Be it NaN; the row it goes to is as without it, and one that nothing of any size goes into is 0."""
+    metric, packed = of_letters(("EENN", "EN"), device)
+    x = torch.arange(7.0, device=device)[:, None].clone()
+    x[0], sizes = NAN, torch.tensor([0.0, 2, 1, 0, 0, 0, 1], device=device)
+    found = merge_bipartite(x, metric, torch.tensor([2, 0], device=device), sizes=sizes, prefix=0, **packed)
+    assert found.index.tolist() == [0, 0, 1, 1, 2, 3, -1]
+    assert found.tokens.flatten().tolist() == [1, 2, 0, 0, 0, 0, 0] and found.sizes.tolist() == [2, 1, 0, 0, 0, 0, 0]

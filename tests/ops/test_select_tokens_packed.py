@@ -375,3 +375,23 @@ def test_what_does_not_fit(change, error, words):
     select_tokens(**good)
     with pytest.raises(error, match=f"^select_tokens: .*{words}"):
         select_tokens(**{**good, **change})
+
+
+def test_room_for_more_than_there_is(backend, device):
+    """Of no rows at all, too."""
+    x, scores = torch.zeros(0, 4, device=device), torch.zeros(0, device=device)
+    for lengths in ((), (0,), (0, 0)):
+        cu = boundaries(lengths, device)
+        for rest in ("none", "mean"):
+            found = select_tokens(x, scores, 2, cu_seqlens=cu, max_seqlen=0, capacity=3, rest=rest)
+            assert found.tokens.shape == (3, 4) and not found.tokens.any() and found.index.tolist() == [-1] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.int8], ids=str)
+def test_companions_of_any_integers(dtype, device):
+    x, scores = torch.randn(5, 2, device=device), torch.tensor([0.0, 2, 1, 4, 3], device=device)
+    companion = torch.tensor([1, 0, 1, 1, 0], device=device).to(dtype)
+    given = dict(cu_seqlens=boundaries((3, 2), device), max_seqlen=3, prefix=0, capacity=4)
+    found = select_tokens(x, scores, 1, companions=(companion, companion[:, None]), **given)
+    assert found.companions[0].tolist() == [0, 1, 0, 0] and found.companions[0].dtype == dtype
+    assert found.companions[1].tolist() == [[0], [1], [0], [0]]

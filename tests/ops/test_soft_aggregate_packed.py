@@ -239,3 +239,17 @@ def test_what_does_not_fit(change, error, words):
     tokenops.soft_aggregate(**good)
     with pytest.raises(error, match=f"^soft_aggregate: .*{words}"):
         tokenops.soft_aggregate(**{**good, **change})
+
+
+def test_a_bound_far_above_the_rows_takes_no_memory(device):
+    """Nor does a prefix of more rows than there are; of the reference and gradients of gradients."""
+    x, w = torch.randn(7, 5, device=device, requires_grad=True), torch.randn(7, 3, device=device, requires_grad=True)
+    given = dict(cu_seqlens=ends((3, 4), device), max_seqlen=2**31 - 1)
+    with tokenops.use_backend("reference"):
+        expected = tokenops.soft_aggregate(x, w, **given | {"max_seqlen": 4})
+        torch.testing.assert_close(tokenops.soft_aggregate(x, w, **given), expected)
+        assert tokenops.soft_aggregate(x, w, **given, prefix=9).shape == (2, 12, 5)
+        assert torch.equal(tokenops.soft_aggregate(x, w, **given, prefix=9)[1, :4], x[3:])
+    y = tokenops.soft_aggregate(x, w, **given)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    assert torch.autograd.grad(dx.sum(), w)[0].isfinite().all()

@@ -341,7 +341,7 @@ def test_a_prompt_that_was_not_shortened_is_refused(name):
     assert torch.equal(model(**whole, **IMAGES).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["Qwen2_5_VL", "Qwen3VL"])
+@pytest.mark.parametrize("name", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL"])
 def test_prompts_are_compressed_to_what_is_left(name):
     """In a batch whose images leave unequal numbers."""
     model = apply_patch(speaker(name), "evit", **TWICE)
@@ -367,3 +367,23 @@ def test_prompts_are_compressed_to_what_is_left(name):
     apply_patch(model.model.visual, "evit", **TWICE)
     with pytest.raises(ValueError, match="the tower alone is patched: .* apply_patch to the whole model"):
         compress(model, {**whole, **IMAGES})
+
+
+def test_the_patch_of_a_whole_model_is_removed_whole():
+    model = apply_patch(speaker("Qwen3VL"), "evit", **TWICE)
+    with pytest.raises(ValueError, match="the whole Qwen3VLForConditionalGeneration is patched: remove_patch that"):
+        remove_patch(model.model.visual)
+    remove_patch(model)
+
+
+@pytest.mark.parametrize("merge", [1, 4])
+def test_units_of_another_size(merge):
+    """Of one patch, or of 4 x 4."""
+    model = apply_patch(speaker("Qwen3VL", spatial_merge_size=merge), "evit", **TWICE)
+    grid = torch.tensor([[1, 8, 12]])
+    units = 96 // merge**2
+    short = compress(model, {**prompt([units]), "pixel_values": patches(grid), "image_grid_thw": grid})
+    (left,) = image_tokens_left(model, grid)
+    assert left == kept_counts(kept_counts([units], 0.4), 0.4)[0]
+    assert (short["input_ids"] == model.config.image_token_id).sum() == left
+    assert model(**short).logits.isfinite().all()
