@@ -93,5 +93,6 @@ def test_sequences_count_their_own_pairs():
     assert counted(lambda: run().sum().backward()) == 2 * 2 * pairs * (2 + 5) * 8
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake, bounds = mode.from_tensor(q.detach()), mode.from_tensor(cu)
-        at_most = lambda: tokenops.masked_channel_attention(fake, fake, fake, cu_seqlens=bounds, max_seqlen=6)  # noqa: E731
-        assert counted(at_most) == 2 * 2 * 10 * 6 * 2 * 8
+        options = dict(cu_seqlens=bounds, max_seqlen=6)
+        at_most = counted(lambda: tokenops.masked_channel_attention(fake, fake, fake, **options))
+        assert at_most == 2 * 2 * 10 * 6 * 2 * 8

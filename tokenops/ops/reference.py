@@ -70,17 +70,13 @@ def soft_aggregate(
     x: Tensor, w: Tensor, *, scale: Tensor | float | None = None, mask: Tensor | None = None, prefix: int = 0,
     cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """y = [x[:, :P], A^T x[:, P:]], (B,P+M,C): SiT's token slimming (TSM), class token carried along.
-
-    Packed sequences are padded, and what they are padded with is masked.
-    """
+    """y = [x[:, :P], A^T x[:, P:]], (B,P+M,C): SiT's token slimming (TSM); packed sequences are padded, and masked there."""
     if cu_seqlens is not None and max_seqlen is not None:
         counts = w.new_ones(w.shape[:1], dtype=torch.bool) if mask is None else mask
         most, ahead = min(max_seqlen, x.shape[0]), min(prefix, x.shape[0])  # no more than there are rows
         x, w, counts = (packed.padded(t, cu_seqlens, max(most, ahead)) for t in (x, w, counts))
         y = soft_aggregate(x, w[:, ahead:], scale=scale, mask=counts[:, ahead:], prefix=ahead)
-        missing = y.new_zeros(y.shape[0], prefix - ahead, y.shape[2])
-        return torch.cat((y[:, :ahead], missing, y[:, ahead:]), dim=1)
+        return torch.cat((y[:, :ahead], y.new_zeros(len(y), prefix - ahead, y.shape[2]), y[:, ahead:]), dim=1)
     a = aggregation_weights(w.to(accumulation_dtype(torch.promote_types(x.dtype, w.dtype))), scale, mask).to(x.dtype)
     tokens = x[:, prefix:]
     if mask is not None:
