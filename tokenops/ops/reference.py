@@ -70,7 +70,7 @@ def soft_aggregate(
     x: Tensor, w: Tensor, *, scale: Tensor | float | None = None, mask: Tensor | None = None, prefix: int = 0,
     cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """y = [x[:, :P], A^T x[:, P:]], (B,P+M,C): SiT's token slimming (TSM); packed sequences are padded, and masked there."""
+    """y = [x[:, :P], A^T x[:, P:]], (B,P+M,C): SiT's token slimming (TSM); packed ones are padded, and masked there."""
     if cu_seqlens is not None and max_seqlen is not None:
         counts = w.new_ones(w.shape[:1], dtype=torch.bool) if mask is None else mask
         most, ahead = min(max_seqlen, x.shape[0]), min(prefix, x.shape[0])  # no more than there are rows
