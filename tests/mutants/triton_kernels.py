@@ -325,10 +325,10 @@ MUTANTS = [
             "as_if_alone and received-each",
         ),
         (
-            "others = tl.where((s < S) & (tile * BLOCK < count), others, 0)",
-            "others = tl.where(s <= S, others, 0)",
-            "a tile too many has queries",
-            "as_if_alone",
+            "tile = tile - (first // BLOCK + s)",
+            "tile = tile - first // BLOCK",
+            "every sequence loses its first tiles",
+            "as_if_alone and received-each",
         ),
     ),
     *of_file(
