@@ -44,8 +44,10 @@ bench: $(READY)
 	$(BIN)/python -m pytest -q benchmarks/bench_models.py --dtype bfloat16
 	$(GPU) $(BIN)/python benchmarks/report.py
 
+# Fashion-MNIST: hours; what is there already is not made again. ACCURACY=--quick: minutes
+ACCURACY ?=
 accuracy: $(READY)
-	$(BIN)/python benchmarks/accuracy.py
+	OMP_NUM_THREADS=1 PYTHONPATH=benchmarks:examples $(BIN)/python -m accuracy $(ACCURACY)
 
 # compiles every kernel for every architecture, on all cores and without a GPU; counts what the host does on a CPU
 resources: $(READY)

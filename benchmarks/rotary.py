@@ -1,6 +1,6 @@
 """ToMe on a rotary model, without training: where merged tokens are, and by which keys they are compared.
 
-A rotary ViT of 6 blocks without other positions learns scikit-learn's digits (`accuracy.Digits`), for every seed; then
+A rotary ViT of 6 blocks without other positions learns scikit-learn's digits, for every seed; then
 r tokens are merged in every block, with both options for their positions, matched by keys before rotation, as
 `tokenops` does, and behind it. A line each on stdout, per cent of 450 test images.
 """
@@ -8,7 +8,7 @@ r tokens are merged in every block, with both options for their positions, match
 import argparse
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -16,11 +16,34 @@ import torch.nn.functional as F
 from timm.models.eva import Eva as Rotary
 from torch import nn
 
-from accuracy import SIZES, Digits
+from accuracy.data import split_digits
 from tokenops import apply_patch
 from tokenops.patching.families.timm import Eva
 
 LEVELS = (4, 8, 12)
+SIZES: dict[str, Any] = dict(img_size=32, patch_size=4, embed_dim=48, depth=6, num_heads=2, num_classes=10)
+
+
+class Digits(NamedTuple):
+    """Training, and test images ``(n, 3, 32, 32)`` with their labels."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+
+    @classmethod
+    def load(cls) -> "Digits":
+        pixels, labels, train, test = split_digits()
+        images = F.interpolate(pixels.div(8).sub(1), (32, 32), mode="bilinear", align_corners=False)
+        images = images.expand(-1, 3, -1, -1)
+        return cls(*(t.contiguous() for t in (images[train], labels[train], images[test], labels[test])))
+
+    @torch.inference_mode()
+    def accuracy(self, model: Any) -> float:
+        """Per cent of the test images."""
+        right = model.eval()(self.test_images).argmax(1) == self.test_labels
+        return 100 * right.double().mean().item()
 
 
 def vit() -> Any:

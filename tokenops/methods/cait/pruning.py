@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .blocks import MASKS, blocks_of
@@ -166,15 +166,19 @@ class BudgetPruner(ABC):
         total = self.costs.total
         allowed = max(self.budget, total * cubic_keep(t, first, last, min(1.0, self.budget / total)))  # max: rounding
         fixed = total - sum(layer.heads * layer.width * layer.cost for layer in self.layers)
-        self.kept = choose_channels(
-            scores(),
+        self.kept = self.choose(scores(), allowed - fixed)
+        return True
+
+    def choose(self, scores: Sequence[Tensor], budget: float) -> list[Tensor]:
+        """Which channels stay, ``(H, D)`` bool for every layer, by `choose_channels`; a subclass may choose otherwise."""
+        return choose_channels(
+            scores,
             [layer.cost for layer in self.layers],
             [layer.multiple for layer in self.layers],
-            allowed - fixed,
+            budget,
             per_cost=self.per_cost,
             same_channels=self.same_channels,
         )
-        return True
 
     def state_dict(self) -> dict[str, Any]:
         """What a later run needs to go on as this one would have."""

@@ -1,0 +1,179 @@
+"""`make accuracy`: trains what is missing, tells the table, the claims and the speeds, and fills in the page."""
+
+import argparse
+import json
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from tokenops.measuring import machine
+from tokenops.measuring.timing import Spread, clock, interleaved, ratio
+from tokenops.nn import convert_attention
+
+from . import models, page
+from .cells import Cell, Found, all_made, model_of
+from .claims import CLAIMS, LEVELS, outcomes, trend
+from .data import ROOT, SIZE
+from .intervals import difference, interval
+from .models import Settings
+from .recipes import METHODS
+
+TIMED = 128  # images of a timed call
+NARROW = "narrower dense"
+
+
+def arguments() -> argparse.Namespace:
+    options = argparse.ArgumentParser(prog="accuracy", description=__doc__)
+    add = options.add_argument
+    add(
+        "--quick", action="store_true", help="digits, one seed and few steps: shows that everything runs, ranks nothing"
+    )
+    add("--seeds", type=int, help="default: 3, quick 1")
+    add(
+        "--levels", type=float, nargs="*", default=list(LEVELS), choices=LEVELS, metavar="PART", help="of multiply-adds"
+    )
+    add("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="NAME", help="default: all")
+    add("--claims", action=argparse.BooleanOptionalAction, default=True, help="train what claims need beside methods")
+    add("--cells", type=Path, default=ROOT / "out/accuracy", metavar="DIR", help="where cells are kept")
+    add("--processes", type=int, default=2, metavar="N", help="that train at a time (default: %(default)s)")
+    add("--rounds", type=int, default=15, metavar="N", help="of timing (default: %(default)s)")
+    add("--results", type=Path, default=ROOT / "benchmarks/results", metavar="DIR")
+    add("--page", type=Path, default=ROOT / "docs/results.md", metavar="FILE")
+    for name, value in Settings()._asdict().items():
+        if name != "data":
+            add(f"--{name.replace('_', '-')}", type=type(value), metavar="X", help=f"default: {value}")
+    return options.parse_args()
+
+
+def planned(seeds: int, levels: Sequence[float], methods: Sequence[str], claims: bool) -> list[Cell]:
+    """Seed by seed, so that a run that is not finished has whole ones."""
+    names = [("dense", 1.0), *((name, level) for level in levels for name in methods)]
+    if claims:
+        names.append(("dense, fine-tuned", 1.0))
+        for claim in CLAIMS:
+            names += [(name, level) for level in claim.levels for name in (claim.ours, claim.theirs)]
+        names.append(("scenes, dense", 1.0))
+        names.append(("scenes, merged by likeness", 0.6))
+    return [Cell(name, level, seed) for seed in range(seeds) for name, level in dict.fromkeys(names)]
+
+
+def trained(
+    cells: Iterable[Cell], settings: Settings, args: argparse.Namespace
+) -> dict[tuple[str, float], list[Found]]:
+    """What became of every cell, seed by seed; a line for each that was made."""
+    cells, found = list(cells), {}
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        task = progress.add_task("training", total=len(cells))
+        for cell, row, before in all_made(cells, settings, args.cells, args.processes):
+            found[cell] = row
+            progress.update(task, advance=1, description=str(cell))
+            if not before:
+                console.print(
+                    f"{len(found)}/{len(cells)} {cell}: {100 * row.scores.mean():.2f} %, {row.macs:.2f} MMACs,"
+                    f" {row.seconds:.0f} s, {row.speed:.0f} images/s",
+                    highlight=False,
+                )
+    groups: dict[tuple[str, float], list[Found]] = defaultdict(list)
+    for cell in sorted(found, key=lambda cell: cell.seed):
+        groups[cell.name, cell.level].append(found[cell])
+    return dict(groups)
+
+
+def throughput(names: Sequence[tuple[str, float]], settings: Settings, args: argparse.Namespace) -> dict[Any, Any]:
+    """Images a second, and how many times as fast as the dense model, of all models of a seed in the same rounds."""
+    images = torch.randn(TIMED, 1, SIZE, SIZE)
+    found = {key: model_of(Cell(*key, 0), settings, args.cells).eval() for key in names}
+    for name, model in found.items():
+        if name[0] in ("dense", NARROW):
+            convert_attention(model)  # all with the best attention there is
+    sides = {key: partial(model, images) for key, model in found.items()}
+    with torch.inference_mode():
+        times = interleaved(sides, args.rounds, clock("cpu"))
+    return {
+        key: {
+            "images_per_second": list(Spread.of([TIMED / t for t in ts])),
+            "speed_up": list(ratio(times["dense", 1.0], ts)),
+        }
+        for key, ts in times.items()
+    }
+
+
+def table(
+    groups: Mapping[tuple[str, float], Sequence[Found]], speeds: Mapping[tuple[str, float], Any]
+) -> dict[str, dict[str, Any]]:
+    """Everything of every group of cells, for the file."""
+    rows = {}
+    for (name, level), found in groups.items():
+        scores = [row.scores for row in found]
+        narrow = groups.get((NARROW, level)) if name in METHODS and name != NARROW else None
+        rows[f"{name}, {level:g}"] = {
+            "macs": float(np.mean([row.macs for row in found])),
+            "parameters": float(np.mean([row.parameters for row in found])),
+            "accuracy": interval(scores)._asdict(),
+            "above_narrow": None if narrow is None else difference(scores, [row.scores for row in narrow])._asdict(),
+            "training_images_per_second": float(np.mean([row.speed for row in found])),
+            "seconds": sum(row.seconds for row in found),
+            "commits": sorted({str(row.commit) for row in found}),
+            **speeds.get((name, level), {}),
+        }
+    return rows
+
+
+def main() -> None:
+    args = arguments()
+    settings = Settings.quick() if args.quick else Settings()
+    given = {name: vars(args)[name] for name in settings._fields if vars(args).get(name) is not None}
+    settings = settings._replace(**given)
+    seeds = args.seeds or (1 if args.quick else 3)
+    start = time.perf_counter()
+    groups = trained(planned(seeds, args.levels, args.methods, args.claims), settings, args)
+    timed = [key for key in groups if key[0] in ("dense", *METHODS)]
+    rows = table(groups, throughput(timed, settings, args))
+    scores = {key: [row.scores for row in found] for key, found in groups.items()}
+    soft = next(claim for claim in CLAIMS if claim.text.startswith("soft"))
+    gain = trend(scores, soft) if len(args.levels) == len(LEVELS) else None
+    trends = {} if gain is None else {"soft aggregation gains more, the fewer are kept": gain}
+    found = outcomes(scores)
+    facts = machine.facts("cpu") | {"commit": machine.commit(), "seconds": round(time.perf_counter() - start)}
+    trained_for = sum(row["seconds"] for row in rows.values())
+    facts |= {"seeds": seeds, "hours_of_cells": trained_for / 3600, "precision": models.amp()} | settings._asdict()
+    origin = page.origin(
+        f"{facts['device']}; {args.processes} processes of a thread; torch {facts['torch']}; commit {facts['commit']};"
+        f" {seeds} seeds; cells of {trained_for / 3600:.1f} hours of a core, in {models.amp()};"
+        f" dense training {rows['dense, 1']['training_images_per_second']:.0f} images/s a core."
+    )
+    names = [name for name in METHODS if name in args.methods]
+    parts = [page.accuracies(rows, names), page.gains(rows, names), page.speeds(rows, names)]
+    parts += [page.claims(found, trends)] if found else []
+    text = "\n\n".join([*parts, origin])
+    args.results.mkdir(parents=True, exist_ok=True)
+    kept = {
+        "run": facts,
+        "rows": rows,
+        "claims": [
+            {**each.claim._asdict(), "level": each.level, "difference": each.difference._asdict(), "is": each.verdict}
+            for each in found
+        ],
+        "trends": {name: each._asdict() for name, each in trends.items()},
+    }
+    (args.results / "accuracy.json").write_text(json.dumps(kept, indent=1) + "\n")
+    page.draw(rows, names, args.results / "accuracy.png")
+    print(text)
+    place = re.compile(r"(<!-- accuracy -->\n).*?(<!-- /accuracy -->)", re.DOTALL)
+    args.page.write_text(place.sub(lambda old: f"{old[1]}\n{text}\n\n{old[2]}", args.page.read_text()))
+    print(f"\n{args.results / 'accuracy.png'}, {args.results / 'accuracy.json'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What the papers claim and can be tried in small: two models each, the same seeds, images and multiply-adds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .intervals import Interval, difference, interval
+
+LEVELS = (0.8, 0.6, 0.4, 0.25)
+STRONG = (0.4, 0.25)
+
+
+class Claim(NamedTuple):
+    """That ``ours`` beats ``theirs``: in words, where it is from, and the levels at which it is tried."""
+
+    text: str
+    source: str
+    ours: str
+    theirs: str
+    levels: tuple[float, ...]
+    equal: bool = False  # that ours loses nothing, rather
+
+
+CLAIMS = (
+    Claim("feature recalibration (FRD) helps", "SiT, 3.3", "SiT with FRD", "SiT", LEVELS),
+    Claim("its tokens alone help", "SiT, 3.3", "SiT with token recalibration", "SiT", STRONG),
+    Claim("its logits alone help", "SiT, 3.3", "SiT with logits", "SiT", STRONG),
+    Claim("tokens help beside logits", "SiT, 3.3", "SiT with FRD", "SiT with logits", STRONG),
+    Claim("soft aggregation beats hard dropping", "SiT, 3.2", "SiT", "EViT, dropping only", LEVELS),
+    Claim("class attention chooses better than chance", "EViT, 3.1", "EViT, dropping only", "random dropping", LEVELS),
+    Claim("fusing what is left out helps", "EViT, 3.2", "EViT", "EViT, dropping only", LEVELS),
+    Claim("slow-fast beats dropping, fine-tuned", "Evo-ViT", "Evo-ViT", "EViT, dropping only", LEVELS),
+    Claim("slow-fast beats dropping, from scratch", "Evo-ViT", "Evo-ViT from scratch", "dropping from scratch", (0.4,)),
+    Claim(
+        "the searched counts beat uniform ones",
+        "Patch Slimming, 3.3",
+        "Patch Slimming",
+        "Patch Slimming, uniform counts",
+        STRONG,
+    ),
+    Claim(
+        "impact ranks better than attention",
+        "Patch Slimming, 3.2",
+        "Patch Slimming",
+        "Patch Slimming by attention",
+        STRONG,
+    ),
+    Claim(
+        "a choice for each image beats a fixed one",
+        "Patch Slimming (DPS)",
+        "DPS (reconstruction)",
+        "Patch Slimming",
+        LEVELS,
+    ),
+    Claim(
+        "merging on the grid beats dropping, segmentation",
+        "CAIT",
+        "scenes, merged on the grid",
+        "scenes, dropped",
+        (0.6,),
+    ),
+    Claim("heads of one width lose nothing", "CAIT", "heads of one width", "heads of any width", (0.5,), equal=True),
+    Claim("heads may keep other channels each", "CAIT", "heads of one width", "heads with the same channels", (0.5,)),
+    Claim("training helps merging", "ToMe, 4", "ToMe", "ToMe, not trained", LEVELS),
+)
+
+
+class Outcome(NamedTuple):
+    claim: Claim
+    level: float
+    difference: Interval
+
+    @property
+    def verdict(self) -> str:
+        """What the interval carries."""
+        sign = self.difference.sign
+        if self.claim.equal:
+            return {1: "better even", -1: "wrong", 0: "no difference shown"}[sign]
+        return {1: "right", -1: "wrong", 0: "not shown"}[sign]
+
+
+def outcomes(scores: Mapping[tuple[str, float], Sequence[np.ndarray]]) -> list[Outcome]:
+    """Of the claims whose cells are there."""
+    found = []
+    for claim in CLAIMS:
+        for level in claim.levels:
+            sides = [scores.get((name, level)) for name in (claim.ours, claim.theirs)]
+            if all(side is not None for side in sides):
+                found.append(Outcome(claim, level, difference(*sides)))  # type: ignore[arg-type]
+    return found
+
+
+def trend(scores: Mapping[tuple[str, float], Sequence[np.ndarray]], claim: Claim) -> Interval | None:
+    """How much more ``ours`` gains at the strongest level than at the mildest."""
+    ends = claim.levels[0], claim.levels[-1]
+    sides: list[Any] = [scores.get((name, level)) for level in ends for name in (claim.ours, claim.theirs)]
+    if any(side is None for side in sides):
+        return None
+    mild, strong = ([a - b for a, b in zip(sides[i], sides[i + 1])] for i in (0, 2))
+    return interval([b - a for a, b in zip(mild, strong)])
