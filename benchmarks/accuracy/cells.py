@@ -96,7 +96,7 @@ def sources(made: Any) -> list[str]:
             for module in (inspect.getmodule(now), models, recipes):
                 other = getattr(module, name, None)
                 if inspect.isfunction(other) or inspect.isclass(other):
-                    if other.__module__.startswith(f"{__package__}.") and other not in (Run, Settings):
+                    if other.__module__.startswith(f"{__package__}.") and other is not Settings:
                         left.append(other)
                 elif name.isupper() and not inspect.ismodule(other) and other is not None:
                     found[name] = repr(other)
