@@ -142,7 +142,7 @@ def checked(args: argparse.Namespace) -> running.Running:
     running.check_output(args.output)
     if args.paths and args.data_dir:
         raise CommandError(f"--data-dir {args.data_dir} and {args.paths[0]}: give one of them")
-    models.check_name("--model", args.model)
+    models.check_reduced(args)
     return how
 
 
@@ -187,16 +187,15 @@ def merged_tokens(args: argparse.Namespace) -> list[int]:
 def unreduced(model: Any, args: argparse.Namespace) -> Any:
     """A copy of the model without its method, of the same weights."""
     if not hasattr(model, "tokenops_patch"):
-        what = f"--checkpoint {args.checkpoint}" if args.checkpoint else f"--method none, and {args.model}"
-        known = ", ".join(METHODS)
-        raise CommandError(f"{what}: there is no unreduced model of the same weights: choose a --method, {known}")
+        what = f"--checkpoint {args.checkpoint}" if args.checkpoint else f"--model {args.model}"
+        raise CommandError(f"{what}: there is no unreduced model of the same weights to compare with")
     return tokenops.remove_patch(deepcopy(model))
 
 
 def label(setting: argparse.Namespace, args: argparse.Namespace) -> str:
-    """ "r=8" of a level, "cait points=3:vertical" where there are none."""
+    """ "r=8" of a level, the method's name where there are none."""
     new = {name: value for name, value in given(setting).items() if name not in given(args)}
-    return " ".join(f"{name}={shown(value)}" for name, value in new.items()) or method_label(args)
+    return " ".join(f"{name}={shown(value)}" for name, value in new.items()) or args.method
 
 
 def opened(args: argparse.Namespace, model: Any) -> Source:
@@ -263,18 +262,25 @@ def report(
     print(paragraph(how.where(f"batches of {args.batch_size}")))
     unknown = "random, so that what is kept says nothing of a trained model"
     print(paragraph(f"weights: {weights or unknown}; {unreadable(source.images.skipped())}"))
-    table: list[tuple[str, ...]] = [("level", "GMACs", "part", "images/s", "speed-up", "realised")]
+    title, values = shortened([row.name for row in rows])
+    table: list[tuple[str, ...]] = [(title, "GMACs", "part", "images/s", "speed-up", "realised")]
     table.append(("dense", f"{macs / 1e9:.3g}", "1", quartiles(rate), "1", ""))
-    kept: list[tuple[str, ...]] = [("level", "speed-up", "top-1", "cosine", "neighbours", "difference", "relative")]
-    for row in rows:
+    kept: list[tuple[str, ...]] = [(title, "speed-up", "top-1", "cosine", "neighbours", "difference", "relative")]
+    for row, value in zip(rows, values):
         part = row.macs / macs
         speed = quartiles(row.rate), quartiles(row.speedup, 2), f"{row.speedup.median * part:.2f}"
-        table.append((row.name, f"{row.macs / 1e9:.3g}", f"{part:.2f}", *speed))
-        kept.append((row.name, f"{row.speedup.median:.2f}", *map(cell, row.fidelity[1:])))
+        table.append((value, f"{row.macs / 1e9:.3g}", f"{part:.2f}", *speed))
+        kept.append((value, f"{row.speedup.median:.2f}", *map(cell, row.fidelity[1:])))
     print(f"\n{columns(table)}")
     print(f"\n{columns(kept)}\n\n{running.remarks(times, [row.speedup for row in rows])}")
     for line in closing(rows, macs, weights):
         print(paragraph(line))
+
+
+def shortened(names: Sequence[str]) -> tuple[str, list[str]]:
+    """The title of the levels' column, and its cells: "r" and "3", "6" of "r=3", "r=6"."""
+    option, equals, _ = names[0].partition("=")
+    return (option, [name.removeprefix(option + "=") for name in names]) if equals else ("level", list(names))
 
 
 def cell(value: float | None) -> str:
