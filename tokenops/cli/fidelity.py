@@ -171,7 +171,7 @@ def levels(args: argparse.Namespace) -> list[argparse.Namespace]:
 
 
 def merged_tokens(args: argparse.Namespace) -> list[int]:
-    """Numbers of tokens to merge a block, the last as many as there are for every block."""
+    """Numbers of tokens to merge a block: up to as many as there are for every block, or `STEPS` of few patches."""
     plain = {"method": "none", "checkpoint": None, "pretrained": False}
     model, _ = models.dense(argparse.Namespace(**{**vars(args), **plain}))
     try:
@@ -180,7 +180,8 @@ def merged_tokens(args: argparse.Namespace) -> list[int]:
         raise CommandError(f"--method {args.method}: {error}") from None
     if site.usual is None:
         raise CommandError(f"--levels must be given: {args.model} takes images of any size")
-    most = max(site.usual[0] * site.usual[1] // site.depth, 1)
+    patches = site.usual[0] * site.usual[1]
+    most = max(patches // site.depth, min(STEPS, patches // 2), 1)
     return sorted({max(round(most * step / STEPS), 1) for step in range(1, STEPS + 1)})
 
 
@@ -289,7 +290,7 @@ def cell(value: float | None) -> str:
 
 
 def closing(rows: Sequence[Row], macs: float, weights: str) -> Iterator[str]:
-    """What the numbers carry, and no more: nothing where weights are random."""
+    """What the numbers carry, and no more: nothing of levels where weights are random, or that save nothing."""
     images = rows[0].fidelity.images
     if rows[0].fidelity.neighbours is None:
         yield f"neighbours: {count_of(images, 'image')}, of at least 3 that it needs"
@@ -299,15 +300,16 @@ def closing(rows: Sequence[Row], macs: float, weights: str) -> Iterator[str]:
     if not weights or getattr(rows[0].fidelity, measure) is None:
         return
     for least in KEPT:
-        enough = [row for row in rows if getattr(row.fidelity, measure) >= least]
+        enough = [row for row in rows if getattr(row.fidelity, measure) >= least and row.macs < macs]
         part = f"{least:.0%} of the images" if measure == "top1" else f"{least}"
         if not enough:
-            yield f"No level gives {words} at least {part}."
+            yield f"No cheaper level has {words} at least {part}."
             continue
         best = min(enough, key=lambda row: row.macs)
+        faster = "" if best.speedup.low > 1 else ", which is not faster for certain"
         yield (
             f"The cheapest with {words} at least {part}: {best.name}, at {best.macs / macs:.2f} of the multiply-adds"
-            f" and {best.speedup.median:.2f}x the speed."
+            f" and {best.speedup.median:.2f}x the speed{faster}."
         )
     if measure == "top1" and images * (1 - KEPT[0]) < 1:
         yield f"One image of {images} is {1 / images:.1%}: show more of them before you rely on it."
