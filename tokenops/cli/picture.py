@@ -96,7 +96,7 @@ def draw_fidelity(
     for i, name in enumerate(names):
         at = speedups[i].median, max(values[i] for values in kept.values())
         axes.annotate(name, at, xytext=(0, 8), textcoords="offset points", rotation=45, fontsize=8)
-    lowest = min(0.98, *(value for values in kept.values() for value in values))
+    lowest = min([0.98, *(value for values in kept.values() for value in values)])
     margin = 0.2 * (1 - lowest)
     axes.margins(x=0.08)
     axes.set(xlabel="speed-up", ylabel="kept of the unreduced model", ylim=(lowest - margin / 2, 1 + margin))
