@@ -42,12 +42,13 @@ def fidelity(dense: nn.Module, reduced: nn.Module, batches: Iterable[Any], class
     With logits :math:`z_i` and embeddings :math:`e_i` of the dense model on image i of n, and :math:`z'_i, e'_i` of the
     reduced one:
 
-    .. math::
-        \mathrm{top1} &= \tfrac1n \sum_i [\arg\max z_i = \arg\max z'_i], \qquad
-        \mathrm{cosine} = \tfrac1n \sum_i \cos(e_i, e'_i), \\
-        \mathrm{neighbours} &= \mathrm{mean}_i\ \mathrm{corr}\big(\mathrm{rank}_{j \ne i} \cos(e_i, e_j),\
-        \mathrm{rank}_{j \ne i} \cos(e'_i, e'_j)\big), \\
-        \mathrm{difference} &= \mathrm{mean}\, |y - y'|, \qquad
+    .. math:: \mathrm{top1} = \frac1n \sum_i [\arg\max z_i = \arg\max z'_i], \qquad
+        \mathrm{cosine} = \frac1n \sum_i \cos(e_i, e'_i)
+
+    .. math:: \mathrm{neighbours} = \frac1n \sum_i \mathrm{corr}(
+        \mathrm{rank}_{j \ne i} \cos(e_i, e_j), \mathrm{rank}_{j \ne i} \cos(e'_i, e'_j))
+
+    .. math:: \mathrm{difference} = \mathrm{mean}\, |y - y'|, \qquad
         \mathrm{relative} = \mathrm{mean}\, |y - y'| \,/\, \mathrm{mean}\, |y|
 
     Neighbours are Spearman's correlation: ties have the mean of their ranks, similarities are rounded to 10 digits
