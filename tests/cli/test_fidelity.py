@@ -306,7 +306,7 @@ def test_images_without_labels(folder):
         ("--method cait --checkpoint no.pt", "--checkpoint: there is no file no.pt"),
         ("nowhere.jpg --method cait", "there is no file or folder nowhere.jpg"),
         ("empty --method cait", "empty has no image: files must end in .bmp"),
-        ("bad.png --method cait", "batches has no image: 1 could not be read: bad.png"),
+        ("bad.png --method cait -j 0", "batches has no image: 1 could not be read: bad.png"),
         ("bad.png --data-dir empty --method cait", "--data-dir empty and bad.png: give one of them"),
         ("--data-dir nowhere --method cait", "--data-dir nowhere, --split val: there is no folder nowhere"),
         ("--data-dir empty --method cait", "--data-dir empty, --split val: empty has no folder val"),
