@@ -25,6 +25,7 @@ __all__ = [
     "Merged",
     "Selection",
     "apply_patch",
+    "fidelity",
     "kept_counts",
     "load_patched",
     "masked_channel_attention",
@@ -64,6 +65,10 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return import_module(".vlm", __name__)
+    if name == "fidelity":
+        from .patching.fidelity import fidelity
+
+        return fidelity
     if name == "visualize":
         from .patching.visualize import visualize
 

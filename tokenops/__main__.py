@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": Command("bench", "throughput of a model with a method beside the dense one, over batch sizes", "demo"),
     "slim": Command("slim", "put a method into a model, show what it saves and what becomes of the patches", "demo"),
     "eval": Command("evaluate", "accuracy and throughput of a model, with a method or without", "train"),
+    "fidelity": Command("fidelity", "what a method keeps of a model's answers, on images without labels", "train"),
     "train": Command("train", "train or fine-tune a model, dense or with a method", "train"),
 }
 
@@ -42,7 +43,7 @@ def parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"tokenops {__version__}")
     commands = top.add_subparsers(dest="command", metavar="command")
     for name, (_, purpose, _) in COMMANDS.items():
-        usage = f"{program} {name} [options]" + (" [IMAGE ...]" if name in ("demo", "slim") else "")
+        usage = f"{program} {name} [options]" + (" [IMAGE ...]" if name in ("demo", "slim", "fidelity") else "")
         command = commands.add_parser(
             name, help=purpose, usage=usage, description=f"{purpose[0].upper()}{purpose[1:]}."
         )

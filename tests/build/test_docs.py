@@ -47,7 +47,7 @@ def test_commands_are_read():
         for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), flags=re.M | re.S):
             lines = block.replace("\\\n", " ").splitlines()
             calls |= {line.partition("#")[0].strip() for line in lines if line.startswith("python -m tokenops ")}
-    assert {call.split()[3] for call in calls} >= {"info", "demo", "bench", "slim", "eval", "train"}
+    assert {call.split()[3] for call in calls} >= {"info", "demo", "bench", "slim", "eval", "fidelity", "train"}
     for arguments in [call.split()[3:] for call in calls]:
         assert parser(arguments).parse_args(arguments).command == arguments[0]
 

@@ -299,7 +299,7 @@ def test_a_command_says_what_to_install(command, package, extra):
 # ---- a terminal of 80 columns, and an interruption
 
 
-@pytest.mark.parametrize("command", ["", "info", "demo", "bench", "slim", "eval", "train"])
+@pytest.mark.parametrize("command", ["", "info", "demo", "bench", "slim", "eval", "fidelity", "train"])
 def test_help_fits_a_terminal(command, demo_packages, capsys, monkeypatch):
     pytest.importorskip("accelerate")
     monkeypatch.setenv("COLUMNS", "80")

@@ -1,4 +1,4 @@
-"""The command line: `python -m tokenops info`, `demo`, `bench`, `slim`, `eval` and `train`."""
+"""The command line: `python -m tokenops info`, `demo`, `bench`, `slim`, `eval`, `fidelity` and `train`."""
 
 import textwrap
 from collections.abc import Sequence

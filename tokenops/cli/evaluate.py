@@ -16,7 +16,8 @@ from ..methods import for_inference
 from ..training import evaluate, loader_of, open_images, transform_for
 from ..training.data import SPLITS, class_folders
 from . import CommandError, columns, count_of, models, paragraph, running
-from .methods import METHODS, add_method_arguments, given, method_label, number, swept
+from .methods import METHODS, add_method_arguments, method_label, number, swept
+from .methods import settings as settings_of
 from .running import quartiles
 
 SECONDS = 10  # of timing
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     models.at_least(1, batch_size=args.batch_size)
     models.at_least(0, workers=args.workers)
     running.check_output(args.output)
-    settings = settings_of(args)
+    settings = settings_of(args, "--sweep", args.sweep)
     rows: list[Row] = []
     made: dict[str, Any] = {}
     with Bar() as advance:
@@ -114,20 +115,6 @@ def run(args: argparse.Namespace) -> None:
             **machine.facts(how.device.type),
         }
         running.save(args.output, facts, [entry(row, speeds[row.name]) for row in rows])
-
-
-def settings_of(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The arguments, or those with each of --sweep's values."""
-    if args.sweep is None:
-        return [args]
-    flag = swept(args.method)
-    if flag is None:
-        known = ", ".join(filter(swept, METHODS))
-        raise CommandError(f"--sweep goes with --method {known}, not with {args.method}")
-    if flag.name in given(args):
-        raise CommandError(f"--sweep sets {flag.option}: give one of them")
-    values = [[value] if flag.lone else value for value in dict.fromkeys(args.sweep)]
-    return [argparse.Namespace(**{**vars(args), f"method_{flag.name}": value}) for value in values]
 
 
 def opened(args: argparse.Namespace, model: Any) -> Any:

@@ -205,12 +205,25 @@ def shown(value: Any) -> str:
 
 
 def swept(method: str) -> Flag | None:
-    """The first option of a method, where it is a number: what --sweep sets."""
+    """The first option of a method, where it is a number: what --sweep and --levels set."""
     if method not in METHODS:
         return None
     flag = flags().get(next(iter(inspect.signature(METHODS[method]).parameters), ""))
     numeric = flag is not None and flag.kwargs.get("type") is number and (flag.lone or "nargs" not in flag.kwargs)
     return flag if numeric else None
+
+
+def settings(args: argparse.Namespace, option: str, values: Sequence[float] | None) -> list[argparse.Namespace]:
+    """The arguments, or those with each value of an option (--sweep) for what is `swept`."""
+    if values is None:
+        return [args]
+    flag = swept(args.method)
+    if flag is None:
+        raise CommandError(f"{option} goes with --method {', '.join(filter(swept, METHODS))}, not with {args.method}")
+    if flag.name in given(args):
+        raise CommandError(f"{option} sets {flag.option}: give one of them")
+    each = [[value] if flag.lone else value for value in dict.fromkeys(values)]
+    return [argparse.Namespace(**{**vars(args), f"method_{flag.name}": value}) for value in each]
 
 
 def apply(model: Any, args: argparse.Namespace, **more: Any) -> Any:

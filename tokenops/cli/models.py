@@ -62,7 +62,7 @@ class Made(NamedTuple):
 
 def trained(weights: str) -> bool:
     """Whether a model of these weights (`Made`) can tell classes."""
-    return bool(weights) and not weights.endswith(HEADLESS)
+    return bool(weights) and HEADLESS not in weights
 
 
 class Classifier(nn.Module):
@@ -206,10 +206,14 @@ def make(args: argparse.Namespace, **kwargs: Any) -> Made:
     plain = state is not None and structure is None and state.keys() == model.state_dict().keys()
     if plain:
         load(model, state, args)
+    before = model.state_dict().keys()
     model = apply(model, args) if structure is None else compacted(model, structure, args)
     if state is not None and not plain:
         load(model, state, args)
-    return Made(model, str(args.checkpoint) if args.checkpoint else weights)
+    weights = str(args.checkpoint) if args.checkpoint else weights
+    if weights and (plain or state is None) and model.state_dict().keys() - before:
+        weights += f", what {args.method} adds to it untrained"
+    return Made(model, weights)
 
 
 def compacted(model: Any, structure: str, args: argparse.Namespace) -> Any:

@@ -1,4 +1,4 @@
-"""The pictures of `slim` and `demo`: what the tokens of photographs become, and speed-up against FLOPs."""
+"""The pictures of `slim`, `demo` and `fidelity`: what tokens become, speed-up against FLOPs, and what is kept."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,11 +30,11 @@ class Gain(NamedTuple):
         return self.speedup.median / self.flops
 
 
-def check(path: Path, suffixes: Sequence[str] = (".png", ".pdf", ".jpg")) -> None:
+def check(path: Path, suffixes: Sequence[str] = (".png", ".pdf", ".jpg"), flag: str = "--output") -> None:
     """Raises CommandError where no picture could be written, before anything is measured."""
     if path.suffix.lower() not in suffixes:
-        raise CommandError(f"--output {path}: the name must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
-    make_folder(path)
+        raise CommandError(f"{flag} {path}: the name must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
+    make_folder(path, flag)
 
 
 def draw_tokens(path: Path, images: Sequence[np.ndarray], trace: Any) -> None:
@@ -83,8 +83,31 @@ def chart(axes: Any, gains: Sequence[Gain]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(path: Path, save: Any) -> None:
+def draw_fidelity(
+    path: Path, title: str, names: Sequence[str], speedups: Sequence[Spread], kept: dict[str, Sequence[float]]
+) -> None:
+    """What is kept at each level against its speed-up, with quartiles: a line a measure, levels named along the top."""
+    figure = Figure(figsize=(7.5, 4.8), dpi=110, layout="constrained")
+    axes: Any = figure.subplots()
+    error = [[each.median - each.low for each in speedups], [each.high - each.median for each in speedups]]
+    for mark, (label, values) in zip(MARKS, kept.items()):
+        x = [each.median for each in speedups]
+        axes.errorbar(x, values, xerr=error, fmt=f"{mark}-", capsize=3, label=label)
+    for i, name in enumerate(names):
+        at = speedups[i].median, max(values[i] for values in kept.values())
+        axes.annotate(name, at, xytext=(0, 8), textcoords="offset points", rotation=45, fontsize=8)
+    lowest = min([0.98, *(value for values in kept.values() for value in values)])
+    margin = 0.2 * (1 - lowest)
+    axes.margins(x=0.08)
+    axes.set(xlabel="speed-up", ylabel="kept of the unreduced model", ylim=(lowest - margin / 2, 1 + margin))
+    axes.set_title(title, fontsize=9)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(path, figure.savefig, "--plot")
+
+
+def _save(path: Path, save: Any, flag: str = "--output") -> None:
     try:
         save(path)
     except OSError as error:
-        raise CommandError(f"--output: cannot write {path}: {error}") from None
+        raise CommandError(f"{flag}: cannot write {path}: {error}") from None

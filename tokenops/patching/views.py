@@ -77,6 +77,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a classifier returns: a tensor, the first of a tuple, or a Hugging Face output."""
+    if isinstance(output, Tensor):
+        return output
+    found = output.logits if hasattr(output, "logits") else output[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(f"the model returns {type(output).__name__}, in which there are no logits")
+    return found
+
+
 @contextmanager
 def patches_behind(site: Site) -> Iterator[list[Tensor]]:
     """The patch tokens behind every block of a model, patched or not, of a run within, as the next block has them:

@@ -16,7 +16,7 @@ try:
 except ImportError as missing:
     raise ImportError(f"tokenops.training needs more packages ({missing}): pip install 'tokenops[train]'") from missing
 
-from .data import FolderImages, Images, TableImages, loader_of, open_images, transform_for
+from .data import FolderImages, Images, TableImages, UnlabelledImages, loader_of, open_images, transform_for
 from .distill import FeatureRecalibration, PatchRanking
 from .evaluation import evaluate
 from .loop import History, fit, learning_rate, model_of
@@ -46,6 +46,7 @@ __all__ = [
     "ShrinkingKeepRate",
     "SlowFast",
     "TableImages",
+    "UnlabelledImages",
     "evaluate",
     "fit",
     "learning_rate",

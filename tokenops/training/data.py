@@ -105,7 +105,7 @@ class FolderImages(Images):
             raise ValueError(f"{folder} has classes {extra} that the training images do not have")
         self.paths, labels = [], []
         for label, name in enumerate(names):
-            files = sorted(p for p in (self.folder / name).rglob("*") if p.suffix.lower() in EXTENSIONS)
+            files = image_files(self.folder / name)
             self.paths += files
             labels += [label] * len(files)
         if not labels:
@@ -161,6 +161,50 @@ class TableImages(Images):
     def data(self, index: int) -> bytes:
         found = self.table[index][self.column]
         return found["bytes"] if found.get("bytes") is not None else Path(found["path"]).read_bytes()
+
+
+class UnlabelledImages(Images):
+    """Images without classes, for evaluation: every label is 0.
+
+    Args:
+        images: files, folders with the folders within, in the order of their names, or PIL images.
+        transform: as in :class:`Images`.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: a folder has no image, or nothing is given.
+    """
+
+    def __init__(self, images: Sequence[Any], transform: Callable[..., Any] | None = None) -> None:
+        self.images: list[Any] = []
+        for image in images:
+            path = Path(image) if isinstance(image, (str, PathLike)) else None
+            if path is None:
+                self.images.append(image)
+            elif path.is_dir():
+                if not (files := image_files(path)):
+                    raise ValueError(f"{path} has no image: files must end in {', '.join(EXTENSIONS)}")
+                self.images += files
+            elif path.is_file():
+                self.images.append(path)
+            else:
+                raise FileNotFoundError(f"there is no file or folder {path}")
+        if not self.images:
+            raise ValueError("there is no image: images is empty")
+        super().__init__([0] * len(self.images), [], False, transform)
+
+    def name(self, index: int) -> str:
+        image = self.images[index]
+        return str(image) if isinstance(image, Path) else f"image {index}"
+
+    def data(self, index: int) -> Any:
+        image = self.images[index]
+        return image.read_bytes() if isinstance(image, Path) else image
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and the folders within, in order."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
 
 
 def class_folders(folder: Path) -> list[str]:

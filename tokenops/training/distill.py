@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..methods.patch_slimming.dynamic import ranking_loss, scored, scorer_of, teacher_lifespans
 from ..nn import ReverseTokenSlimming
 from ..patching.site import Site
-from ..patching.views import evaluating, patches_behind
-from .objectives import Metrics, Objective, logits_of
+from ..patching.views import evaluating, logits_of, patches_behind
+from .objectives import Metrics, Objective
 
 #: how much faster than everything else reverse modules learn
 RTSM_LR_SCALE = 5.0

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..patching.views import evaluating
+from ..patching.views import evaluating, logits_of
 from .batches import eval_batches
-from .objectives import logits_of
 
 
 class Totals:

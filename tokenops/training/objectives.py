@@ -13,6 +13,7 @@ from ..methods.cait.pruning import parameters_to_train
 from ..methods.evit import keep_rate_at
 from ..methods.evo_levit import evo_levit_loss
 from ..methods.evo_vit import evo_vit_loss, stage_wise_at
+from ..patching.views import logits_of
 
 Metrics = dict[str, Tensor]
 
@@ -129,16 +130,6 @@ def decay_groups(model: nn.Module, parameters: Sequence[Tensor], lr: float, weig
         {"params": decay, "weight_decay": weight_decay, **shared},
         {"params": others, "weight_decay": 0.0, **shared},
     ]
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in what a classifier returns: a tensor, the first of a tuple, or a Hugging Face output."""
-    if isinstance(output, Tensor):
-        return output
-    found = output.logits if hasattr(output, "logits") else output[0]
-    if not isinstance(found, Tensor):
-        raise TypeError(f"the model returns {type(output).__name__}, in which there are no logits")
-    return found
 
 
 class Plain(Objective):
