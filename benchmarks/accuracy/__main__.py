@@ -4,7 +4,6 @@ import argparse
 import json
 import re
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,20 +14,27 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+import tokenops
 from tokenops.measuring import machine
 from tokenops.measuring.timing import Spread, clock, interleaved, ratio
 from tokenops.nn import convert_attention
+from tokenops.patching.fidelity import fidelities
 
-from . import models, page
+from . import models, page, recipes
 from .cells import Cell, Found, all_made, model_of
 from .claims import CLAIMS, LEVELS, outcomes, trend
-from .data import ROOT, SIZE
-from .intervals import difference, interval
+from .data import ROOT, SIZE, load
+from .intervals import difference, interval, paired
 from .models import Settings
 from .recipes import METHODS
 
 TIMED = 128  # images of a timed call
+COMPARED = 1000  # test images of fidelity
+MERGED = (2, 4, 8, 12, 16)
 NARROW = "narrower dense"
+HEADS = ("heads of one width", "heads with the same channels", "heads of any width")
+
+Groups = dict[tuple[str, float], dict[int, Found]]  # by name and level; of each seed
 
 
 def arguments() -> argparse.Namespace:
@@ -44,7 +50,7 @@ def arguments() -> argparse.Namespace:
     add("--methods", nargs="*", default=list(METHODS), choices=list(METHODS), metavar="NAME", help="default: all")
     add("--claims", action=argparse.BooleanOptionalAction, default=True, help="train what claims need beside methods")
     add("--cells", type=Path, default=ROOT / "out/accuracy", metavar="DIR", help="where cells are kept")
-    add("--processes", type=int, default=2, metavar="N", help="that train at a time (default: %(default)s)")
+    add("--processes", type=int, default=2, metavar="N", help="that train at a time (default: %(default)s); 0: none")
     add("--rounds", type=int, default=15, metavar="N", help="of timing (default: %(default)s)")
     add("--results", type=Path, default=ROOT / "benchmarks/results", metavar="DIR")
     add("--page", type=Path, default=ROOT / "docs/results.md", metavar="FILE")
@@ -84,47 +90,73 @@ def trained(
                     f" {row.seconds:.0f} s, {row.speed:.0f} images/s",
                     highlight=False,
                 )
-    groups: dict[tuple[str, float], list[Found]] = defaultdict(list)
-    for cell in sorted(found, key=lambda cell: cell.seed):
-        groups[cell.name, cell.level].append(found[cell])
-    return dict(groups)
+    groups: Groups = {}
+    for cell in cells:
+        if cell in found:
+            groups.setdefault((cell.name, cell.level), {})[cell.seed] = found[cell]
+    return groups
 
 
-def throughput(names: Sequence[tuple[str, float]], settings: Settings, args: argparse.Namespace) -> dict[Any, Any]:
-    """Images a second, and how many times as fast as the dense model, of all models of a seed in the same rounds."""
-    images = torch.randn(TIMED, 1, SIZE, SIZE)
-    found = {key: model_of(Cell(*key, 0), settings, args.cells).eval() for key in names}
-    for name, model in found.items():
-        if name[0] in ("dense", NARROW):
+def throughput(groups: Groups, settings: Settings, args: argparse.Namespace) -> dict[tuple[str, float], dict[str, Any]]:
+    """Images a second, and how many times as fast as the dense model, of the first seed's models in the same rounds."""
+    images, sides = torch.randn(TIMED, 1, SIZE, SIZE), {}
+    for (name, level), found in groups.items():
+        if name not in ("dense", *METHODS, *HEADS):
+            continue
+        model = model_of(Cell(name, level, min(found)), settings, args.cells).eval()
+        model = recipes.compacted(model) if name in HEADS else model
+        if name in ("dense", NARROW):
             convert_attention(model)  # all with the best attention there is
-    sides = {key: partial(model, images) for key, model in found.items()}
+        sides[name, level] = model
+    costs = {key: models.macs(model) for key, model in sides.items()}
+    calls = {key: partial(model, images) for key, model in sides.items()}
     with torch.inference_mode():
-        times = interleaved(sides, args.rounds, clock("cpu"))
+        times = interleaved(calls, args.rounds, clock("cpu"))
     return {
         key: {
             "images_per_second": list(Spread.of([TIMED / t for t in ts])),
             "speed_up": list(ratio(times["dense", 1.0], ts)),
+            "timed_macs": costs[key],
         }
         for key, ts in times.items()
     }
 
 
-def table(
-    groups: Mapping[tuple[str, float], Sequence[Found]], speeds: Mapping[tuple[str, float], Any]
-) -> dict[str, dict[str, Any]]:
+def faithful(settings: Settings, args: argparse.Namespace) -> list[dict[str, float]]:
+    """What ToMe without training keeps of the first dense model, and its accuracy on the same images."""
+    data = load(settings.data)
+    dense = model_of(Cell("dense", 1.0, 0), settings, args.cells).eval()
+    images, labels = data.normalised(data.test_images[:COMPARED]), data.test_labels[:COMPARED]
+    reduced = {r: tokenops.apply_patch(models.copied(dense), "tome", r=r) for r in MERGED}
+    found = fidelities(dense, {str(r): model for r, model in reduced.items()}, images.split(250))
+    whole = models.macs(dense)
+    return [
+        {"r": r, "part": models.macs(model) / whole, "accuracy": accuracy(model, images, labels)}
+        | {name: value for name, value in found[str(r)]._asdict().items() if value is not None}
+        for r, model in reduced.items()
+    ]
+
+
+@torch.inference_mode()
+def accuracy(model: Any, images: torch.Tensor, labels: torch.Tensor) -> float:
+    return 100 * (model(images).argmax(1) == labels).double().mean().item()
+
+
+def table(groups: Groups, speeds: Mapping[tuple[str, float], Any]) -> dict[str, dict[str, Any]]:
     """Everything of every group of cells, for the file."""
     rows = {}
     for (name, level), found in groups.items():
-        scores = [row.scores for row in found]
-        narrow = groups.get((NARROW, level)) if name in METHODS and name != NARROW else None
+        scores = {seed: row.scores for seed, row in found.items()}
+        narrow = {seed: row.scores for seed, row in groups.get((NARROW, level), {}).items()}
+        compared = name in METHODS and name != NARROW and paired(scores, narrow)
         rows[f"{name}, {level:g}"] = {
-            "macs": float(np.mean([row.macs for row in found])),
-            "parameters": float(np.mean([row.parameters for row in found])),
-            "accuracy": interval(scores)._asdict(),
-            "above_narrow": None if narrow is None else difference(scores, [row.scores for row in narrow])._asdict(),
-            "training_images_per_second": float(np.mean([row.speed for row in found])),
-            "seconds": sum(row.seconds for row in found),
-            "commits": sorted({str(row.commit) for row in found}),
+            "macs": float(np.mean([row.macs for row in found.values()])),
+            "parameters": float(np.mean([row.parameters for row in found.values()])),
+            "accuracy": interval(scores.values())._asdict(),
+            "above_narrow": difference(scores, narrow)._asdict() if compared else None,
+            "training_images_per_second": float(np.mean([row.speed for row in found.values()])),
+            "seconds": sum(row.seconds for row in found.values()),
+            "commits": sorted({str(row.commit) for row in found.values()}),
             **speeds.get((name, level), {}),
         }
     return rows
@@ -138,9 +170,10 @@ def main() -> None:
     seeds = args.seeds or (1 if args.quick else 3)
     start = time.perf_counter()
     groups = trained(planned(seeds, args.levels, args.methods, args.claims), settings, args)
-    timed = [key for key in groups if key[0] in ("dense", *METHODS)]
-    rows = table(groups, throughput(timed, settings, args))
-    scores = {key: [row.scores for row in found] for key, found in groups.items()}
+    if ("dense", 1.0) not in groups:
+        raise SystemExit(f"--processes 0, and {args.cells} has no dense model of these settings")
+    rows = table(groups, throughput(groups, settings, args))
+    scores = {key: {seed: row.scores for seed, row in found.items()} for key, found in groups.items()}
     soft = next(claim for claim in CLAIMS if claim.text.startswith("soft"))
     gain = trend(scores, soft) if len(args.levels) == len(LEVELS) else None
     trends = {} if gain is None else {"soft aggregation gains more, the fewer are kept": gain}
@@ -154,8 +187,10 @@ def main() -> None:
         f" dense training {rows['dense, 1']['training_images_per_second']:.0f} images/s a core."
     )
     names = [name for name in METHODS if name in args.methods]
+    kept_answers = faithful(settings, args)
     parts = [page.accuracies(rows, names), page.gains(rows, names), page.speeds(rows, names)]
-    parts += [page.claims(found, trends)] if found else []
+    parts += [page.claims(found, trends), page.heads(rows)] if found else []
+    parts += [page.fidelity(kept_answers, COMPARED)]
     text = "\n\n".join([*parts, origin])
     args.results.mkdir(parents=True, exist_ok=True)
     kept = {
@@ -166,6 +201,7 @@ def main() -> None:
             for each in found
         ],
         "trends": {name: each._asdict() for name, each in trends.items()},
+        "fidelity": kept_answers,
     }
     (args.results / "accuracy.json").write_text(json.dumps(kept, indent=1) + "\n")
     page.draw(rows, names, args.results / "accuracy.png")

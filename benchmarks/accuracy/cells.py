@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -142,10 +143,25 @@ def make(cell: Cell, settings: Settings, root: Path) -> None:
     shutil.rmtree(checkpoints)
 
 
+def end_with_parent() -> None:
+    """A process that trains ends with the one that asked for it, however that ends."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def all_made(
     cells: Iterable[Cell], settings: Settings, root: Path, processes: int
 ) -> Iterator[tuple[Cell, Found, bool]]:
-    """Every cell as it is ready, and whether it was kept before: its teacher first, so many at a time."""
+    """Every cell as it is ready, and whether it was kept before: its teacher first, so many at a time.
+
+    With no process, those that are kept alone.
+    """
     cells = list(dict.fromkeys(cells))
     waiting = []
     for cell in cells:
@@ -154,9 +170,9 @@ def all_made(
             waiting.append(cell)
         else:
             yield cell, found, True
-    if not waiting:
+    if not waiting or not processes:
         return
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool:
         running: dict[Future, Cell] = {}
         try:
             while waiting or running:

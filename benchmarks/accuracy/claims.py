@@ -1,11 +1,11 @@
 """What the papers claim and can be tried in small: two models each, the same seeds, images and multiply-adds."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-from .intervals import Interval, difference, interval
+from .intervals import Interval, Scores, interval, paired
 
 LEVELS = (0.8, 0.6, 0.4, 0.25)
 STRONG = (0.4, 0.25)
@@ -80,22 +80,19 @@ class Outcome(NamedTuple):
         return {1: "right", -1: "wrong", 0: "not shown"}[sign]
 
 
-def outcomes(scores: Mapping[tuple[str, float], Sequence[np.ndarray]]) -> list[Outcome]:
+def both(scores: Mapping[tuple[str, float], Scores], claim: Claim, level: float) -> dict[int, np.ndarray]:
+    """Ours less theirs, of the seeds that are there."""
+    return paired(*(scores.get((name, level), {}) for name in (claim.ours, claim.theirs)))
+
+
+def outcomes(scores: Mapping[tuple[str, float], Scores]) -> list[Outcome]:
     """Of the claims whose cells are there."""
-    found = []
-    for claim in CLAIMS:
-        for level in claim.levels:
-            sides = [scores.get((name, level)) for name in (claim.ours, claim.theirs)]
-            if all(side is not None for side in sides):
-                found.append(Outcome(claim, level, difference(*sides)))  # type: ignore[arg-type]
-    return found
+    tried = ((claim, level, both(scores, claim, level)) for claim in CLAIMS for level in claim.levels)
+    return [Outcome(claim, level, interval(found.values())) for claim, level, found in tried if found]
 
 
-def trend(scores: Mapping[tuple[str, float], Sequence[np.ndarray]], claim: Claim) -> Interval | None:
+def trend(scores: Mapping[tuple[str, float], Scores], claim: Claim) -> Interval | None:
     """How much more ``ours`` gains at the strongest level than at the mildest."""
-    ends = claim.levels[0], claim.levels[-1]
-    sides: list[Any] = [scores.get((name, level)) for level in ends for name in (claim.ours, claim.theirs)]
-    if any(side is None for side in sides):
-        return None
-    mild, strong = ([a - b for a, b in zip(sides[i], sides[i + 1])] for i in (0, 2))
-    return interval([b - a for a, b in zip(mild, strong)])
+    mild, strong = (both(scores, claim, level) for level in (claim.levels[0], claim.levels[-1]))
+    more = paired(strong, mild)
+    return interval(more.values()) if more else None

@@ -1,12 +1,14 @@
 """Means and differences over seeds and test images, with bootstrap intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 DRAWS = 4000
 LEVEL = 0.95
+
+Scores = Mapping[int, np.ndarray]  # of every seed, of every test image
 
 
 class Interval(NamedTuple):
@@ -29,13 +31,13 @@ class Interval(NamedTuple):
         return f"{self.mean:.1f} ({self.low:.1f}..{self.high:.1f})"
 
 
-def interval(scores: Sequence[np.ndarray]) -> Interval:
+def interval(scores: Iterable[np.ndarray]) -> Interval:
     r"""Of ``(seeds, images)`` scores between 0 and 1: the mean, and percentiles of it in data drawn anew.
 
     A draw takes as many seeds, and as many images, with replacement; the same images for every seed. Of three seeds it
     knows little: `Interval.sign` asks them to agree as well.
     """
-    table = 100 * np.stack(scores).astype(np.float64)
+    table = 100 * np.stack(list(scores)).astype(np.float64)
     seeds, images = table.shape
     random = np.random.default_rng(0)
     means = np.empty(DRAWS)
@@ -47,6 +49,11 @@ def interval(scores: Sequence[np.ndarray]) -> Interval:
     return Interval(float(table.mean()), float(low), float(high), tuple(table.mean(1).tolist()))
 
 
-def difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> Interval:
+def paired(ours: Scores, theirs: Scores) -> dict[int, np.ndarray]:
+    """Ours less theirs, image by image, of every seed that both have."""
+    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+
+
+def difference(ours: Scores, theirs: Scores) -> Interval:
     """Of two models' scores, seed by seed and image by image."""
-    return interval([a - b for a, b in zip(ours, theirs, strict=True)])
+    return interval(paired(ours, theirs).values())

@@ -75,6 +75,29 @@ def claims(found: Sequence[Outcome], trends: Mapping[str, Interval]) -> str:
     return "\n".join(lines)
 
 
+def heads(rows: Rows) -> str:
+    """What heads of one or of any width cost when all are as wide as their widest, and how fast that is."""
+    lines = head("half of attention's channels pruned", "top-1, %", "of the multiply-adds, compacted", "speed-up")
+    dense = rows["dense, 1"]["macs"]
+    for name, row in rows.items():
+        if name.startswith("heads ") and row.get("speed_up"):
+            low, high = row["speed_up"][1:]
+            speed_up = f"{row['speed_up'][0]:.2f} ({low:.2f}..{high:.2f})"
+            part = f"{row['timed_macs'] / dense:.2f}"
+            lines.append(line(name.rpartition(", ")[0], shown(row, "accuracy"), part, speed_up))
+    return "\n".join(lines)
+
+
+def fidelity(rows: Sequence[Mapping[str, float]], images: int) -> str:
+    """Of ToMe without training: what `tokenops.fidelity` says without labels, beside what labels say."""
+    first = f"ToMe, r (one dense model, {images} test images)"
+    lines = head(first, "multiply-adds", "same class, %", "cosine", "neighbours", "top-1, %")
+    for row in rows:
+        alike = f"{100 * row['top1']:.1f}", f"{row['cosine']:.3f}", f"{row['neighbours']:.3f}"
+        lines.append(line(f"{row['r']}", f"{row['part']:.2f}", *alike, f"{row['accuracy']:.1f}"))
+    return "\n".join(lines)
+
+
 def origin(text: str) -> str:
     return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
 

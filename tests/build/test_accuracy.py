@@ -22,7 +22,7 @@ SMALL = models.Settings.quick()._replace(dense_steps=6, steps=4, scene_steps=3)
 def test_interval_of_what_does_not_vary():
     same = interval([np.ones(50), np.ones(50)])
     assert same == (100.0, 100.0, 100.0, (100.0, 100.0)) and same.sign == 1
-    assert difference([np.ones(9)] * 3, [np.ones(9)] * 3) == (0.0, 0.0, 0.0, (0.0, 0.0, 0.0))
+    assert difference({0: np.ones(9), 1: np.ones(9)}, {0: np.ones(9), 1: np.ones(9)}) == (0.0, 0.0, 0.0, (0.0, 0.0))
 
 
 def test_interval_is_that_of_a_proportion():
@@ -34,14 +34,23 @@ def test_interval_is_that_of_a_proportion():
     assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.05)
 
 
+def seeds(scores, count=3):
+    return dict.fromkeys(range(count), scores)
+
+
+def test_seeds_are_paired_where_both_have_them():
+    ours, theirs = {0: np.ones(4), 1: np.zeros(4)}, {1: np.ones(4), 2: np.ones(4)}
+    assert difference(ours, theirs) == (-100.0, -100.0, -100.0, (-100.0,))
+
+
 def test_differences_are_paired():
     """Two models that are right on the same images but for one in 100: their difference is surer than either."""
     ours = np.tile(np.arange(10) > 0, 1000).astype(float)
     theirs = ours.copy()
     theirs[10 * np.arange(100) + 5] = 0
-    found = difference([ours] * 3, [theirs] * 3)
+    found = difference(seeds(ours), seeds(theirs))
     assert found.mean == pytest.approx(1.0) and found.high - found.low < 0.5 and found.sign == 1
-    assert difference([theirs] * 3, [ours] * 3).sign == -1
+    assert difference(seeds(theirs), seeds(ours)).sign == -1
 
 
 @pytest.mark.parametrize(
@@ -175,15 +184,15 @@ def test_every_claim_has_its_cells():
 def test_outcomes_say_what_intervals_carry():
     good, bad = np.ones(100), np.zeros(100)
     claim = next(claim for claim in claims.CLAIMS if claim.ours == "SiT")
-    scores = {("SiT", 0.8): [good] * 2, ("EViT, dropping only", 0.8): [bad] * 2, ("SiT", 0.25): [bad] * 2}
-    scores["EViT, dropping only", 0.25] = [bad] * 2
+    scores = {("SiT", 0.8): seeds(good), ("EViT, dropping only", 0.8): seeds(bad), ("SiT", 0.25): seeds(bad)}
+    scores["EViT, dropping only", 0.25] = seeds(bad)
     found = {(each.claim.ours, each.level): each.verdict for each in claims.outcomes(scores)}
     assert found == {("SiT", 0.8): "right", ("SiT", 0.25): "not shown"}
     gain = claims.trend(scores, claim)
     assert gain.mean == -100 and gain.sign == -1
     assert claims.trend({}, claim) is None
     equal = claims.CLAIMS[0]._replace(equal=True)
-    shown = claims.Outcome(equal, 0.8, difference([bad, bad], [bad, bad]))
+    shown = claims.Outcome(equal, 0.8, difference(seeds(bad), seeds(bad)))
     assert shown.verdict == "no difference shown"
 
 
@@ -238,6 +247,17 @@ def test_free_heads_keep_what_is_worth_most():
     assert all(len({int(row.sum()) for row in kept}) == 1 for kept in alike)
 
 
+def test_heads_cost_as_much_as_their_widest():
+    """Heads that keep 4 and 10 of 24 channels are both 10 wide."""
+    model = cait.prunable(models.vit(SMALL)).eval()
+    recipes.FreeHeads(model, 0.9, steps=(0, 2), every=1, kinds=("qk", "v"))
+    for block in model.blocks:
+        block.attn.qk_mask.data[0, 4:], block.attn.qk_mask.data[1, 10:] = 0, 0
+    widths = cait.Structure.of(recipes.compacted(model)).widths
+    assert {(each.qk, each.v) for each in widths} == {(10, 24)}
+    assert model.blocks[0].attn.qk_mask.sum().item() == 14, "the model itself is as it was"
+
+
 def test_tables_say_what_is_there():
     row = {"macs": 5.0, "accuracy": Interval(90.0, 89.0, 91.0, (90.0,))._asdict(), "above_narrow": None}
     rows = {"dense, 1": row | {"macs": 10.0}, "SiT, 0.4": row | {"speed_up": [1.5, 1.4, 1.6]}}
@@ -251,15 +271,18 @@ def test_tables_say_what_is_there():
 
 
 def test_committed_results_are_of_these_claims():
-    """What the page tells was made by what is here: every claim has its outcome, three seeds each."""
+    """What the page tells was made by what is here: every claim has its outcome, of three seeds each."""
     file = Path(__file__).parents[2] / "benchmarks/results/accuracy.json"
     found = json.loads(file.read_text())
     told = {(claim["ours"], claim["theirs"], claim["level"]) for claim in found["claims"]}
     assert told == {(claim.ours, claim.theirs, level) for claim in claims.CLAIMS for level in claim.levels}
     for claim in found["claims"]:
         assert len(claim["difference"]["seeds"]) == 3
-        assert claim["is"] == claims.Outcome(
-            claims.Claim(*(claim[name] for name in claims.Claim._fields)),
-            claim["level"],
-            Interval(**claim["difference"] | {"seeds": tuple(claim["difference"]["seeds"])}),
-        ).verdict
+        assert (
+            claim["is"]
+            == claims.Outcome(
+                claims.Claim(*(claim[name] for name in claims.Claim._fields)),
+                claim["level"],
+                Interval(**claim["difference"] | {"seeds": tuple(claim["difference"]["seeds"])}),
+            ).verdict
+        )
