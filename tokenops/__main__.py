@@ -60,6 +60,12 @@ def module_of(name: str) -> Any:
         raise CommandError(f"it needs more packages ({missing}): pip install 'tokenops[{extra}]'") from missing
 
 
+def expanded(arguments: list[str]) -> list[str]:
+    """The command line with what stands in the files it names, where a command has such ("train": --config)."""
+    module = module_of(arguments[0]) if arguments and arguments[0] in COMMANDS else None
+    return module.expanded(arguments) if hasattr(module, "expanded") else arguments
+
+
 def check_environment() -> None:
     try:
         backends.check_environment()
@@ -80,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     name = arguments[0] if arguments else ""
     try:
-        args = parser(arguments).parse_args(arguments)
+        args = parser(arguments).parse_args(expanded(arguments))
         if args.command is None:
             parser().print_help()
         else:
