@@ -62,8 +62,8 @@ def module_of(name: str) -> Any:
 
 def expanded(arguments: list[str]) -> list[str]:
     """The command line with what stands in the files it names, where a command has such ("train": --config)."""
-    module = module_of(arguments[0]) if arguments and arguments[0] in COMMANDS else None
-    return module.expanded(arguments) if hasattr(module, "expanded") else arguments
+    expand = getattr(module_of(arguments[0]), "expanded", list) if arguments and arguments[0] in COMMANDS else list
+    return expand(arguments)
 
 
 def check_environment() -> None:

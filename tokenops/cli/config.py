@@ -17,7 +17,7 @@ UNKNOWN = "not known here"
 
 
 class Expected(NamedTuple):
-    """Figures of a paper: a top-1 accuracy in per cent or billions of multiply-adds, `UNKNOWN`; and where they stand."""
+    """Figures of a paper, `UNKNOWN` where they are: top-1 in per cent, multiply-adds in billions; where they stand."""
 
     top1: float | str
     gmacs: float | str

@@ -20,7 +20,6 @@ from ..training.checkpoint import LAST
 from . import CommandError, config, models, paragraph
 from .methods import add_method_arguments, apply, method_options
 
-
 #: what can be switched on, and off again where --config has it on
 SWITCH: dict[str, Any] = dict(action=argparse.BooleanOptionalAction, default=False)
 #: without --lr and --lr-base
