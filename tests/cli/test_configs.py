@@ -1,6 +1,7 @@
 """The recipes in configs/: each parses, names what there is, costs what the paper says, and trains."""
 
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -73,6 +74,10 @@ def test_says_what_to_expect_and_where_it_stands(name):
     assert found is not None and len(found.source) > 20
     text = (FOLDER / f"{name}.yaml").read_text()
     assert "arXiv" in text and f"--config configs/{name}.yaml" in text
+    calls = re.findall(r"^#   .* -m tokenops (.*)$", text.replace("\\\n#  ", ""), re.MULTILINE)
+    assert [call.split()[0] for call in calls] == ["slim", "train"][not name.startswith("ps_") :]
+    for call in calls:
+        assert parser(call.split()).parse_args(call.split()).command == call.split()[0]
     options = [line for line in text.partition("\nexpected:")[0].splitlines() if line and not line.startswith("#")]
     assert len(options) > 15 and all("  # " in line for line in options), "each setting says where it is from"
 

@@ -28,7 +28,7 @@ LR = 5e-4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options; their names are those of timm's train.py where it has them."""
-    text = "options as YAML, one a line under the flag's name (lr: 0.001); flags go before them"
+    text = "options as YAML, one a line under the flag's name (lr: 0.001), over which flags win"
     parser.add_argument("--config", type=Path, metavar="FILE", help=text)
     _add_model(parser)
     _add_objective(parser)
@@ -61,8 +61,8 @@ def _add_objective(parser: argparse.ArgumentParser) -> None:
     add("--teacher-kwargs", nargs="*", default=[], metavar="NAME=VALUE", help="further arguments of the teacher")
     add("--teacher-pretrained", **SWITCH, help="its published weights")
     add("--from-teacher", **SWITCH, help="begin with the teacher's weights")
-    add("--shrink-start-epoch", type=int, metavar="N", help="of --objective evit (default: behind a tenth of them)")
-    add("--shrink-epochs", type=int, metavar="N", help="of --objective evit (default: a quarter of them)")
+    add("--shrink-start-epoch", type=int, metavar="N", help="the keep rate begins to shrink (default: a tenth)")
+    add("--shrink-epochs", type=int, metavar="N", help="in which it shrinks (default: a quarter of all)")
     add("--prune-target", type=float, default=0.7, metavar="PART", help="MACs left by --objective cait (%(default)s)")
 
 
