@@ -139,7 +139,11 @@ def test_cait_is_pruned(folder, tmp_path, capsys, model):
 
 @pytest.mark.parametrize(
     ("text", "start", "end"),
-    [("--epochs 300 --shrink-start-epoch 10 --shrink-epochs 100", 10 / 300, 110 / 300), ("", 0.1, 0.35)],
+    [
+        ("--epochs 300 --shrink-start-epoch 10 --shrink-epochs 100", 10 / 300, 110 / 300),
+        ("--epochs 290 --cooldown-epochs 10 --shrink-start-epoch 10 --shrink-epochs 100", 10 / 300, 110 / 300),
+        ("", 0.1, 0.35),
+    ],
 )
 def test_epochs_in_which_the_keep_rate_shrinks(folder, tmp_path, text, start, end):
     args = command(folder, tmp_path, f"--model evit_deit_tiny_patch16_224 {SMALL} --objective evit {text}")

@@ -263,7 +263,7 @@ def objective(args: argparse.Namespace, model: nn.Module, teacher: nn.Module | N
         options["img_size"] = args.img_size
     if args.objective == "evit":
         begin, long = (
-            part if number is None else number / args.epochs
+            part if number is None else number / (args.epochs + args.cooldown_epochs)
             for number, part in ((args.shrink_start_epoch, 0.1), (args.shrink_epochs, 0.25))
         )
         options.update(start=begin, end=begin + long)
