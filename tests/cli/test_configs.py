@@ -122,7 +122,7 @@ def test_trains(name, images, tmp_path, monkeypatch, capsys):
 
     def fit(objective, *others, **kwargs):
         patch = objective.model.tokenops_patch
-        objective.model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+        objective.model.patch_embed.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
         seen.append((objective, patch.method.name, real(objective, *others, **kwargs)))
         return seen[0][2]
 
