@@ -61,6 +61,12 @@ def module_of(name: str) -> Any:
         raise CommandError(f"it needs more packages ({missing}): pip install 'tokenops[{extra}]'") from missing
 
 
+def expanded(arguments: list[str]) -> list[str]:
+    """The command line with what stands in the files it names, where a command has such ("train": --config)."""
+    expand = getattr(module_of(arguments[0]), "expanded", list) if arguments and arguments[0] in COMMANDS else list
+    return expand(arguments)
+
+
 def check_environment() -> None:
     try:
         backends.check_environment()
@@ -81,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     name = arguments[0] if arguments else ""
     try:
-        args = parser(arguments).parse_args(arguments)
+        args = parser(arguments).parse_args(expanded(arguments))
         if args.command is None:
             parser().print_help()
         else:

@@ -185,9 +185,9 @@ def test_an_nvcc_that_fails_is_left_out_aloud_unless_it_was_asked_for(sources, t
 
 
 @needs_sources
-def test_source_distribution_holds_the_native_sources_and_no_tests(archive):
+def test_source_distribution_holds_the_native_sources_and_recipes_and_no_tests(archive):
     listing = subprocess.check_output(["tar", "tzf", archive], text=True)
-    for source in (ROOT / "csrc").rglob("*.*"):
+    for source in (*(ROOT / "csrc").rglob("*.*"), *(ROOT / "configs").iterdir()):
         assert f"/{source.relative_to(ROOT)}\n" in listing
     assert "/tests/" not in listing
 

@@ -137,6 +137,38 @@ def test_cait_is_pruned(folder, tmp_path, capsys, model):
     assert Structure.of(again).to_json() == saved["structure"] and again(torch.randn(1, 3, 64, 64)).shape == (1, 2)
 
 
+@pytest.mark.parametrize(
+    ("text", "start", "end"),
+    [
+        ("--epochs 300 --shrink-start-epoch 10 --shrink-epochs 100", 10 / 300, 110 / 300),
+        ("--epochs 290 --cooldown-epochs 10 --shrink-start-epoch 10 --shrink-epochs 100", 10 / 300, 110 / 300),
+        ("", 0.1, 0.35),
+    ],
+)
+def test_epochs_in_which_the_keep_rate_shrinks(folder, tmp_path, text, start, end):
+    args = command(folder, tmp_path, f"--model evit_deit_tiny_patch16_224 {SMALL} --objective evit {text}")
+    objective = train.objective(args, train.made(args, 2)[0], None, 4)
+    assert (objective.start, objective.end) == pytest.approx((start, end))
+
+
+def test_what_is_erased_is_pixels(folder, tmp_path):
+    args = command(folder, tmp_path, f"--model deit_tiny_patch16_224 {SMALL} --reprob 0.25 --remode pixel")
+    images, _ = train.data(args)
+    train.transformed(args, train.made(args, 2)[0], images, None)
+    (erasing,) = [part for part in images.transform.transforms if type(part).__name__ == "RandomErasing"]
+    assert erasing.per_pixel and erasing.probability == 0.25
+
+
+def test_weights_in_a_file_are_not_downloaded(tmp_path):
+    """There are none of this model to download, which would be said."""
+    small = dict(img_size=32, embed_dim=48, num_heads=3, stage_blocks=(1, 1))
+    file = weights(tmp_path / "own.pt", "sit_lvvit_tiny", **small)
+    made = train._create("--model", "sit_lvvit_tiny", True, file, small | {"num_classes": 2})
+    assert torch.equal(made.head.weight, torch.load(file)["head.weight"])
+    with pytest.raises(CommandError, match="no weights of sit_lvvit_tiny can be downloaded"):
+        train._create("--model", "sit_lvvit_tiny", True, None, small)
+
+
 def loaded(text, path):
     """What `eval --checkpoint` makes; the sizes of --model-kwargs are given to it."""
     parser = argparse.ArgumentParser()
@@ -182,6 +214,11 @@ def test_a_compacted_model_takes_no_other_method(tmp_path):
         ("--epochs 0", "--epochs=0"),
         ("--seed -1", "--seed=-1"),
         (f"--seed {2**64}", "--seed=18446744073709551616, but it must be at most"),
+        ("--cooldown-epochs -1", "--cooldown-epochs=-1"),
+        ("--aug-repeats 0", "--aug-repeats=0, but it must be at least 1"),
+        ("--lr-base -1", "lr=-0.03125, but it must be above 0"),
+        ("--shrink-epochs 3", "--shrink-start-epoch and --shrink-epochs belong to --objective evit, not plain"),
+        ("--objective evit --method evit --shrink-epochs -1", "--shrink-epochs=-1"),
         ("--drop-path 3", "--drop-path=3.0, but it must be at least 0 and below 1"),
         ("--reprob -0.1", "--reprob=-0.1, but it must be at least 0 and below 1"),
         ("--aa foo", "--aa foo is no policy of timm's"),

@@ -71,7 +71,7 @@ def timed(make, *arguments, **environment: str) -> Path:
 def bare_clone(folder: Path) -> Path:
     """A copy of what a bare clone holds, so that building leaves no trace in this one."""
     unwanted = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.json")
-    for name in ("csrc", "tokenops", "tests"):
+    for name in ("configs", "csrc", "tokenops", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=unwanted)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)

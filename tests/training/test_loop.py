@@ -211,6 +211,41 @@ def test_epochs_are_permutations_and_processes_share_them():
         Batches(3, 2, drop_last=True, processes=2)
 
 
+def test_repeats_stand_in_a_row_and_in_other_processes():
+    assert list(Batches(4, 2, shuffle=False, repeats=3)) == [[0, 4], [8, 1]]
+    assert list(Batches(4, 4, repeats=1, seed=5)) == list(Batches(4, 4, seed=5))
+    shares = [list(Batches(6, 3, shuffle=False, process=p, processes=2, repeats=3)) for p in range(2)]
+    assert shares == [[[0, 12, 7]], [[6, 1, 13]]]
+    shuffled = next(iter(Batches(9, 9, seed=1, repeats=3)))
+    assert [i % 9 for i in shuffled] == [i for i in next(iter(Batches(9, 9, seed=1)))[:3] for _ in range(3)]
+
+
+def test_repeats_are_augmented_anew_and_are_the_same_image():
+    items = Reproducible(Noisy(4), seed=1)
+    (first, label), (again, same), (third, _) = items[1], items[5], items[9]
+    assert label == same and not torch.equal(first, again) and not torch.equal(again, third)
+    assert torch.equal(items[5][0], again)
+    seen = []
+    batches = TrainBatches(DataLoader(Noisy(12), 6, shuffle=True), 0, 0, 1, repeats=3)
+    for _, labels in batches.epoch(0):
+        seen += labels.tolist()
+    assert len(seen) == 12 and all(len(set(seen[i : i + 3])) == 1 for i in range(0, 12, 3))
+    history = fit(Plain(Small()), DataLoader(Noisy(12), 6), epochs=1, lr=1e-3, aug_repeats=3, **QUIET)
+    assert math.isfinite(history.rows[0]["loss"])
+    with pytest.raises(ValueError, match="aug_repeats=3 needs a train_loader that shuffles or keeps the order"):
+        fit(Plain(Small()), [next(iter(DataLoader(images(), 8)))], epochs=1, lr=1e-3, aug_repeats=3, **QUIET)
+    with pytest.raises(ValueError, match="aug_repeats=0, but it must be at least 1"):
+        fit(Plain(Small()), DataLoader(images(), 8), epochs=1, lr=1e-3, aug_repeats=0, **QUIET)
+
+
+def test_the_cool_down_is_at_the_lowest_rate():
+    loader = DataLoader(images(), 8)
+    history = fit(Plain(Small()), loader, epochs=2, cooldown_epochs=2, lr=1e-2, min_lr=1e-3, **QUIET)
+    assert [row["lr"] for row in history.rows] == pytest.approx([5.5e-3, 1e-3, 1e-3, 1e-3])
+    with pytest.raises(ValueError, match="cooldown_epochs=2 goes with epochs, not with steps=3"):
+        fit(Plain(Small()), loader, steps=3, cooldown_epochs=2, lr=1e-2, **QUIET)
+
+
 @pytest.mark.parametrize("samples, steps", [(6, 2), (24, 6), (48, 12), (None, 3)])
 def test_epochs_of_another_length_are_the_samplers(samples, steps):
     data = images(12)

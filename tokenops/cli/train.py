@@ -3,6 +3,7 @@
 import argparse
 import ast
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,19 @@ from ..methods.cait.blocks import prunable
 from ..methods.cait.pruning import ChannelPruner
 from ..training import OBJECTIVES, Objective, fit, loader_of, open_images, transform_for
 from ..training.checkpoint import LAST
-from . import CommandError, models, paragraph
+from . import CommandError, config, models, paragraph
 from .methods import add_method_arguments, apply, method_options
+
+#: what can be switched on, and off again where --config has it on
+SWITCH: dict[str, Any] = dict(action=argparse.BooleanOptionalAction, default=False)
+#: without --lr and --lr-base
+LR = 5e-4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options; their names are those of timm's train.py where it has them."""
+    text = "options as YAML, one a line under the flag's name (lr: 0.001), over which flags win"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=text)
     _add_model(parser)
     _add_objective(parser)
     _add_data(parser)
@@ -29,10 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_method_arguments(parser)
 
 
+def expanded(arguments: Sequence[str]) -> list[str]:
+    """The command line with the options of --config before its own."""
+    return config.expanded(arguments, add_arguments)
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--model", default=models.MODEL, metavar="NAME", help=f"{models.NAMES} (default: %(default)s)")
-    add("--pretrained", action="store_true", help="begin with published weights")
+    add("--pretrained", **SWITCH, help="begin with published weights")
     add("--initial-checkpoint", type=Path, metavar="FILE", help="begin with these weights, loaded before the patch")
     add("--num-classes", type=int, metavar="N", help="default: those of the data")
     add("--img-size", type=int, metavar="PX", help="default: the model's")
@@ -46,8 +59,10 @@ def _add_objective(parser: argparse.ArgumentParser) -> None:
     add("--teacher", metavar="NAME", help="the dense model to distil, a timm name")
     add("--teacher-checkpoint", type=Path, metavar="FILE", help="its weights")
     add("--teacher-kwargs", nargs="*", default=[], metavar="NAME=VALUE", help="further arguments of the teacher")
-    add("--teacher-pretrained", action="store_true", help="its published weights")
-    add("--from-teacher", action="store_true", help="begin with the teacher's weights")
+    add("--teacher-pretrained", **SWITCH, help="its published weights")
+    add("--from-teacher", **SWITCH, help="begin with the teacher's weights")
+    add("--shrink-start-epoch", type=int, metavar="N", help="the keep rate begins to shrink (default: a tenth)")
+    add("--shrink-epochs", type=int, metavar="N", help="in which it shrinks (default: a quarter of all)")
     add("--prune-target", type=float, default=0.7, metavar="PART", help="MACs left by --objective cait (%(default)s)")
 
 
@@ -68,6 +83,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--no-aug", action="store_true", help="train on images as they are evaluated")
     add("--aa", metavar="POLICY", help="auto augment, rand-m9-mstd0.5-inc1 for DeiT's")
     add("--reprob", type=float, default=0.0, metavar="P", help="random erasing (default: %(default)s)")
+    add("--remode", choices=("const", "rand", "pixel"), default="const", help="what erases (default: %(default)s)")
+    add("--aug-repeats", type=int, default=1, metavar="N", help="augmentations of an image in a row; 3 for DeiT's")
     add("--mixup", type=float, default=0.0, metavar="ALPHA", help="0.8 for DeiT's (default: %(default)s)")
     add("--cutmix", type=float, default=0.0, metavar="ALPHA", help="1.0 for DeiT's (default: %(default)s)")
     add("--smoothing", type=float, default=0.1, metavar="S", help="label smoothing (default: %(default)s)")
@@ -76,28 +93,35 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=30, metavar="N", help="default: %(default)s")
-    add("--lr", type=float, default=5e-4, metavar="LR", help="default: %(default)s")
+    add("--lr", type=float, metavar="LR", help=f"default: --lr-base, or else {LR}")
+    add("--lr-base", type=float, metavar="LR", help="of --lr-base-size images: all processes' batch size multiplies it")
+    add("--lr-base-size", type=int, default=256, metavar="N", help="default: %(default)s")
     add("--min-lr", type=float, default=1e-5, metavar="LR", help="at the end (default: %(default)s)")
     add("--weight-decay", type=float, default=0.05, metavar="W", help="default: %(default)s")
     add("--warmup-epochs", type=float, default=0, metavar="N", help="default: %(default)s")
+    add("--cooldown-epochs", type=int, default=0, metavar="N", help="at --min-lr, behind the others")
     add("--clip-grad", type=float, metavar="NORM", help="of all gradients together (default: none)")
     add("--grad-accum-steps", type=int, default=1, metavar="N", help="batches of an update (default: %(default)s)")
-    add("--amp", action="store_true", help="mixed precision")
+    add("--amp", **SWITCH, help="mixed precision")
     add("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: %(default)s")
-    add("--model-ema", action="store_true", help="average the weights, and evaluate and save the average")
+    add("--model-ema", **SWITCH, help="average the weights, and evaluate and save the average")
     add("--model-ema-decay", type=float, default=0.9998, metavar="D", help="default: %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
     add("--output", type=Path, default=Path("out/train"), metavar="DIR", help="default: %(default)s")
     add("--resume", metavar="FILE", help="go on from a checkpoint; auto: from last.pt in --output, if it is there")
     add("--checkpoint-every", type=int, metavar="N", help="updates between checkpoints (default: an epoch)")
-    add("--log-tensorboard", action="store_true", help="log for TensorBoard, too, in --output")
+    add("--log-tensorboard", **SWITCH, help="log for TensorBoard, too, in --output")
 
 
 def run(args: argparse.Namespace) -> None:
     """Trains, prints a line. Raises CommandError for what cannot be done."""
     try:
         trained(args)
+    except CommandError as error:
+        if args.config is None:
+            raise
+        raise CommandError(f"{error} (with the options of --config {args.config})") from error
     except KeyboardInterrupt:
         there = (args.output / LAST).is_file()
         raise KeyboardInterrupt(
@@ -108,10 +132,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def trained(args: argparse.Namespace) -> None:
+    expected = None if args.config is None else config.expected(args.config)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda was asked for, but torch sees no GPU")
     models.at_least(1, batch_size=args.batch_size, epochs=args.epochs, grad_accum_steps=args.grad_accum_steps)
-    models.at_least(0, workers=args.workers, mixup=args.mixup, cutmix=args.cutmix)
+    models.at_least(1, aug_repeats=args.aug_repeats, lr_base_size=args.lr_base_size)
+    models.at_least(0, workers=args.workers, mixup=args.mixup, cutmix=args.cutmix, cooldown_epochs=args.cooldown_epochs)
+    models.at_least(0, shrink_start_epoch=args.shrink_start_epoch, shrink_epochs=args.shrink_epochs)
     models.check_seed(args.seed)
     for flag, rate in (("--drop-path", args.drop_path or 0), ("--reprob", args.reprob)):
         if not 0 <= rate < 1:
@@ -139,15 +166,17 @@ def trained(args: argparse.Namespace) -> None:
             aim,
             loader_of(train, args.batch_size, args.workers),
             epochs=args.epochs,
-            lr=args.lr,
+            lr=learning_rate(args, together),
             weight_decay=args.weight_decay,
             warmup_epochs=args.warmup_epochs,
             min_lr=args.min_lr,
+            cooldown_epochs=args.cooldown_epochs,
             accumulation=args.grad_accum_steps,
             clip=args.clip_grad,
             amp={"bfloat16": "bf16", "float16": "fp16"}[args.amp_dtype] if args.amp else None,
             ema=args.model_ema_decay if args.model_ema else None,
             mixup=mixup,
+            aug_repeats=args.aug_repeats,
             eval_loader=None if val is None else loader_of(val, args.batch_size, args.workers),
             output=args.output,
             resume=args.resume,
@@ -165,6 +194,15 @@ def trained(args: argparse.Namespace) -> None:
     best = "" if history.best is None else f"best top-1 {history.best:.2f} % (epoch {(history.best_epoch or 0) + 1}), "
     unread = len({name for names in history.skipped.values() for name in names})
     print(paragraph(f"{best}{history.seconds:.0f} s, unreadable images: {unread}, saved in {history.saved}"))
+    if expected is not None:
+        print(paragraph(f"paper: {expected}"))
+
+
+def learning_rate(args: argparse.Namespace, together: int) -> float:
+    """--lr, or --lr-base for the images of an update, of which all processes have so many in a batch."""
+    if args.lr is not None:
+        return args.lr
+    return LR if args.lr_base is None else args.lr_base * together * args.grad_accum_steps / args.lr_base_size
 
 
 def interrupted(error: BaseException | None) -> bool:
@@ -183,7 +221,8 @@ def data(args: argparse.Namespace) -> tuple[Any, Any]:
 def transformed(args: argparse.Namespace, model: nn.Module, train: Any, val: Any) -> None:
     """Images are read as the model wants them."""
     plain = transform_for(model, False, args.img_size)
-    augmented = partial(transform_for, model, True, args.img_size, auto_augment=args.aa, re_prob=args.reprob)
+    erased = dict(re_prob=args.reprob, re_mode=args.remode)
+    augmented = partial(transform_for, model, True, args.img_size, auto_augment=args.aa, **erased)
     try:
         train.transform = plain if args.no_aug else augmented()
     except AssertionError as error:
@@ -222,6 +261,14 @@ def objective(args: argparse.Namespace, model: nn.Module, teacher: nn.Module | N
         options["teacher"] = teacher
     if args.objective == "frd" and args.img_size is not None:
         options["img_size"] = args.img_size
+    if args.objective == "evit":
+        begin, long = (
+            part if number is None else number / (args.epochs + args.cooldown_epochs)
+            for number, part in ((args.shrink_start_epoch, 0.1), (args.shrink_epochs, 0.25))
+        )
+        options.update(start=begin, end=begin + long)
+    elif args.shrink_start_epoch is not None or args.shrink_epochs is not None:
+        raise CommandError(f"--shrink-start-epoch and --shrink-epochs belong to --objective evit, not {args.objective}")
     if args.objective == "cait":
         prunable(model)
         updates = args.epochs * -(-batches // args.grad_accum_steps)
@@ -257,7 +304,7 @@ def _arguments(flag: str, given: list[str]) -> dict[str, Any]:
 
 
 def _create(flag: str, name: str, pretrained: bool, checkpoint: Path | None, sizes: dict[str, Any]) -> nn.Module:
-    model = models.create(flag, name, pretrained, **sizes).model
+    model = models.create(flag, name, pretrained and checkpoint is None, **sizes).model
     try:
         return model if checkpoint is None else load_checkpoint(model, checkpoint)
     except (RuntimeError, ValueError, TypeError, FileNotFoundError) as error:

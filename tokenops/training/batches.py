@@ -16,7 +16,8 @@ class Batches(Sampler[list[int]]):
 
     A step's images are the next ``batch_size * processes`` of a permutation made of seed and epoch; each process takes
     its part of them. All processes have as many steps: with ``drop_last`` what is too little for a step is left out,
-    without, it is filled up from the beginning.
+    without, it is filled up from the beginning. With ``repeats`` every image of the permutation is there so many times
+    in a row, in other processes where there are some, as ``index + repetition * length``; an epoch is no longer for it.
 
     Args:
         length: of the data set.
@@ -25,6 +26,7 @@ class Batches(Sampler[list[int]]):
         drop_last: see above.
         seed: of the permutations.
         process, processes: which of how many.
+        repeats: of an image (repeated augmentation).
 
     Raises:
         ValueError: there is no step.
@@ -39,13 +41,14 @@ class Batches(Sampler[list[int]]):
         seed: int = 0,
         process: int = 0,
         processes: int = 1,
+        repeats: int = 1,
     ) -> None:
         together = batch_size * processes
         self.steps = length // together if drop_last else -(-length // together)
         if self.steps < 1:
             raise ValueError(f"{length} images make no batch of {batch_size} in each of {processes} processes")
         self.length, self.batch_size, self.shuffle, self.seed = length, batch_size, shuffle, seed
-        self.process, self.processes, self.drop_last = process, processes, drop_last
+        self.process, self.processes, self.drop_last, self.repeats = process, processes, drop_last, repeats
         self.epoch = self.first = 0
 
     def __len__(self) -> int:
@@ -55,19 +58,23 @@ class Batches(Sampler[list[int]]):
         order = np.arange(self.length)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        if self.repeats > 1:
+            order = (order[:, None] + self.length * np.arange(self.repeats)).ravel()[: self.length]
         together = self.batch_size * self.processes
         for step in range(self.first, self.steps):
             now = order[step * together : (step + 1) * together]
             if len(now) < together and self.processes > 1:  # one process has a smaller batch instead
                 now = np.resize(np.concatenate((now, order)), together)
             size = -(-len(now) // self.processes)
-            yield now[self.process * size : (self.process + 1) * size].tolist()
+            mine = slice(self.process * size, (self.process + 1) * size)
+            yield now[mine if self.repeats == 1 else slice(self.process, None, self.processes)].tolist()
 
 
 class Reproducible(Dataset):
     """A data set whose random augmentations depend on seed, epoch and index alone.
 
-    Python's, numpy's and torch's global generators are seeded for every item, and put back afterwards.
+    Python's, numpy's and torch's global generators are seeded for every item, and put back afterwards. An index above
+    the length is a repetition, as in `Batches`: the same item, augmented anew.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -78,8 +85,9 @@ class Reproducible(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        with seeded(self.seed, int(self.epoch), index):
-            return self.dataset[index]
+        repetition, item = divmod(index, len(self.dataset))
+        with seeded(self.seed, int(self.epoch), item, *([repetition] if repetition else [])):
+            return self.dataset[item]
 
 
 @contextmanager
@@ -111,13 +119,16 @@ class TrainBatches:
         seed: of order and augmentation.
         process, processes: which of how many.
         stream: batches of an epoch of what has no length.
+        repeats: as in `Batches`.
 
     Raises:
         TypeError: the loader has no length, and ``stream`` is not given.
-        ValueError: there is no batch.
+        ValueError: there is no batch, or ``repeats`` of a loader that is not made anew.
     """
 
-    def __init__(self, loader: Any, seed: int, process: int, processes: int, stream: int | None = None) -> None:
+    def __init__(
+        self, loader: Any, seed: int, process: int, processes: int, stream: int | None = None, repeats: int = 1
+    ) -> None:
         self.loader, self.batches, self.endless = loader, None, False
         self.dataset: Any = getattr(loader, "dataset", None)
         if isinstance(loader, DataLoader) and _known(loader):
@@ -125,12 +136,15 @@ class TrainBatches:
             assert loader.batch_size is not None
             length = len(loader.dataset)  # type: ignore[arg-type]
             shape = (length, loader.batch_size, shuffle, loader.drop_last)
-            self.batches = Batches(*shape, seed=seed, process=process, processes=processes)
+            self.batches = Batches(*shape, seed=seed, process=process, processes=processes, repeats=repeats)
             self.items = Reproducible(loader.dataset, seed)
             self.generator = torch.Generator()
             self.loader = DataLoader(
                 self.items, batch_sampler=self.batches, generator=self.generator, **_options(loader)
             )
+        elif repeats > 1:
+            raise ValueError(f"aug_repeats={repeats} needs a train_loader that shuffles or keeps the order by itself")
+        self.repeats = repeats
         try:
             self.steps = len(self.loader)
         except TypeError:  # also of a DataLoader whose data set is a stream

@@ -53,11 +53,13 @@ def fit(
     betas: tuple[float, float] = (0.9, 0.999),
     warmup_epochs: float = 0,
     min_lr: float = 1e-5,
+    cooldown_epochs: int = 0,
     accumulation: int = 1,
     clip: float | None = None,
     amp: str | None = None,
     ema: float | None = None,
     mixup: Any = None,
+    aug_repeats: int = 1,
     eval_loader: Any = None,
     output: str | PathLike[str] | None = None,
     resume: str | PathLike[str] | None = None,
@@ -83,11 +85,14 @@ def fit(
         weight_decay, betas: AdamW's.
         warmup_epochs: of the linear warm-up.
         min_lr: at the end of the cosine.
+        cooldown_epochs: so many more, at `min_lr`.
         accumulation: batches of an update.
         clip: the largest norm of all gradients together.
         amp: "no", "bf16" or "fp16" (a GPU's); what accelerate launch was told if not given.
         ema: decay of the averaged weights, which are then evaluated, too, and saved.
         mixup: timm.data.Mixup, or another function of (images, target).
+        aug_repeats: how often an image is there in a row, augmented anew (repeated augmentation); an epoch has as many
+            images as without.
         eval_loader: of the evaluation behind every epoch.
         output: a folder for checkpoints (``last.pt``), the model (``model.pt``: the best, and the last until the
             objective is `final`; averaged with `ema`) and ``log.csv``.
@@ -117,9 +122,13 @@ def fit(
         ("checkpoint_every", checkpoint_every, 1),
         ("warmup_epochs", warmup_epochs, 0),
         ("min_lr", min_lr, 0),
+        ("cooldown_epochs", cooldown_epochs, 0),
+        ("aug_repeats", aug_repeats, 1),
     ):
         if value is not None and value < least:
             raise ValueError(f"{name}={value}, but it must be at least {least}")
+    if steps is not None and cooldown_epochs:
+        raise ValueError(f"cooldown_epochs={cooldown_epochs} goes with epochs, not with steps={steps}")
     if not 0 < lr < math.inf:
         raise ValueError(f"lr={lr}, but it must be above 0")
     if ema is not None and not 0 <= ema < 1:
@@ -137,8 +146,9 @@ def fit(
     if amp == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("amp='fp16' needs a GPU: on a CPU it must be 'no' or 'bf16'")
     checkpoint.seed_everything(seed, accelerator.process_index)
-    batches = TrainBatches(train_loader, seed, accelerator.process_index, accelerator.num_processes, steps)
-    total = batches.steps * epochs if epochs is not None else steps or 0
+    mine = (accelerator.process_index, accelerator.num_processes)
+    batches = TrainBatches(train_loader, seed, *mine, stream=steps, repeats=aug_repeats)
+    total = batches.steps * (epochs + cooldown_epochs) if epochs is not None else steps or 0
     whole, rest = divmod(total, batches.steps)
     objective.planned(whole * -(-batches.steps // accumulation) - (-rest // accumulation))
     if mixup is not None and batches.odd:
@@ -146,7 +156,7 @@ def fit(
     folder = None if output is None else Path(output)
     source = checkpoint.where(resume, folder)
     run = _Run(objective, accelerator, batches, amp)
-    run.rates = (lr, weight_decay, betas)
+    run.rates, run.cooldown = (lr, weight_decay, betas), cooldown_epochs
     run.plan = (total / batches.steps, warmup_epochs, min_lr, accumulation, clip)
     run.ema_decay, run.mixup, run.eval_loader, run.output, run.seed = ema, mixup, eval_loader, folder, seed
     run.every, run.total = checkpoint_every, total
@@ -169,6 +179,7 @@ class _Run:
     rates: tuple[float, float, tuple[float, float]]
     plan: tuple[float, float, float, int, float | None]
     ema_decay: float | None
+    cooldown: int  # epochs, of those in the plan
     every: int | None
     output: Path | None
     mixup: Any
@@ -266,7 +277,8 @@ class _Run:
     def set_learning_rates(self, batches: int) -> None:
         """Of the update behind which so many of the epoch's batches are done."""
         epochs, warmup_epochs, min_lr, _, _ = self.plan
-        rate = learning_rate(self.epoch + batches / self.batches.steps, epochs, self.rates[0], warmup_epochs, min_lr)
+        now, falling = self.epoch + batches / self.batches.steps, epochs - self.cooldown
+        rate = learning_rate(now, falling, self.rates[0], warmup_epochs, min_lr)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 if "lr_scale" in group:
@@ -357,6 +369,7 @@ class _Run:
             "processes": self.accelerator.num_processes,
             "batches an epoch": self.batches.steps,
             "accumulation": self.plan[3],
+            "aug repeats": self.batches.repeats,
             "ema": self.ema_decay is not None,
             "amp": self.amp,
         }
