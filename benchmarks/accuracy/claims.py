@@ -24,6 +24,7 @@ class Claim(NamedTuple):
 
 CLAIMS = (
     Claim("feature recalibration (FRD) helps", "SiT, 3.3", "SiT with FRD", "SiT", LEVELS),
+    Claim("with the error of tokens as it is", "SiT, 3.3", "SiT with FRD of absolute errors", "SiT", STRONG),
     Claim("its tokens alone help", "SiT, 3.3", "SiT with token recalibration", "SiT", STRONG),
     Claim("its logits alone help", "SiT, 3.3", "SiT with logits", "SiT", STRONG),
     Claim("tokens help beside logits", "SiT, 3.3", "SiT with FRD", "SiT with logits", STRONG),

@@ -118,15 +118,6 @@ def narrow(settings: Settings, target: float) -> Any:
     return min((vit(settings, width) for width in widths), key=lambda model: abs(macs(model) - target))
 
 
-def pooled(dense: Any, settings: Settings) -> Any:
-    """The dense model's weights in one that classifies the mean of its patches, as Evo-ViT and dense heads do."""
-    model = vit(settings, global_pool="avg", fc_norm=True)
-    state = dense.state_dict()
-    names = (name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name for name in state)
-    model.load_state_dict(dict(zip(names, state.values())))
-    return model
-
-
 def amp() -> str:
     """bf16 where the processor multiplies it."""
     return "bf16" if machine.instructions() in ("AMX", "AVX-512-bf16") else "no"
