@@ -32,6 +32,7 @@ TIMED = 128  # images of a timed call
 COMPARED = 1000  # test images of fidelity
 MERGED = (2, 4, 8, 12, 16)
 NARROW = "narrower dense"
+FROM_SCRATCH = (NARROW, "Evo-ViT from scratch", "dropping from scratch")
 HEADS = ("heads of one width", "heads with the same channels", "heads of any width")
 
 Groups = dict[tuple[str, float], dict[int, Found]]  # by name and level; of each seed
@@ -61,7 +62,7 @@ def arguments() -> argparse.Namespace:
 
 
 def planned(seeds: int, levels: Sequence[float], methods: Sequence[str], claims: bool) -> list[Cell]:
-    """Seed by seed, so that a run that is not finished has whole ones."""
+    """Seed by seed, and in each what is trained from scratch last: a run that is not finished has most of the others."""
     names = [("dense", 1.0), *((name, level) for level in levels for name in methods)]
     if claims:
         names.append(("dense, fine-tuned", 1.0))
@@ -69,7 +70,11 @@ def planned(seeds: int, levels: Sequence[float], methods: Sequence[str], claims:
             names += [(name, level) for level in claim.levels for name in (claim.ours, claim.theirs)]
         names.append(("scenes, dense", 1.0))
         names.append(("scenes, merged by likeness", 0.6))
-    return [Cell(name, level, seed) for seed in range(seeds) for name, level in dict.fromkeys(names)]
+    dear = [
+        (name, level) for name, level in sorted(dict.fromkeys(names), key=lambda key: key[1]) if name in FROM_SCRATCH
+    ]
+    names = [*dict.fromkeys(name for name in names if name not in dear), *dear]
+    return [Cell(name, level, seed) for seed in range(seeds) for name, level in names]
 
 
 def trained(

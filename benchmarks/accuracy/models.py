@@ -40,7 +40,7 @@ class Settings(NamedTuple):
 
     @classmethod
     def quick(cls) -> "Settings":
-        return cls(data="digits", width=48, depth=6, batch=32, dense_steps=400, steps=40, scene_steps=60)
+        return cls(data="digits", width=48, depth=6, batch=32, dense_steps=300, steps=24, scene_steps=30)
 
 
 def vit(settings: Settings, width: int | None = None, **options: Any) -> Any:
