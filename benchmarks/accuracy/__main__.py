@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
 
 
 def planned(seeds: int, levels: Sequence[float], methods: Sequence[str], claims: bool) -> list[Cell]:
-    """Seed by seed, and in each what is trained from scratch last: a run that is not finished has most of the others."""
+    """Seed by seed, what is trained from scratch last in each: a run that is not finished has most of the others."""
     names = [("dense", 1.0), *((name, level) for level in levels for name in methods)]
     if claims:
         names.append(("dense, fine-tuned", 1.0))
