@@ -77,9 +77,13 @@ RECIPES: dict[str, Callable[[Run], Any]] = {
 
 
 def folder_of(cell: Cell, settings: Settings, root: Path) -> Path:
-    """Its name says everything that the result depends on: the settings, and what made this model and its teacher."""
+    """Its name says the settings, and the source here of what made this model and its teacher, and of its test.
+
+    Not that of tokenops, torch or timm: results name the commit and the versions. Remove the folder where these matter.
+    """
     chain = [cell] if cell.teacher is None else [cell, cell.teacher]
-    text = repr((settings, cell, [sources(RECIPES[each.name]) for each in chain]))
+    tested = scenery.scores if cell.name in scenery.RECIPES else models.right
+    text = repr((settings, cell, [sources(made) for made in (*(RECIPES[each.name] for each in chain), tested)]))
     name = re.sub(r"[^\w.]+", "-", str(cell))
     return root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
@@ -125,8 +129,10 @@ def make(cell: Cell, settings: Settings, root: Path) -> None:
     checkpoints.mkdir(parents=True, exist_ok=True)
     teacher = None if cell.teacher is None else model_of(cell.teacher, settings, root)
     run = Run(teacher, cell.level, cell.seed, settings, checkpoints)
+    torch.manual_seed(cell.seed)  # of modules that a method adds
     model = RECIPES[cell.name](run).eval()
     speed = models.speed(checkpoints)
+    torch.manual_seed(cell.seed)  # of tokens that are drawn
     scenes = cell.name in scenery.RECIPES
     scores = scenery.scores(model, cell.seed) if scenes else models.right(model, load(settings.data)).numpy()
     row = {

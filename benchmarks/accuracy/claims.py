@@ -10,6 +10,8 @@ from .intervals import Interval, Scores, interval, paired
 LEVELS = (0.8, 0.6, 0.4, 0.25)
 STRONG = (0.4, 0.25)
 
+Key = tuple[str, float]  # name and level
+
 
 class Claim(NamedTuple):
     """That ``ours`` beats ``theirs``: in words, where it is from, and the levels at which it is tried."""
@@ -37,7 +39,7 @@ CLAIMS = (
         "the searched counts beat uniform ones",
         "Patch Slimming, 3.3",
         "Patch Slimming",
-        "Patch Slimming, uniform counts",
+        "Patch Slimming, uniform counts and one last token",
         STRONG,
     ),
     Claim(
@@ -48,14 +50,14 @@ CLAIMS = (
         STRONG,
     ),
     Claim(
-        "a choice for each image beats a fixed one",
+        "a choice for each image beats a fixed one, same counts",
         "Patch Slimming (DPS)",
         "DPS (reconstruction)",
-        "Patch Slimming",
-        LEVELS,
+        "Patch Slimming, uniform counts",
+        STRONG,
     ),
     Claim(
-        "merging on the grid beats dropping, segmentation",
+        "merging on the grid beats leaving tokens behind, segmentation",
         "CAIT",
         "scenes, merged on the grid",
         "scenes, dropped",
@@ -67,33 +69,46 @@ CLAIMS = (
 )
 
 
+#: how far multiply-adds may differ for a difference to be one of the methods
+ALIKE = 0.04
+
+
 class Outcome(NamedTuple):
+    """What became of a claim at a level; ``cost`` is ours' multiply-adds over theirs."""
+
     claim: Claim
     level: float
     difference: Interval
+    cost: float
 
     @property
     def verdict(self) -> str:
-        """What the interval carries."""
+        """What the interval carries, here: of these models, this task and so little training."""
         sign = self.difference.sign
+        if sign * (self.cost - 1) > ALIKE:
+            return f"costs {self.cost:.2f} times as much: none"
         if self.claim.equal:
-            return {1: "better even", -1: "wrong", 0: "no difference shown"}[sign]
-        return {1: "right", -1: "wrong", 0: "not shown"}[sign]
+            return {1: "better even", -1: "the other way", 0: "no difference shown"}[sign]
+        return {1: "as claimed", -1: "the other way", 0: "not shown"}[sign]
 
 
-def both(scores: Mapping[tuple[str, float], Scores], claim: Claim, level: float) -> dict[int, np.ndarray]:
+def both(scores: Mapping[Key, Scores], claim: Claim, level: float) -> dict[int, np.ndarray]:
     """Ours less theirs, of the seeds that are there."""
     return paired(*(scores.get((name, level), {}) for name in (claim.ours, claim.theirs)))
 
 
-def outcomes(scores: Mapping[tuple[str, float], Scores]) -> list[Outcome]:
+def outcomes(scores: Mapping[Key, Scores], costs: Mapping[Key, float]) -> list[Outcome]:
     """Of the claims whose cells are there."""
     tried = ((claim, level, both(scores, claim, level)) for claim in CLAIMS for level in claim.levels)
-    return [Outcome(claim, level, interval(found.values())) for claim, level, found in tried if found]
+    return [
+        Outcome(claim, level, interval(found.values()), costs[claim.ours, level] / costs[claim.theirs, level])
+        for claim, level, found in tried
+        if found
+    ]
 
 
-def trend(scores: Mapping[tuple[str, float], Scores], claim: Claim) -> Interval | None:
-    """How much more ``ours`` gains at the strongest level than at the mildest."""
-    mild, strong = (both(scores, claim, level) for level in (claim.levels[0], claim.levels[-1]))
+def trend(scores: Mapping[Key, Scores], claim: Claim) -> Interval | None:
+    """How much more ``ours`` gains at the first of the strong levels, where both cost the same, than at the mildest."""
+    mild, strong = (both(scores, claim, level) for level in (claim.levels[0], STRONG[0]))
     more = paired(strong, mild)
     return interval(more.values()) if more else None

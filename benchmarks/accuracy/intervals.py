@@ -1,12 +1,15 @@
 """Means and differences over seeds and test images, with bootstrap intervals."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import t as student
 
 DRAWS = 4000
 LEVEL = 0.95
+SEEDS = 3  # that a verdict needs
 
 Scores = Mapping[int, np.ndarray]  # of every seed, of every test image
 
@@ -21,11 +24,16 @@ class Interval(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval leaves out 0 and every seed is on its side of it; else 0: nothing is shown."""
-        for sign in (1, -1):
-            if min(sign * self.low, sign * self.high) > 0 and all(sign * each > 0 for each in self.seeds):
-                return sign
-        return 0
+        """1 or -1 where 0 is outside of the interval, and of Student's over the seeds, too; else 0: nothing is shown.
+
+        The bootstrap of three seeds alone is too sure of itself where seeds differ by more than images do; fewer than
+        three show nothing.
+        """
+        if len(self.seeds) < SEEDS or self.low <= 0 <= self.high:
+            return 0
+        error = float(np.std(self.seeds, ddof=1)) / math.sqrt(len(self.seeds))
+        reach = error * float(student.ppf((1 + LEVEL) / 2, len(self.seeds) - 1))
+        return 0 if abs(self.mean) <= reach else 1 if self.mean > 0 else -1
 
     def __str__(self) -> str:
         return f"{self.mean:.1f} ({self.low:.1f}..{self.high:.1f})"
@@ -34,8 +42,7 @@ class Interval(NamedTuple):
 def interval(scores: Iterable[np.ndarray]) -> Interval:
     r"""Of ``(seeds, images)`` scores between 0 and 1: the mean, and percentiles of it in data drawn anew.
 
-    A draw takes as many seeds, and as many images, with replacement; the same images for every seed. Of three seeds it
-    knows little: `Interval.sign` asks them to agree as well.
+    A draw takes as many seeds, and as many images, with replacement; the same images for every seed.
     """
     table = 100 * np.stack(list(scores)).astype(np.float64)
     seeds, images = table.shape

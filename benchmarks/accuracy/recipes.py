@@ -202,6 +202,17 @@ def patch_slim_uniform(run: Run) -> Any:
     return run.plain(reached(make, run.target))
 
 
+def patch_slim_uniform_last(run: Run) -> Any:
+    """As `patch_slim_uniform`, and of the last block the class token alone is left, as in the search."""
+    order, grid = searched(run).order, (models.GRID, models.GRID)
+
+    def make(part: float) -> Any:
+        schedule = Schedule.from_counts([*falling(part, run.settings.depth)[:-1], 1], grid, order)
+        return tokenops.apply_patch(models.copied(run.dense), "patch_slimming", schedule=schedule)
+
+    return run.plain(reached(make, run.target))
+
+
 def patch_slim_attention(run: Run) -> Any:
     """The search's counts, but patches in the order of the attention that they get, over all blocks."""
     received: Any = 0
@@ -355,6 +366,7 @@ VARIANTS: dict[str, Callable[[Run], Any]] = {
     "Evo-ViT from scratch": evo_vit_from_scratch,
     "dropping from scratch": dropping_from_scratch,
     "Patch Slimming, uniform counts": patch_slim_uniform,
+    "Patch Slimming, uniform counts and one last token": patch_slim_uniform_last,
     "Patch Slimming by attention": patch_slim_attention,
     "heads of one width": heads_alike,
     "heads with the same channels": heads_same,

@@ -20,8 +20,8 @@ SMALL = models.Settings.quick()._replace(dense_steps=6, steps=4, scene_steps=3)
 
 
 def test_interval_of_what_does_not_vary():
-    same = interval([np.ones(50), np.ones(50)])
-    assert same == (100.0, 100.0, 100.0, (100.0, 100.0)) and same.sign == 1
+    same = interval([np.ones(50)] * 3)
+    assert same == (100.0, 100.0, 100.0, (100.0, 100.0, 100.0)) and same.sign == 1
     assert difference({0: np.ones(9), 1: np.ones(9)}, {0: np.ones(9), 1: np.ones(9)}) == (0.0, 0.0, 0.0, (0.0, 0.0))
 
 
@@ -56,14 +56,15 @@ def test_differences_are_paired():
 @pytest.mark.parametrize(
     "low, high, seeds, sign",
     [
-        (0.1, 0.5, (0.2, 0.3), 1),
-        (-0.5, -0.1, (-0.2, -0.3), -1),
-        (-0.1, 0.5, (0.2, 0.3), 0),
-        (0.1, 0.5, (0.4, -0.1), 0),
-        (0.0, 0.5, (0.2, 0.3), 0),
+        (0.1, 0.5, (0.2, 0.3, 0.4), 1),  # mean 0.3, reach 4.303 * 0.1 / sqrt(3) = 0.25
+        (-0.5, -0.1, (-0.2, -0.3, -0.4), -1),
+        (-0.1, 0.5, (0.2, 0.3, 0.4), 0),  # not by the images
+        (0.1, 0.5, (0.1, 0.3, 0.5), 0),  # not by the seeds: reach 0.5
+        (0.0, 0.5, (0.2, 0.3, 0.4), 0),
+        (0.1, 0.5, (0.3, 0.3), 0),  # too few seeds
     ],
 )
-def test_sign_asks_interval_and_seeds(low, high, seeds, sign):
+def test_sign_asks_images_and_seeds(low, high, seeds, sign):
     assert Interval(float(np.mean(seeds)), low, high, seeds).sign == sign
 
 
@@ -186,13 +187,19 @@ def test_outcomes_say_what_intervals_carry():
     claim = next(claim for claim in claims.CLAIMS if claim.ours == "SiT")
     scores = {("SiT", 0.8): seeds(good), ("EViT, dropping only", 0.8): seeds(bad), ("SiT", 0.25): seeds(bad)}
     scores["EViT, dropping only", 0.25] = seeds(bad)
-    found = {(each.claim.ours, each.level): each.verdict for each in claims.outcomes(scores)}
-    assert found == {("SiT", 0.8): "right", ("SiT", 0.25): "not shown"}
+    costs = dict.fromkeys(scores, 5.0)
+    found = {(each.claim.ours, each.level): each.verdict for each in claims.outcomes(scores, costs)}
+    assert found == {("SiT", 0.8): "as claimed", ("SiT", 0.25): "not shown"}
+    dear = {(each.level, each.verdict) for each in claims.outcomes(scores, costs | {("SiT", 0.8): 6.0})}
+    assert (0.8, "costs 1.20 times as much: none") in dear
+    scores |= {("SiT", 0.4): seeds(bad), ("EViT, dropping only", 0.4): seeds(bad)}
     gain = claims.trend(scores, claim)
     assert gain.mean == -100 and gain.sign == -1
     assert claims.trend({}, claim) is None
+    lost = claims.Outcome(claim, 0.8, difference(seeds(bad), seeds(good)), 0.9)
+    assert lost.verdict == "costs 0.90 times as much: none" and lost._replace(cost=1.1).verdict == "the other way"
     equal = claims.CLAIMS[0]._replace(equal=True)
-    shown = claims.Outcome(equal, 0.8, difference(seeds(bad), seeds(bad)))
+    shown = claims.Outcome(equal, 0.8, difference(seeds(bad), seeds(bad)), 1.0)
     assert shown.verdict == "no difference shown"
 
 
@@ -259,30 +266,33 @@ def test_heads_cost_as_much_as_their_widest():
 
 
 def test_tables_say_what_is_there():
-    row = {"macs": 5.0, "accuracy": Interval(90.0, 89.0, 91.0, (90.0,))._asdict(), "above_narrow": None}
-    rows = {"dense, 1": row | {"macs": 10.0}, "SiT, 0.4": row | {"speed_up": [1.5, 1.4, 1.6]}}
-    rows["SiT, 0.4"]["above_narrow"] = Interval(1.0, 0.5, 1.5, (1.0,))._asdict()
-    assert "| SiT |  |  | 90.0 (89.0..91.0) |  |" in page.accuracies(rows, ["SiT"])
+    three = (90.0, 90.0, 90.0)
+    row = {"macs": 5.0, "accuracy": Interval(90.0, 89.0, 91.0, three)._asdict(), "above_narrow": None}
+    rows = {"dense, 1": row | {"macs": 10.0}, "SiT, 0.4": row | {"speed_up": [1.5, 1.4, 1.6], "macs": 4.0}}
+    rows["SiT, 0.4"]["above_narrow"] = Interval(1.0, 0.5, 1.5, three)._asdict()
+    rows["SiT, 0.25"] = row | {"macs": 3.0, "accuracy": Interval(90.0, 89.0, 91.0, (90.0,))._asdict()}
+    assert "| SiT |  |  | 90.0 (89.0..91.0) | 90.0 (89.0..91.0) at 0.30, 1 seed |" in page.accuracies(rows, ["SiT"])
     assert "| dense | 90.0 (89.0..91.0) |  |  |  |" in page.accuracies(rows, ["SiT"])
     assert "| SiT |  |  | 1.0 (0.5..1.5) |  |" in page.gains(rows, ["SiT"])
-    assert "| SiT |  |  | 1.50 (0.75) |  |" in page.speeds(rows, ["SiT"])
-    outcome = claims.Outcome(claims.CLAIMS[0], 0.4, Interval(-1.0, -2.0, -0.5, (-1.0,)))
-    assert "| 0.4 | -1.0 (-2.0..-0.5) | wrong |" in page.claims([outcome], {})
+    assert "| SiT |  |  | 1.50 (0.60) |  |" in page.speeds(rows, ["SiT"])
+    outcome = claims.Outcome(claims.CLAIMS[0], 0.4, Interval(-1.0, -2.0, -0.5, (-1.0, -1.1, -0.9)), 1.0)
+    assert "| 0.4 | -1.0 (-2.0..-0.5) | the other way |" in page.claims([outcome], {})
 
 
 def test_committed_results_are_of_these_claims():
-    """What the page tells was made by what is here: every claim has its outcome, of three seeds each."""
+    """What the page tells was made by what is here: every claim has its outcome, which its seeds and costs carry."""
     file = Path(__file__).parents[2] / "benchmarks/results/accuracy.json"
     found = json.loads(file.read_text())
     told = {(claim["ours"], claim["theirs"], claim["level"]) for claim in found["claims"]}
     assert told == {(claim.ours, claim.theirs, level) for claim in claims.CLAIMS for level in claim.levels}
+    assert found["run"]["data"] == "fashion" and found["run"]["seeds"] == 3
     for claim in found["claims"]:
-        assert len(claim["difference"]["seeds"]) == 3
-        assert (
-            claim["is"]
-            == claims.Outcome(
-                claims.Claim(*(claim[name] for name in claims.Claim._fields)),
-                claim["level"],
-                Interval(**claim["difference"] | {"seeds": tuple(claim["difference"]["seeds"])}),
-            ).verdict
+        given = claims.Claim(*(claim[name] for name in claims.Claim._fields))
+        seeds = tuple(claim["difference"]["seeds"])
+        assert 2 <= len(seeds) <= 3
+        outcome = claims.Outcome(
+            given, claim["level"], Interval(**claim["difference"] | {"seeds": seeds}), claim["cost"]
         )
+        assert claim["outcome"] == outcome.verdict
+    for name in recipes.METHODS:
+        assert all(f"{name}, {level:g}" in found["rows"] for level in claims.LEVELS)

@@ -378,7 +378,8 @@ def test_accuracy_trains_measures_and_draws(tmp_path):
             assert row["macs"] == pytest.approx(level * dense["macs"], rel=0.25) and is_spread(row["speed_up"])
             low, mean, high = (row["accuracy"][part] for part in ("low", "mean", "high"))
             assert 0 <= low <= mean <= high <= 100 and len(row["accuracy"]["seeds"]) == 1
-    assert {claim["is"] for claim in found["claims"]} <= {"right", "wrong", "not shown", "no difference shown"}
+    assert {claim["outcome"] for claim in found["claims"]} <= {"not shown", "no difference shown"}, "of a single seed"
+    assert found["run"]["data"] == "digits" and found["run"]["seeds"] == 1
     text = page.read_text()
     assert "| SiT with FRD |" in text and "old" not in text
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
