@@ -22,7 +22,7 @@ def head(*names: str) -> list[str]:
 
 
 def shown(rows: Rows, name: str, level: float, key: str) -> str:
-    """ "91.3 (90.9..91.7) at 0.27": the part of the multiply-adds where it is not near the level; seeds if not three."""
+    """ "91.3 (90.9..91.7) at 0.27": the part of the multiply-adds if not near the level; seeds if not three."""
     row = rows.get(f"{name}, {level:g}")
     if row is None or row.get(key) is None:
         return ""
