@@ -342,6 +342,23 @@ def test_what_fails_while_comparing_is_one_line(folder, monkeypatch):
         call(folder, "--method", "cait")
 
 
+def test_what_is_not_finite_is_one_line_with_its_level(folder, tmp_path, monkeypatch):
+    make = models.make
+
+    def broken(args):
+        model, weights = make(args)
+        if args.r == 5:
+            with torch.no_grad():
+                model.head.bias.fill_(float("nan"))
+        return model, weights
+
+    monkeypatch.setattr(models, "make", broken)
+    with pytest.raises(CommandError) as error:
+        call(folder, "--method", "tome", "--levels", 3, 5, "--output", tmp_path / "f.json")
+    assert str(error.value) == "fidelity: outputs or embeddings are not finite of r=5 for 8 of 8 images"
+    assert not (tmp_path / "f.json").exists()
+
+
 def test_missing_packages_are_named(folder, monkeypatch):
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "sklearn.datasets", None)

@@ -239,8 +239,10 @@ def compared(sides: dict[str, Any], loader: Any, how: running.Running, source: S
     try:
         with how.autocast():
             return fidelities(sides["dense"], reduced, batches())
-    except ValueError as error:  # no image could be read
-        raise CommandError(f"{error}: {unreadable(source.images.skipped())}") from None
+    except ValueError as error:
+        skipped = source.images.skipped()
+        none = len(skipped) == len(source.order)  # there was no image
+        raise CommandError(f"{error}: {unreadable(skipped)}" if none else str(error)) from None
     except RuntimeError as error:  # out of memory, or a backend that was asked for and cannot run
         raise CommandError(str(error)) from None
 

@@ -1,6 +1,6 @@
 """What a reduced model keeps of the dense one's answers, on images without labels."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .modules import unwrapped
 from .views import evaluating, logits_of
 
 DIGITS = 10  # of a similarity: those that differ by rounding alone are ties
@@ -64,17 +65,23 @@ def fidelity(dense: nn.Module, reduced: nn.Module, batches: Iterable[Any], class
     has one.
 
     Both run in evaluation mode without gradients, and every module has its own mode again afterwards. Outputs are
-    compared in fp64, batch by batch; kept are embeddings alone. ``torch.autocast`` around the call is followed.
+    compared in fp64, batch by batch; kept are embeddings alone. ``torch.autocast`` around the call is followed; outside
+    of it, floating images are cast to each model's dtype. Of what ``torch.compile(model)`` or ``model.compile()``
+    made, the module itself runs, not compiled.
 
     Args:
         dense: the model to compare with.
         reduced: the other one: patched, compacted, distilled. It may be on another device.
-        batches: of images ``(B, ...)``, or tuples and lists that begin with them, moved to the models' devices; None is
-            passed over.
+        batches: of images ``(B, ...)``, tensors, or tuples and lists that begin with one, moved to the models' devices;
+            None is passed over.
         classifier: the classifier by its name in both models, where it has another one than those above.
 
     Raises:
-        ValueError: there is no image, no module of that name, or the models have another number of classes.
+        TypeError: a model is no module; batches is one tensor or a dict, or one of them is no tensor of images.
+        ValueError: there is no image, no module of that name, or the models have another number of classes; both are
+            the same model; a batch has no dimension of images, or the output not one row for each; outputs or
+            embeddings are not finite; logits come from one of the models alone; a classifier was not called, or is
+            in a part that `torch.compile` has wrapped.
 
     >>> import copy, timm, tokenops, torch
     >>> dense = timm.create_model("deit_tiny_patch16_224", img_size=64, depth=3).eval()
@@ -91,25 +98,88 @@ def fidelities(
     dense: nn.Module, reduced: Mapping[str, nn.Module], batches: Iterable[Any], classifier: str | None = None
 ) -> dict[str, Fidelity]:
     """`fidelity` of several reduced models, by their names, of one run of the dense one and one over the batches."""
-    sums = {name: Sums() for name in reduced}
+    if "dense" in reduced:
+        raise ValueError("fidelity: no reduced model can have the name 'dense'")
+    models = {"dense": dense, **reduced}
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"fidelity: {name} is {described(model)}, but it must be a torch.nn.Module")
+    for name, model in reduced.items():
+        if unwrapped(model) is unwrapped(dense):
+            raise ValueError(
+                f"fidelity: dense and {name} are the same model: apply_patch works in place, so copy.deepcopy first"
+            )
+    sums = {name: Sums(name) for name in reduced}
+    broken: dict[str, Any] = dict.fromkeys(models, 0)  # images of which something is not finite
     embeddings: list[Tensor] = []
     with ExitStack() as stack:
-        for model in (dense, *reduced.values()):
-            stack.enter_context(evaluating(model))
-        ask = stack.enter_context(asked(dense, classifier))
-        others = {name: stack.enter_context(asked(model, classifier)) for name, model in reduced.items()}
-        for batch in batches:
-            if batch is None:  # no image of it could be read
-                continue
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            mine = ask(images)
-            embeddings.append(mine.embedding)
-            for name, other in others.items():
-                sums[name].add(mine, other(images))
-    if not sum(map(len, embeddings)):
+        for model in models.values():
+            stack.enter_context(evaluating(uncompiled(model)))
+        asks = {name: stack.enter_context(asked(model, classifier, name)) for name, model in models.items()}
+        for where, images in images_of(batches):
+            answers = {name: answer_of(ask, images, name, where) for name, ask in asks.items()}
+            embeddings.append(answers["dense"].embedding)
+            for name, answer in answers.items():
+                broken[name] = answer.broken() + broken[name]
+            for name in reduced:
+                sums[name].add(answers["dense"], answers[name])
+    total = sum(map(len, embeddings))
+    if not total:
         raise ValueError("fidelity: batches has no image")
+    if found := [f"{name} for {int(count)} of {total} images" for name, count in broken.items() if count]:
+        raise ValueError(f"fidelity: outputs or embeddings are not finite of {', of '.join(found)}")
     whole = torch.cat(embeddings)
-    return {name: found.fidelity(whole) for name, found in sums.items()}
+    return {name: each.fidelity(whole) for name, each in sums.items()}
+
+
+def images_of(batches: Any) -> Iterator[tuple[str, Tensor]]:
+    """The name and images of every batch that has some; TypeError and ValueError as `fidelity` says."""
+    allowed = "images (B, ...), a tensor, or a tuple or list that begins with one"
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        raise TypeError(f"fidelity: batches is {described(batches)}, but it must be an iterable, each of it {allowed}")
+    for i, batch in enumerate(batches):
+        if batch is None:  # no image of it could be read
+            continue
+        name, images = f"batches[{i}]", batch
+        if isinstance(batch, (tuple, list)):
+            if not batch:
+                raise ValueError(f"fidelity: {name} is an empty {type(batch).__name__}, but it must be {allowed}")
+            name, images = f"{name}[0]", batch[0]
+        if not isinstance(images, Tensor):
+            raise TypeError(f"fidelity: {name} is {described(images)}, but it must be {allowed}")
+        if images.dim() == 0:
+            raise ValueError(f"fidelity: {name} is {described(images)}, but it must be {allowed}")
+        yield name, images
+
+
+def described(value: Any) -> str:
+    """What an error calls a value.
+
+    >>> described(torch.zeros(3, 8, 8)), described({})
+    ('a tensor of shape (3, 8, 8)', 'a dict')
+    """
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def answer_of(ask: Callable[[Tensor], "Answer"], images: Tensor, name: str, where: str) -> "Answer":
+    """What the model of a name says of a batch of a name; one image without its batch is a ValueError."""
+    try:
+        answer = ask(images)
+    except Exception as error:
+        if images.dim() != 3 or isinstance(error, torch.OutOfMemoryError) or str(error).startswith("fidelity: "):
+            raise
+        raise ValueError(
+            f"fidelity: {where} is {described(images)}, which {name} does not take ({error}): it must be images"
+            " (B, ...); of one image (C, H, W) it is image[None]"
+        ) from error
+    if answer.output.dim() < 2 or len(answer.output) != len(images) or len(answer.embedding) != len(images):
+        raise ValueError(
+            f"fidelity: of {where}, {described(images)}, {name} gives {described(answer.output)} and embeddings of"
+            f" shape {tuple(answer.embedding.shape)}, but images, outputs and embeddings must be (B, ...) of the same B"
+        )
+    return answer
 
 
 class Answer(NamedTuple):
@@ -119,11 +189,17 @@ class Answer(NamedTuple):
     logits: bool
     embedding: Tensor
 
+    def broken(self) -> Tensor:
+        """Of how many images something is not finite."""
+        finite = [x.flatten(1).isfinite().all(dim=1) for x in (self.output, self.embedding)]
+        return (~(finite[0] & finite[1])).sum()
+
 
 class Sums:
     """What is summed over batches of a reduced model's answers; sums are in fp64, where the models are."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name  # of the reduced model
         self.same: Any = None  # images of the same class
         self.apart: Any = None  # of dense outputs: the sum of differences, that of the dense model's values
         self.elements = 0
@@ -132,9 +208,15 @@ class Sums:
     def add(self, mine: Answer, other: Answer) -> None:
         y, z = mine.output, other.output.to(mine.output.device)
         self.embeddings.append(other.embedding)
-        if mine.logits and other.logits:
+        if mine.logits != other.logits:
+            has, lacks = ("dense", self.name) if mine.logits else (self.name, "dense")
+            raise ValueError(
+                f"fidelity: {has} has logits, but {lacks} has none: both must have a classifier, or neither (classifier"
+                " names one that has another name than usual)"
+            )
+        if mine.logits:
             if y.shape[1] != z.shape[1]:
-                raise ValueError(f"fidelity: dense has {y.shape[1]} classes, but reduced {z.shape[1]}")
+                raise ValueError(f"fidelity: dense has {y.shape[1]} classes, but {self.name} {z.shape[1]}")
             same = (y.argmax(dim=1) == z.argmax(dim=1)).sum()
             self.same = same if self.same is None else self.same + same
         elif y.dim() > 2 and y.shape == z.shape:
@@ -159,21 +241,40 @@ class Sums:
 
 
 @contextmanager
-def asked(model: nn.Module, classifier: str | None) -> Iterator[Any]:
-    """What gives a model's `Answer` to images, within."""
+def asked(model: nn.Module, classifier: str | None, name: str = "model") -> Iterator[Any]:
+    """What gives a model's `Answer` to images, within; errors call it by the name."""
+    model = uncompiled(model)
     heads = classifiers_of(model, classifier)
+    for path, part in model.named_modules():
+        if is_compiled(part, outermost=part is model) and any(module in heads for module in part.modules()):
+            raise ValueError(
+                f"fidelity: {name} has its classifier in what torch.compile made of {path or 'its forward'!r}, which"
+                " hides what goes into it: give the model as it was before torch.compile"
+            )
     inputs: dict[nn.Module, Tensor] = {}
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            inputs[module] = args[0]
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = next(iter((*args, *kwargs.values())), None)
+        if isinstance(given, Tensor):
+            inputs[module] = given
 
     def ask(images: Tensor) -> Answer:
         inputs.clear()
-        raw = model(images.to(place.device) if place is not None else images)
+        if place is not None:
+            images = images.to(place.device)
+            if images.is_floating_point() and dtype is not None and not torch.is_autocast_enabled(place.device.type):
+                images = images.to(dtype)
+        raw = model(images) if model._compiled_call_impl is None else model._call_impl(images)  # type: ignore[operator]
         output = logits_of(raw)
         pooler = getattr(raw, "pooler_output", None)
         found = [pooled(inputs[head]) for head in heads if head in inputs]
+        named = classifier is not None or output.dim() == 2
+        if not found and named and (missed := [head for head in heads if not isinstance(head, nn.Identity)]):
+            path = next((path for path, module in model.named_modules() if module is missed[0]), "")
+            raise ValueError(
+                f"fidelity: {name} did not call its classifier {path!r} (classifier={classifier!r}): classifier must"
+                " name the module that makes the logits"
+            )
         if found:
             embedding = torch.stack(found).mean(dim=0)
         else:
@@ -182,12 +283,30 @@ def asked(model: nn.Module, classifier: str | None) -> Iterator[Any]:
         return Answer(output, classified and output.dim() == 2, embedding)
 
     place = next(model.parameters(), None)
-    handles = [head.register_forward_pre_hook(before) for head in heads]
+    dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+    handles = [head.register_forward_pre_hook(before, with_kwargs=True) for head in heads]
     try:
         yield ask
     finally:
         for handle in handles:
             handle.remove()
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` wrapped: what is compiled already passes over hooks that come later."""
+    while "_orig_mod" in model._modules:
+        model = model._modules["_orig_mod"]  # type: ignore[assignment]
+    return model
+
+
+def is_compiled(module: nn.Module, outermost: bool) -> bool:
+    """Whether calls of a module, or of its forward alone, go to what `torch.compile` made of them. The outermost one
+    is called past its ``compile()``.
+    """
+    forward = vars(module).get("forward")
+    if hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable"):
+        return True
+    return "_orig_mod" in module._modules or (module._compiled_call_impl is not None and not outermost)
 
 
 def pooled(x: Tensor) -> Tensor:
