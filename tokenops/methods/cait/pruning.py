@@ -170,7 +170,7 @@ class BudgetPruner(ABC):
         return True
 
     def choose(self, scores: Sequence[Tensor], budget: float) -> list[Tensor]:
-        """Which channels stay, ``(H, D)`` bool for every layer, by `choose_channels`; a subclass may choose otherwise."""
+        """Which channels stay, ``(H, D)`` bool for every layer: by `choose_channels`, or as a subclass chooses."""
         return choose_channels(
             scores,
             [layer.cost for layer in self.layers],
