@@ -157,6 +157,17 @@ def test_what_is_not_finite_is_an_error(value):
         fidelities(good, {"r=2": copy.deepcopy(good), "r=3": one}, [IMAGES])
 
 
+def test_classes_that_are_ruled_out_are_logits():
+    """Behind the head a third class gets -inf: answers are those of the other two."""
+
+    class Masked(Table):
+        def forward(self, images):
+            return super().forward(images).masked_fill(torch.tensor([False, False, True]), -math.inf)
+
+    three = [*UNIT, [9, 9]]
+    assert fidelity(Masked(DENSE, three), Masked(REDUCED, three), [IMAGES]).top1 == 0.5
+
+
 def test_dense_outputs_that_are_not_finite_are_an_error():
     y = torch.ones(3, 4, 2)
     y[1, 3, 0] = math.nan

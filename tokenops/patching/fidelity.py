@@ -190,9 +190,9 @@ class Answer(NamedTuple):
     embedding: Tensor
 
     def broken(self) -> Tensor:
-        """Of how many images something is not finite."""
-        finite = [x.flatten(1).isfinite().all(dim=1) for x in (self.output, self.embedding)]
-        return (~(finite[0] & finite[1])).sum()
+        """Of how many images something is not finite; logits of -inf are classes that are ruled out."""
+        said = self.output.isfinite() | (self.output == -torch.inf) if self.logits else self.output.isfinite()
+        return (~(said.flatten(1).all(dim=1) & self.embedding.isfinite().all(dim=1))).sum()
 
 
 class Sums:

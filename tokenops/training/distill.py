@@ -27,6 +27,9 @@ class FeatureRecalibration(Objective):
     block with as many tokens as the teacher's has no reverse module. The reverse modules are made here, from a run with
     zeros as images, and are trained and saved with the objective: ``rtsm``, under the published names.
 
+    The published weights are for tokens of the size that LV-ViT's have: the error is absolute. Where the logged
+    ``token`` is far above ``cls``, divide ``token_weight`` by the mean square of the teacher's tokens.
+
     Args:
         model: a vision transformer that `tokenops.apply_patch` takes, whose blocks leave a fixed number of tokens, as
             "sit" does.
