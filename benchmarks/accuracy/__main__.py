@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     add("--claims", action=argparse.BooleanOptionalAction, default=True, help="train what claims need beside methods")
     add("--cells", type=Path, default=ROOT / "out/accuracy", metavar="DIR", help="where cells are kept")
     add("--processes", type=int, default=2, metavar="N", help="that train at a time (default: %(default)s); 0: none")
-    add("--rounds", type=int, default=15, metavar="N", help="of timing (default: %(default)s)")
+    add("--rounds", type=int, metavar="N", help="of timing (default: 15, quick 3)")
     add(
         "--results",
         type=Path,
@@ -126,7 +126,7 @@ def main() -> None:
     groups = trained(plan, settings, args)
     if ("dense", 1.0) not in groups:
         raise SystemExit(f"--processes 0, and {args.cells} has no dense model of these settings")
-    rows = table(groups, measures.throughput(groups, settings, args.cells, args.rounds))
+    rows = table(groups, measures.throughput(groups, settings, args.cells, args.rounds or (3 if args.quick else 15)))
     scores = {key: {seed: row.scores for seed, row in found.items()} for key, found in groups.items()}
     costs = {key: float(np.mean([row.macs for row in found.values()])) for key, found in groups.items()}
     found = outcomes(scores, costs)
