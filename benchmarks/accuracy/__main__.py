@@ -41,6 +41,7 @@ def arguments() -> argparse.Namespace:
     add("--cells", type=Path, default=ROOT / "out/accuracy", metavar="DIR", help="where cells are kept")
     add("--processes", type=int, default=2, metavar="N", help="that train at a time (default: %(default)s); 0: none")
     add("--rounds", type=int, metavar="N", help="of timing (default: 15, quick 3)")
+    add("--frozen", action=argparse.BooleanOptionalAction, default=True, help="time compiled models, too, if not quick")
     add(
         "--results",
         type=Path,
@@ -126,7 +127,11 @@ def main() -> None:
     groups = trained(plan, settings, args)
     if ("dense", 1.0) not in groups:
         raise SystemExit(f"--processes 0, and {args.cells} has no dense model of these settings")
-    rows = table(groups, measures.throughput(groups, settings, args.cells, args.rounds or (3 if args.quick else 15)))
+    rounds = args.rounds or (3 if args.quick else 15)
+    rows = table(groups, measures.throughput(groups, settings, args.cells, rounds))
+    if args.frozen and not args.quick:
+        for (name, level), speed_up in measures.frozen(groups, settings, args.cells, rounds).items():
+            rows[f"{name}, {level:g}"]["speed_up_frozen"] = speed_up
     scores = {key: {seed: row.scores for seed, row in found.items()} for key, found in groups.items()}
     costs = {key: float(np.mean([row.macs for row in found.values()])) for key, found in groups.items()}
     found = outcomes(scores, costs)
@@ -144,7 +149,10 @@ def main() -> None:
         f" {rows['dense, 1']['training_images_per_second']:.0f} images/s a core."
     )
     names = [name for name in METHODS if name in args.methods]
-    parts = [page.accuracies(rows, names), page.gains(rows, names), page.speeds(rows, names)]
+    parts = [page.accuracies(rows, names), page.gains(rows, names)]
+    parts += [page.speeds(rows, names, "eager, float32", "speed_up")]
+    if "speed_up_frozen" in rows["dense, 1"]:
+        parts.append(page.speeds(rows, names, "compiled with frozen weights, bfloat16", "speed_up_frozen"))
     parts += [page.claims(found, trends), page.heads(rows)] if found else []
     text = "\n\n".join([*parts, page.fidelity(fidelity, measures.COMPARED), origin])
     whole = settings == Settings() and {key for key in groups} == {(cell.name, cell.level) for cell in full()}

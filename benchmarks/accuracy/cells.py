@@ -118,7 +118,7 @@ def kept(folder: Path) -> Found | None:
 
 
 def model_of(cell: Cell, settings: Settings, root: Path) -> Any:
-    return models.loaded((folder_of(cell, settings, root) / "model.pt").read_bytes())
+    return torch.load(folder_of(cell, settings, root) / "model.pt", weights_only=False)
 
 
 def make(cell: Cell, settings: Settings, root: Path) -> None:
@@ -134,7 +134,7 @@ def make(cell: Cell, settings: Settings, root: Path) -> None:
     speed = models.speed(checkpoints)
     torch.manual_seed(cell.seed)  # of tokens that are drawn
     scenes = cell.name in scenery.RECIPES
-    scores = scenery.scores(model, cell.seed) if scenes else models.right(model, load(settings.data)).numpy()
+    scores = scenery.scores(model) if scenes else models.right(model, load(settings.data)).numpy()
     row = {
         "macs": models.macs(model, scenery.SHAPE) if scenes else models.macs(model),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -143,7 +143,7 @@ def make(cell: Cell, settings: Settings, root: Path) -> None:
         "speed": speed,
         "commit": machine.commit(),
     }
-    (folder / "model.pt").write_bytes(models.saved(model))
+    torch.save(model, folder / "model.pt")
     (folder / "found.part").write_text(json.dumps(row))
     os.replace(folder / "found.part", folder / "found.json")
     shutil.rmtree(checkpoints)
@@ -178,6 +178,7 @@ def all_made(
             yield cell, found, True
     if not waiting or not processes:
         return
+    load(settings.data)  # a download is one process' work
     with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool:
         running: dict[Future, Cell] = {}
         try:

@@ -69,6 +69,8 @@ CLAIMS = (
 )
 
 
+#: by the sign of a difference that was claimed to be positive
+VERDICTS = {1: "as claimed", -1: "the other way", 0: "not shown"}
 #: how far multiply-adds may differ for a difference to be one of the methods
 ALIKE = 0.04
 
@@ -87,9 +89,7 @@ class Outcome(NamedTuple):
         sign = self.difference.sign
         if sign * (self.cost - 1) > ALIKE:
             return f"costs {self.cost:.2f} times as much: none"
-        if self.claim.equal:
-            return {1: "better even", -1: "the other way", 0: "no difference shown"}[sign]
-        return {1: "as claimed", -1: "the other way", 0: "not shown"}[sign]
+        return "no difference shown" if self.claim.equal and not sign else VERDICTS[sign]
 
 
 def both(scores: Mapping[Key, Scores], claim: Claim, level: float) -> dict[int, np.ndarray]:

@@ -1,10 +1,12 @@
 """Labelled images: Fashion-MNIST where it is found or can be downloaded, and scikit-learn's digits for a quick run."""
 
 import gzip
+import os
 import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import NamedTuple
 
 import numpy as np
@@ -48,13 +50,8 @@ def fashion() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """60,000 and 10,000: those of Debian's package, of an earlier download, or of a new one."""
     from torchvision.datasets import FashionMNIST
 
-    raw = FOLDER / "FashionMNIST/raw"
     for packed in PACKAGE.glob("*.gz"):
-        if not (raw / packed.stem).is_file():
-            raw.mkdir(parents=True, exist_ok=True)
-            with gzip.open(packed) as source, open(raw / f"{packed.stem}.part", "wb") as target:
-                shutil.copyfileobj(source, target)
-            (raw / f"{packed.stem}.part").rename(raw / packed.stem)
+        unpack(packed, FOLDER / "FashionMNIST/raw" / packed.stem)
     try:
         sets = [FashionMNIST(str(FOLDER), train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
@@ -64,6 +61,15 @@ def fashion() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ) from None
     first, second = ((each.data.unsqueeze(1), each.targets) for each in sets)
     return *first, *second
+
+
+def unpack(packed: Path, file: Path) -> None:
+    """Unless it is there; whole or not at all, whoever else does so at the same time."""
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=file.parent, delete=False) as target, gzip.open(packed) as source:
+            shutil.copyfileobj(source, target)
+        os.replace(target.name, file)
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """The vision transformer that everything begins with, its settings, and what it costs."""
 
-import copy
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +28,7 @@ class Settings(NamedTuple):
     heads: int = 2
     mlp_ratio: float = 3.0
     batch: int = 128
-    dense_steps: int = 2040  # of images: 4.4 times all of them
+    dense_steps: int = 2040  # 4.4 times all images
     steps: int = 120  # of fine-tuning
     scene_steps: int = 600  # of the segmentation task, a third of them in fine-tuning
     lr: float = 4e-3
@@ -44,7 +42,7 @@ class Settings(NamedTuple):
 
 
 def vit(settings: Settings, width: int | None = None, **options: Any) -> Any:
-    """A model that learns fast from few images: two convolutions make the patches, and places weigh as much as they."""
+    """A model that learns fast from few images: convolutions make the patches, and places weigh as much as they."""
     width = settings.width if width is None else width
     sizes: dict[str, Any] = dict(img_size=SIZE, patch_size=SIZE // GRID, in_chans=1, num_classes=CLASSES)
     shape: dict[str, Any] = dict(embed_dim=width, depth=settings.depth, num_heads=settings.heads)
@@ -100,14 +98,15 @@ def macs(model: Any, shape: Sequence[int] = (1, SIZE, SIZE)) -> float:
     return counter.get_total_flops() / 4e6
 
 
-def reached(make: Callable[[float], Any], target: float, cost: Callable[[Any], float] = macs) -> Any:
+def reached(make: Callable[[float], Any], target: float) -> Any:
     """The model whose multiply-adds come nearest to the target; the more, the larger what `make` is given (0 to 1)."""
     low, high, found = 0.0, 1.0, []
     for _ in range(9):
         middle = (low + high) / 2
         model = make(middle)
-        found.append((abs(cost(model) - target), len(found), model))
-        low, high = (middle, high) if cost(model) < target else (low, middle)
+        cost = macs(model)
+        found.append((abs(cost - target), len(found), model))
+        low, high = (middle, high) if cost < target else (low, middle)
     return min(found)[2]
 
 
@@ -165,17 +164,3 @@ def right(model: Any, data: Data) -> torch.Tensor:
         for images, labels in zip(data.test_images.split(500), data.test_labels.split(500)):
             found.append(model(data.normalised(images)).argmax(1) == labels)
     return torch.cat(found)
-
-
-def saved(model: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(model, file)
-    return file.getvalue()
-
-
-def loaded(content: bytes) -> Any:
-    return torch.load(io.BytesIO(content), weights_only=False)
-
-
-def copied(model: Any) -> Any:
-    return copy.deepcopy(model)

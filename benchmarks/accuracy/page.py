@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .claims import ALIKE, LEVELS, STRONG, Outcome
+from .claims import ALIKE, LEVELS, STRONG, VERDICTS, Outcome
 from .intervals import SEEDS, Interval
 
 Rows = Mapping[str, Mapping[str, Any]]  # by "name, level"
@@ -52,17 +52,19 @@ def gains(rows: Rows, methods: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def speeds(rows: Rows, methods: Sequence[str]) -> str:
+def speeds(rows: Rows, methods: Sequence[str], how: str, key: str) -> str:
     """A line a method: measured speed-up over the dense model, and what part of the saved multiply-adds that is."""
-    lines = head("speed-up (realised)", *(f"{level:g}" for level in LEVELS))
+    lines = head(f"speed-up (quartiles), realised; {how}", *(f"{level:g}" for level in LEVELS))
     dense = rows["dense, 1"]["macs"]
     for name in methods:
         cells = []
         for level in LEVELS:
             row = rows.get(f"{name}, {level:g}")
-            speed_up = None if row is None else row.get("speed_up")
-            part = 1.0 if row is None else row["macs"] / dense
-            cells.append("" if speed_up is None else f"{speed_up[0]:.2f} ({speed_up[0] * part:.2f})")
+            if row is None or row.get(key) is None:
+                cells.append("")
+                continue
+            median, low, high = row[key]
+            cells.append(f"{median:.2f} ({low:.2f}..{high:.2f}), {median * row['macs'] / dense:.2f}")
         if any(cells):
             lines.append(line(name, *cells))
     return "\n".join(lines)
@@ -75,8 +77,8 @@ def claims(found: Sequence[Outcome], trends: Mapping[str, Interval]) -> str:
         claim = outcome.claim
         lines.append(line(claim.text, claim.source, f"{outcome.level:g}", str(outcome.difference), outcome.verdict))
     for text, interval in trends.items():
-        verdict = {1: "as claimed", -1: "the other way", 0: "not shown"}[interval.sign]
-        lines.append(line(text, "SiT, 4", f"{STRONG[0]:g} less {LEVELS[0]:g}", str(interval), verdict))
+        at = f"{STRONG[0]:g} less {LEVELS[0]:g}"
+        lines.append(line(text, "SiT, 4", at, str(interval), VERDICTS[interval.sign]))
     return "\n".join(lines)
 
 

@@ -1,6 +1,8 @@
 """How a dense model becomes a cheaper one, by every method, and by the variants that the papers' claims are about."""
 
+import copy
 from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,12 +52,12 @@ class Run(NamedTuple):
 
     def patched(self, method: str, option: Callable[[float], dict[str, Any]]) -> Any:
         return reached(
-            lambda part: tokenops.apply_patch(models.copied(self.dense), method, **option(part)), self.target
+            lambda part: tokenops.apply_patch(copy.deepcopy(self.dense), method, **option(part)), self.target
         )
 
-    def fine_tuned(self, objective: Any, lr: float = 1.0) -> Any:
+    def fine_tuned(self, objective: Any) -> Any:
         settings = self.settings
-        return models.train(objective, settings, self.seed, settings.steps, lr * settings.fine_lr, self.folder)
+        return models.train(objective, settings, self.seed, settings.steps, settings.fine_lr, self.folder)
 
     def from_scratch(self, objective: Any) -> Any:
         settings = self.settings
@@ -66,7 +68,7 @@ class Run(NamedTuple):
 
 
 def fine_tuned(run: Run) -> Any:
-    return run.plain(models.copied(run.dense))
+    return run.plain(copy.deepcopy(run.dense))
 
 
 def narrow(run: Run) -> Any:
@@ -137,23 +139,19 @@ def random(run: Run) -> Any:
     return run.plain(dropping(run, False, "random"))
 
 
-def slow_fast(run: Run, dense: Any) -> Any:
-    def make(part: float) -> Any:
-        options = dict(prune_ratio=max(part, 1 / TOKENS), stages=(PLACES[0], 3))
-        return tokenops.apply_patch(models.copied(dense), "evo_vit", **options)
-
-    return reached(make, run.target)
+def slow_fast(run: Run) -> Any:
+    return run.patched("evo_vit", lambda part: dict(prune_ratio=max(part, 1 / TOKENS), stages=(PLACES[0], 3)))
 
 
 def evo_vit(run: Run) -> Any:
     """With the dense model's class token: another head, on the mean patch, is not learned in so few steps."""
-    return run.plain(slow_fast(run, run.dense))
+    return run.plain(slow_fast(run))
 
 
 def evo_vit_from_scratch(run: Run) -> Any:
     """As published: two heads, on the mean patch and on the class token, layer-wise and then stage-wise."""
     torch.manual_seed(run.seed)
-    model = slow_fast(run, models.vit(run.settings, global_pool="avg", fc_norm=True))
+    model = slow_fast(run._replace(dense=models.vit(run.settings, global_pool="avg", fc_norm=True)))
     return run.from_scratch(models.SlowFast(model, run.settings.smoothing))
 
 
@@ -184,33 +182,31 @@ def searched(run: Run) -> Schedule:
 
 
 def scheduled(run: Run, schedule: Schedule) -> Any:
-    return run.plain(tokenops.apply_patch(models.copied(run.dense), "patch_slimming", schedule=schedule))
+    return run.plain(tokenops.apply_patch(copy.deepcopy(run.dense), "patch_slimming", schedule=schedule))
 
 
 def patch_slim(run: Run) -> Any:
     return scheduled(run, searched(run))
 
 
-def patch_slim_uniform(run: Run) -> Any:
+def uniform(run: Run, last: Sequence[int]) -> Any:
     """The search's order of the patches, but counts that fall by one ratio where the other methods reduce."""
     order, grid = searched(run).order, (models.GRID, models.GRID)
 
-    def make(part: float) -> Any:
-        schedule = Schedule.from_counts(falling(part, run.settings.depth), grid, order)
-        return tokenops.apply_patch(models.copied(run.dense), "patch_slimming", schedule=schedule)
+    def counts(part: float) -> dict[str, Any]:
+        found = falling(part, run.settings.depth)
+        return dict(schedule=Schedule.from_counts([*found[: len(found) - len(last)], *last], grid, order))
 
-    return run.plain(reached(make, run.target))
+    return run.plain(run.patched("patch_slimming", counts))
+
+
+def patch_slim_uniform(run: Run) -> Any:
+    return uniform(run, [])
 
 
 def patch_slim_uniform_last(run: Run) -> Any:
-    """As `patch_slim_uniform`, and of the last block the class token alone is left, as in the search."""
-    order, grid = searched(run).order, (models.GRID, models.GRID)
-
-    def make(part: float) -> Any:
-        schedule = Schedule.from_counts([*falling(part, run.settings.depth)[:-1], 1], grid, order)
-        return tokenops.apply_patch(models.copied(run.dense), "patch_slimming", schedule=schedule)
-
-    return run.plain(reached(make, run.target))
+    """Of the last block the class token alone is left, as in the search."""
+    return uniform(run, [1])
 
 
 def patch_slim_attention(run: Run) -> Any:
@@ -234,29 +230,25 @@ def falling(part: float, depth: int) -> list[int]:
 
 
 def dynamic(run: Run) -> Any:
-    def make(part: float) -> Any:
-        counts = falling(part, run.settings.depth)
-        return tokenops.apply_patch(models.copied(run.dense), "dps", counts=counts, after=PLACES[0])
-
-    return run.fine_tuned(training.PatchRanking(reached(make, run.target), run.dense, run.settings.smoothing))
+    model = run.patched("dps", lambda part: dict(counts=falling(part, run.settings.depth), after=PLACES[0]))
+    return run.fine_tuned(training.PatchRanking(model, run.dense, run.settings.smoothing))
 
 
 def merged(run: Run, points: dict[int, str]) -> Any:
-    return cait.prunable(tokenops.apply_patch(models.copied(run.dense), "cait", points=points))
+    return cait.prunable(tokenops.apply_patch(copy.deepcopy(run.dense), "cait", points=points))
 
 
-def pruner(run: Run, model: Any, kind: Any = cait.ChannelPruner, **options: Any) -> Any:
-    """Over the first half of the fine-tuning, to the level."""
+def pruner(run: Run, model: Any, part: float, kind: Any = cait.ChannelPruner, **options: Any) -> Any:
+    """To a part of the cost, over the first half of the fine-tuning."""
     steps = run.settings.steps
     schedule = dict(steps=(0, max(2, steps // 2)), every=max(1, steps // 40), multiples={"hidden": 8, "qk": 2, "v": 2})
-    return kind(model, min(1.0, run.target / macs(model)), **schedule, **options)
+    return kind(model, part, **schedule, **options)
 
 
 def cait_compressed(run: Run) -> Any:
     model = merged(run, POINTS[run.level])
-    return run.fine_tuned(
-        training.Pruned(model, pruner(run, model), teacher=run.dense, smoothing=run.settings.smoothing)
-    )
+    channels = pruner(run, model, min(1.0, run.target / macs(model)))
+    return run.fine_tuned(training.Pruned(model, channels, teacher=run.dense, smoothing=run.settings.smoothing))
 
 
 class FreeHeads(cait.ChannelPruner):
@@ -291,24 +283,10 @@ def attention_pruned(run: Run, kind: Any, **options: Any) -> Any:
     """Channels of attention alone, to a part of its channels' cost that is the level; masked."""
     model = merged(run, {})
     costs = cait.mac_costs(model)
-    channels = sum(h * w * c for h, w, c in attention_channels(model, costs))
-    steps = run.settings.steps
-    found = kind(
-        model,
-        1 - (1 - run.level) * channels / costs.total,
-        steps=(0, max(2, steps // 2)),
-        every=max(1, steps // 40),
-        multiples={"qk": 2, "v": 2},
-        kinds=("qk", "v"),
-        **options,
-    )
+    counts, kinds = channel_counts(model), ("qk", "v")
+    channels = sum(prod(block[each]) * getattr(costs, each)[i] for i, block in enumerate(counts) for each in kinds)
+    found = pruner(run, model, 1 - (1 - run.level) * channels / costs.total, kind, kinds=kinds, **options)
     return run.fine_tuned(Masked(model, found, smoothing=run.settings.smoothing))
-
-
-def attention_channels(model: Any, costs: Any) -> list[tuple[int, int, float]]:
-    """Heads, channels a head, and the cost of one, for q and k and for v of every block."""
-    counts = channel_counts(model)
-    return [(*block[kind], getattr(costs, kind)[i]) for i, block in enumerate(counts) for kind in ("qk", "v")]
 
 
 def heads_alike(run: Run) -> Any:
@@ -326,7 +304,7 @@ def heads_free(run: Run) -> Any:
 @torch.no_grad()
 def compacted(model: Any) -> Any:
     """What a masked model costs, for timing alone: all heads of a block are as wide as its widest."""
-    found = models.copied(model)
+    found = copy.deepcopy(model)
     for block in found.blocks:
         for name in ("qk_mask", "v_mask"):
             mask = getattr(block.attn, name)

@@ -1,12 +1,13 @@
 """The segmentation task: digits on photographs, as in examples/scenes.py, by tokens that keep the grid or leave it."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 import tokenops
@@ -26,12 +27,9 @@ TAPS = (0, 2, 5)
 class Segmenter(SegmentationModel):
     """With maps of whatever method keeps or restores them."""
 
-    def forward(self, images: Tensor) -> Tensor:
+    def maps(self, images: Tensor) -> list[Tensor]:
         options: dict[str, Any] = dict(indices=list(self.taps), output_fmt="NCHW", intermediates_only=True)
-        maps = self.backbone.forward_intermediates(images, **options)
-        summed = sum(project(x) for project, x in zip(self.projections, maps, strict=True))
-        logits = nn.functional.pixel_shuffle(self.classifier(self.mix(summed)), self.detail)
-        return nn.functional.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
+        return self.backbone.forward_intermediates(images, **options)
 
 
 def model(run: Run) -> Any:
@@ -60,7 +58,7 @@ def fine_tuned(run: Run, method: str, choices: Sequence[dict[str, Any]]) -> Any:
     """From the dense model's weights, by the choice whose backbone costs the level most nearly, on scenes it saw."""
 
     def made(options: dict[str, Any]) -> Any:
-        found = models.copied(run.dense)
+        found = copy.deepcopy(run.dense)
         tokenops.apply_patch(found.backbone, method, **options)
         return found
 
@@ -95,7 +93,7 @@ TEACHERS: dict[str, str | None] = {name: "scenes, dense" for name in RECIPES} | 
 
 
 @torch.inference_mode()
-def scores(model: Any, seed: int) -> np.ndarray:
+def scores(model: Any) -> np.ndarray:
     """Mean intersection over union of every test scene, over the classes in it or seen in it."""
     found = []
     for images, labels in DataLoader(Scenes(TESTED, train=False, size=PIXELS, seed=0), 50):

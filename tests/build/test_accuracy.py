@@ -1,6 +1,9 @@
 """What `make accuracy` is made of: intervals, batches, what cells are kept under, recipes and claims."""
 
+import gzip
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +115,21 @@ def test_batches_move_and_mirror():
             (row,), (column,) = image.nonzero(as_tuple=True)
             places.add((int(row), int(column)))
     assert places == {(10 + y, x + dx) for y in range(-2, 3) for x in (5, 22) for dx in range(-2, 3)}
+
+
+def test_files_are_unpacked_whole_by_many_at_once(tmp_path):
+    content = bytes(range(256)) * 4000
+    (tmp_path / "images.gz").write_bytes(gzip.compress(content))
+    file, ready = tmp_path / "raw/images", threading.Barrier(8)
+
+    def unpacked(_):
+        ready.wait()
+        data.unpack(tmp_path / "images.gz", file)
+        return file.read_bytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(unpacked, range(8))) == {content}
+    assert [path.name for path in file.parent.iterdir()] == ["images"]
 
 
 def test_digits_are_split_without_overlap():
@@ -274,7 +292,7 @@ def test_tables_say_what_is_there():
     assert "| SiT |  |  | 90.0 (89.0..91.0) | 90.0 (89.0..91.0) at 0.30, 1 seed |" in page.accuracies(rows, ["SiT"])
     assert "| dense | 90.0 (89.0..91.0) |  |  |  |" in page.accuracies(rows, ["SiT"])
     assert "| SiT |  |  | 1.0 (0.5..1.5) |  |" in page.gains(rows, ["SiT"])
-    assert "| SiT |  |  | 1.50 (0.60) |  |" in page.speeds(rows, ["SiT"])
+    assert "| SiT |  |  | 1.50 (1.40..1.60), 0.60 |  |" in page.speeds(rows, ["SiT"], "eager", "speed_up")
     outcome = claims.Outcome(claims.CLAIMS[0], 0.4, Interval(-1.0, -2.0, -0.5, (-1.0, -1.1, -0.9)), 1.0)
     assert "| 0.4 | -1.0 (-2.0..-0.5) | the other way |" in page.claims([outcome], {})
 

@@ -79,9 +79,7 @@ def run(args: argparse.Namespace) -> None:
     with Bar() as advance:
         advance("making the models", 0.0)
         reduced: dict[str, Any] = {}
-        for setting in levels(
-            args
-        ):  # all of them, before the first is measured: what is wrong with one is said at once
+        for setting in levels(args):  # all, before the first is measured: what is wrong with one is said at once
             torch.manual_seed(args.seed)
             model, weights = models.make(setting)
             if not reduced:

@@ -72,8 +72,12 @@ class SegmentationModel(nn.Module):
         self.mix = nn.Sequential(LayerNorm2d(width), nn.GELU(), nn.Conv2d(width, width, 3, padding=1), nn.GELU())
         self.classifier = nn.Conv2d(width, classes * detail**2, 1)
 
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """What the head looks at: `feature_maps` of the chosen blocks; a subclass may make them otherwise."""
+        return feature_maps(self.backbone, images, self.taps, self.mode)
+
     def forward(self, images: Tensor) -> Tensor:
-        maps = feature_maps(self.backbone, images, self.taps, self.mode)
+        maps = self.maps(images)
         first, *others = (project(x) for project, x in zip(self.projections, maps, strict=True))
         logits = self.classifier(self.mix(sum(others, first)))
         logits = F.pixel_shuffle(logits, self.detail)
